@@ -15,10 +15,197 @@ extern "C" {
 
 /* ==== Chapter 1. World ==== */
 
+/*
+ * Every request that Cube makes of the machine goes through this table. The
+ * real one is cube_world_real(); a test can pass another and run a cluster on
+ * a virtual clock. The first argument of each function is `ctx`.
+ *
+ * A function that can fail returns a negative errno value (-EAGAIN, -ENOSPC);
+ * zero and above is success. Sockets never block and are closed on exec.
+ * Times: milliseconds of a clock that never goes back and that counts
+ * suspends (`now_ms`), nanoseconds since 1970 of the clock on the wall
+ * (`wall_ns`), which can jump.
+ */
+enum cube_addr_kind { CUBE_ADDR_IP4 = 4, CUBE_ADDR_IP6 = 6, CUBE_ADDR_UNIX = 1 };
+
+/* One place to connect to or to listen on. */
+struct cube_addr {
+    enum cube_addr_kind kind;
+    uint16_t port;         /* host order; 0 for unix sockets */
+    uint32_t scope;        /* IPv6 scope, else 0 */
+    unsigned char ip[16];  /* network order; the first 4 for IPv4 */
+    char path[108];        /* unix sockets */
+};
+
+#define CUBE_READ 1u  /* readable, or at its end */
+#define CUBE_WRITE 2u /* writable, or connected */
+#define CUBE_HANGUP 4u /* the other side is gone, or an error waits */
+
+#define CUBE_JOB_ADDRS 8
+
+/* A system call that can stall for seconds, done beside the loop. The caller
+ * owns it and keeps it until it is reported by `poll_wait` or cancelled. */
+struct cube_job {
+    enum { CUBE_JOB_SYNC, CUBE_JOB_RESOLVE } kind;
+    int fd;            /* SYNC: the file; its data are on disk after */
+    char host[256];    /* RESOLVE: the name */
+    int result;        /* 0 or a negative errno value */
+    int addr_count;
+    struct cube_addr addrs[CUBE_JOB_ADDRS]; /* RESOLVE: found, port 0 */
+    struct cube_job *next;                  /* the world's, while it works */
+};
+
+/* What `poll_wait` reports: a descriptor's readiness, or a job that is done
+ * (then `job` is set and the rest is 0). */
+struct cube_ready {
+    uint64_t token;
+    unsigned events;
+    struct cube_job *job;
+};
+
+struct cube_poll; /* a set of watched descriptors; the world's */
+
+#define CUBE_OPEN_WRITE 1u  /* for reading and writing, else reading only */
+#define CUBE_OPEN_CREATE 2u
+#define CUBE_OPEN_TRUNC 4u
+#define CUBE_OPEN_EXCL 8u
+
+/* Room on a file system, in bytes and inodes. */
+struct cube_space {
+    uint64_t all, free, free_inodes;
+};
+
+struct cube_spawn; /* chapter 9: a process to supervise */
+
+struct cube_world {
+    void *ctx;
+
+    int64_t (*now_ms)(void *ctx);
+    int64_t (*wall_ns)(void *ctx);
+    int (*random)(void *ctx, void *buf, size_t len);
+    const char *(*env)(void *ctx, const char *name); /* borrowed; NULL: unset */
+    unsigned (*uid)(void *ctx);                      /* effective user */
+
+    int (*listen)(void *ctx, const struct cube_addr *addr); /* descriptor */
+    int (*accept)(void *ctx, int fd, struct cube_addr *peer);
+    int (*connect)(void *ctx, const struct cube_addr *addr); /* in progress */
+    int (*connected)(void *ctx, int fd); /* once writable: how it went */
+    int (*local_addr)(void *ctx, int fd, struct cube_addr *addr);
+    int (*recv)(void *ctx, int fd, void *buf, size_t len);
+    int (*send)(void *ctx, int fd, const void *buf, size_t len);
+    int (*shut)(void *ctx, int fd); /* no more from this side */
+    int (*close)(void *ctx, int fd);
+
+    struct cube_poll *(*poll_open)(void *ctx); /* NULL: no descriptor left */
+    void (*poll_close)(void *ctx, struct cube_poll *p);
+    int (*poll_fd)(void *ctx, struct cube_poll *p); /* readable: turn me */
+    int (*poll_add)(void *ctx, struct cube_poll *p, int fd, unsigned events,
+                    uint64_t token);
+    int (*poll_change)(void *ctx, struct cube_poll *p, int fd,
+                       unsigned events, uint64_t token);
+    int (*poll_remove)(void *ctx, struct cube_poll *p, int fd);
+    int (*poll_wait)(void *ctx, struct cube_poll *p, struct cube_ready *out,
+                     int max, int timeout_ms); /* how many; -1 waits on */
+    void (*poll_wake)(void *ctx, struct cube_poll *p); /* from any thread */
+    int (*job_start)(void *ctx, struct cube_poll *p, struct cube_job *job);
+    void (*job_cancel)(void *ctx, struct cube_poll *p, struct cube_job *job);
+
+    int (*open)(void *ctx, const char *path, unsigned flags);
+    int64_t (*pread)(void *ctx, int fd, void *buf, size_t len, int64_t at);
+    int64_t (*pwrite)(void *ctx, int fd, const void *buf, size_t len,
+                      int64_t at);
+    int (*truncate)(void *ctx, int fd, int64_t size);
+    int64_t (*size)(void *ctx, int fd);
+    int (*sync)(void *ctx, int fd);                /* fdatasync */
+    int (*sync_dir)(void *ctx, const char *path);  /* of a directory */
+    int (*lock)(void *ctx, int fd); /* for this open file alone; -EBUSY */
+    int (*rename)(void *ctx, const char *from, const char *to);
+    int (*unlink)(void *ctx, const char *path);
+    int (*mkdir)(void *ctx, const char *path); /* mode 0700 */
+    int (*rmdir)(void *ctx, const char *path);
+    int (*list)(void *ctx, const char *dir, /* each name, in sorted order */
+                void (*each)(void *arg, const char *name), void *arg);
+    int (*space)(void *ctx, const char *path, struct cube_space *out);
+
+    /* Supervised processes (Linux). `spawn` returns once the supervisor holds
+     * its lock; `lock_owner` tells the PID that holds a lock file or 0. */
+    int (*spawn)(void *ctx, const struct cube_spawn *spec);
+    int (*lock_owner)(void *ctx, const char *path);
+    int (*pid_open)(void *ctx, int pid); /* readable once it has ended */
+    int (*pid_signal)(void *ctx, int pid_fd, int signal_number);
+};
+
+/* The machine itself. */
+CUBE_API const struct cube_world *cube_world_real(void);
 
 
 /* ==== Chapter 2. Ground ==== */
 
+/* What went wrong, by kind; the text says it in words. */
+enum cube_code {
+    CUBE_OK = 0,
+    CUBE_EINVAL,   /* the caller's input is wrong */
+    CUBE_EIO,      /* the machine failed */
+    CUBE_ENOENT,   /* there is no such thing */
+    CUBE_EEXIST,   /* there is one already, and it differs */
+    CUBE_EBUSY,    /* somebody else has it */
+    CUBE_ENOSPC,   /* no room (disk full, quota) */
+    CUBE_ECORRUPT, /* stored data are damaged */
+    CUBE_ESYNC,    /* a sync failed: the outcome is unknown */
+    CUBE_ETIMEOUT, /* no answer in time */
+    CUBE_ECONN,    /* the other side cannot be reached, or hung up */
+    CUBE_EPROTO,   /* the other side said what makes no sense */
+    CUBE_EACCES,   /* not allowed */
+    CUBE_ETOOBIG,  /* beyond a named limit */
+    CUBE_ECANCELED /* given up by the caller, or at shutdown */
+};
+
+/* The caller's; each function that takes one accepts NULL. */
+struct cube_err {
+    enum cube_code code;
+    char text[500];
+};
+
+/* Bytes that grow. Zero-initialised is empty; `data` is NUL-terminated
+ * whenever it is not NULL, and the NUL is not counted in `len`. */
+struct cube_buf {
+    char *data;
+    size_t len, cap;
+};
+
+CUBE_API void cube_buf_free(struct cube_buf *b); /* and is empty again */
+CUBE_API void cube_buf_add(struct cube_buf *b, const void *p, size_t len);
+CUBE_API void cube_buf_puts(struct cube_buf *b, const char *text);
+CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* A point in time as RFC 3339 has it: seconds since the year 1, so that all
+ * zeros is the unset time of the wire, `0001-01-01T00:00:00Z`. */
+struct cube_time {
+    int64_t sec;        /* since 0001-01-01T00:00:00 UTC */
+    int32_t nsec;       /* 0 .. 999999999 */
+    int16_t offset_min; /* of the zone it was written in */
+};
+
+#define CUBE_TIME_TEXT 40 /* holds every formatted time */
+#define CUBE_UUID_TEXT 37 /* 36 characters and a NUL */
+
+CUBE_API struct cube_time cube_time_from_ns(int64_t unix_ns);
+CUBE_API int64_t cube_time_to_ns(const struct cube_time *t);
+CUBE_API bool cube_time_is_set(const struct cube_time *t);
+/* Formats as RFC 3339, trailing zeros of the fraction cut. */
+CUBE_API void cube_time_format(const struct cube_time *t,
+                               char out[CUBE_TIME_TEXT]);
+CUBE_API int cube_time_parse(const char *text, size_t len,
+                             struct cube_time *out);
+
+/* A random (version 4) UUID, RFC 9562. */
+CUBE_API void cube_uuid_new(const struct cube_world *w,
+                            char out[CUBE_UUID_TEXT]);
+/* Accepts the plain form, `urn:uuid:...`, braces, and 32 hex digits; writes
+ * the plain one in lower case. */
+CUBE_API int cube_uuid_parse(const char *text, size_t len,
+                             char out[CUBE_UUID_TEXT]);
 
 
 /* ==== Chapter 3. JSON ==== */
@@ -31,6 +218,84 @@ extern "C" {
 
 /* ==== Chapter 5. Loop ==== */
 
+/*
+ * One thread that waits for descriptors, timers and deferred work, and calls
+ * back. All other objects live on a loop; free them before it.
+ */
+struct cube_loop;
+
+enum cube_level { CUBE_DEBUG, CUBE_INFO, CUBE_WARN, CUBE_ERROR };
+
+typedef void cube_log_fn(void *arg, enum cube_level level, const char *text);
+typedef void cube_watch_fn(void *arg, unsigned events);
+typedef void cube_call_fn(void *arg);
+
+/* A watched descriptor. The caller's memory; zeroed is unused. */
+struct cube_watch {
+    int fd;
+    unsigned events, generation;
+    cube_watch_fn *fn;
+    void *arg;
+};
+
+/* A point in time to be called at. The caller's memory; zeroed is unset. */
+struct cube_timer {
+    int64_t at_ms;
+    uint64_t order;   /* of equal times, the one set first is first */
+    size_t slot;      /* in the heap + 1; 0: not set */
+    cube_call_fn *fn;
+    void *arg;
+};
+
+/* A call that is made later in this turn, or in the next one. The caller's
+ * memory; zeroed is unused. */
+struct cube_defer {
+    cube_call_fn *fn;
+    void *arg;
+    struct cube_defer *next;
+    bool is_queued;
+};
+
+/* A loop in world `w` (cube_world_real() for the machine itself); NULL when
+ * the machine has no descriptors left. The caller frees it. */
+CUBE_API struct cube_loop *cube_loop_new(const struct cube_world *w,
+                                         struct cube_err *err);
+CUBE_API void cube_loop_free(struct cube_loop *l);
+
+/* Where words for the operator go; none by default. */
+CUBE_API void cube_loop_set_log(struct cube_loop *l, cube_log_fn *fn,
+                                void *arg);
+
+/* For programs with a main loop of their own: wait until cube_loop_fd is
+ * readable, at most cube_loop_timeout_ms (-1: no limit), then turn. */
+CUBE_API int cube_loop_fd(struct cube_loop *l);
+CUBE_API int cube_loop_timeout_ms(struct cube_loop *l);
+/* Waits at most `timeout_ms` (-1: as long as it takes) for something to do,
+ * and does it. */
+CUBE_API int cube_loop_turn(struct cube_loop *l, int timeout_ms,
+                            struct cube_err *err);
+/* Turns until cube_loop_stop. */
+CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err);
+CUBE_API void cube_loop_stop(struct cube_loop *l);
+/* Makes a waiting turn return. From any thread or signal handler. */
+CUBE_API void cube_loop_wake(struct cube_loop *l);
+
+CUBE_API const struct cube_world *cube_loop_world(struct cube_loop *l);
+CUBE_API int64_t cube_loop_now_ms(struct cube_loop *l);
+
+/* `fn` runs when `fd` is ready; it may also run without cause, so use calls
+ * that do not block. Watching again changes the events. */
+CUBE_API int cube_watch_set(struct cube_loop *l, struct cube_watch *watch,
+                            int fd, unsigned events, cube_watch_fn *fn,
+                            void *arg);
+CUBE_API void cube_watch_clear(struct cube_loop *l, struct cube_watch *watch);
+/* Sets or moves a timer to `in_ms` from now. */
+CUBE_API void cube_timer_set(struct cube_loop *l, struct cube_timer *timer,
+                             int64_t in_ms, cube_call_fn *fn, void *arg);
+CUBE_API void cube_timer_clear(struct cube_loop *l, struct cube_timer *timer);
+CUBE_API void cube_defer_set(struct cube_loop *l, struct cube_defer *defer,
+                             cube_call_fn *fn, void *arg);
+CUBE_API void cube_defer_clear(struct cube_loop *l, struct cube_defer *defer);
 
 
 /* ==== Chapter 6. HTTP ==== */
