@@ -2020,8 +2020,479 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
 
 
 /* ==== Chapter 5. Loop ==== uses: 1 2 4 ==== */
+/*
+ * The problem. A manager talks to many workers, each of which may be slow,
+ * and to many clients, each of which may be silent. Threads would need locks
+ * around everything that this program knows.
+ *
+ * The simplest thing that works is one thread that asks the kernel which
+ * descriptors are ready, calls back whoever watches them, and never blocks
+ * anywhere else. One round of that is a turn:
+ *
+ *     wait            at most until the next timer is due
+ *       |
+ *     descriptors     watches that are ready; jobs that are done
+ *       |
+ *     timers          all that are due, earliest first
+ *       |
+ *     deferred        calls put off to the end of the turn
+ *       |
+ *     commit point    for each store: all that the turn has staged is one
+ *                     commit; who waited for the last one is told
+ *
+ * Timers stand in a binary heap ordered by (time, order of setting), so that
+ * two runs with the same inputs do the same things in the same order. Their
+ * memory is the caller's, inside the object that waits; so is that of watches
+ * and deferred calls. Nothing is allocated for waiting, and clearing one that
+ * is not set is harmless.
+ *
+ * A callback may clear, or free with its object, any watch, timer or deferred
+ * call, its own included. Readiness that was already collected for a watch
+ * that is gone is recognised by its generation: a descriptor number is reused
+ * at once, a generation never.
+ *
+ *     token of a watch:  | generation, 32 bits | descriptor, 32 bits |
+ *
+ * Invariants: a callback never runs before the call that asked for it has
+ * returned; a turn runs each deferred call that was queued before its
+ * deferred phase and leaves later ones to the next; whatever takes longer than
+ * 5 ms is cut into slices by whoever does it.
+ *
+ * Interface:
+ *   cube_loop_new, cube_loop_turn, cube_loop_run, cube_loop_stop
+ *   cube_watch_set, cube_timer_set, cube_defer_set and their _clear
+ *   cube_resolve_start      a name to addresses, beside the loop
+ *   cube_commit_open        group commit of one store
+ *   cube_commit_wait        call me when what is staged is on disk
+ *   cube_log                words for the operator
+ *
+ * A typical sequence:
+ *   struct cube_loop *l = cube_loop_new(cube_world_real(), &err);
+ *   cube_timer_set(l, &t, 1000, tick, NULL);
+ *   cube_loop_run(l, &err);          until somebody calls cube_loop_stop(l)
+ *
+ * Naive on purpose: the watches are an array indexed by descriptor. Linux
+ * gives the lowest free number, so the array is as long as the most
+ * descriptors that were ever open at once.
+ */
 
+#define CUBE_LOOP_BATCH 64  /* ready descriptors taken at once */
+#define CUBE_SLICE_MS 5     /* the most that background work takes of a turn */
 
+struct cube_loop {
+    const struct cube_world *world;
+    struct cube_poll *poll;
+    struct cube_watch **watches; /* by descriptor; NULL where none */
+    size_t watch_cap;
+    unsigned generation;
+    struct cube_timer **heap;    /* [0] is due first */
+    size_t heap_len, heap_cap;
+    uint64_t timer_order;
+    struct cube_defer *first_defer, *last_defer;
+    struct cube_list commits;    /* of struct cube_commit */
+    bool has_slices;             /* background work is left over */
+    bool is_stopped;
+    cube_log_fn *log;
+    void *log_arg;
+};
+
+CUBE_API struct cube_loop *cube_loop_new(const struct cube_world *w,
+                                         struct cube_err *err)
+{
+    struct cube_loop *l = cube_alloc(sizeof *l);
+
+    l->world = w;
+    l->poll = w->poll_open(w->ctx);
+    cube_list_init(&l->commits);
+    if (!l->poll) {
+        cube_free(l);
+        (void)cube_fail(err, CUBE_EIO, "open a loop: no descriptors left");
+        return NULL;
+    }
+    return l;
+}
+
+CUBE_API void cube_loop_free(struct cube_loop *l)
+{
+    if (!l)
+        return;
+    CUBE_ASSERT(cube_list_is_empty(&l->commits));
+    l->world->poll_close(l->world->ctx, l->poll);
+    cube_free(l->watches);
+    cube_free(l->heap);
+    cube_free(l);
+}
+
+CUBE_API const struct cube_world *cube_loop_world(struct cube_loop *l)
+{
+    return l->world;
+}
+
+CUBE_API int64_t cube_loop_now_ms(struct cube_loop *l)
+{
+    return l->world->now_ms(l->world->ctx);
+}
+
+CUBE_API void cube_loop_set_log(struct cube_loop *l, cube_log_fn *fn,
+                                void *arg)
+{
+    l->log = fn;
+    l->log_arg = arg;
+}
+
+__attribute__((format(printf, 3, 4))) static void
+cube_log(struct cube_loop *l, enum cube_level level, const char *format, ...)
+{
+    struct cube_buf text = {0};
+    char line[1000];
+    va_list args;
+
+    if (!l->log)
+        return;
+    va_start(args, format);
+    (void)vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    cube_buf_puts(&text, line);
+    l->log(l->log_arg, level, text.data);
+    cube_buf_free(&text);
+}
+
+/* ---- Watches ---- */
+
+static uint64_t cube_watch_token(const struct cube_watch *watch)
+{
+    return (uint64_t)watch->generation << 32 | (uint32_t)watch->fd;
+}
+
+static bool cube_watch_is_set(struct cube_loop *l,
+                              const struct cube_watch *watch)
+{
+    return watch->generation != 0 && (size_t)watch->fd < l->watch_cap &&
+           l->watches[watch->fd] == watch;
+}
+
+static int cube_watch_add(struct cube_loop *l, struct cube_watch *watch,
+                          int fd, unsigned events)
+{
+    size_t at = (size_t)fd;
+    int r;
+
+    if (at >= l->watch_cap) {
+        size_t cap = at < 64 ? 128 : at * 2;
+
+        l->watches = cube_resize(l->watches, cap * sizeof *l->watches);
+        memset(l->watches + l->watch_cap, 0,
+               (cap - l->watch_cap) * sizeof *l->watches);
+        l->watch_cap = cap;
+    }
+    CUBE_ASSERT(!l->watches[at]);
+    if (++l->generation == 0)
+        l->generation = 1;
+    watch->fd = fd;
+    watch->generation = l->generation;
+    r = l->world->poll_add(l->world->ctx, l->poll, fd, events,
+                           cube_watch_token(watch));
+    if (r < 0) {
+        watch->generation = 0;
+        return r;
+    }
+    l->watches[at] = watch;
+    return 0;
+}
+
+CUBE_API int cube_watch_set(struct cube_loop *l, struct cube_watch *watch,
+                            int fd, unsigned events, cube_watch_fn *fn,
+                            void *arg)
+{
+    int r = 0;
+
+    watch->fn = fn;
+    watch->arg = arg;
+    if (!cube_watch_is_set(l, watch))
+        r = cube_watch_add(l, watch, fd, events);
+    else if (watch->events != events)
+        r = l->world->poll_change(l->world->ctx, l->poll, fd, events,
+                                  cube_watch_token(watch));
+    if (r >= 0)
+        watch->events = events;
+    return r < 0 ? -1 : 0;
+}
+
+CUBE_API void cube_watch_clear(struct cube_loop *l, struct cube_watch *watch)
+{
+    if (!cube_watch_is_set(l, watch))
+        return;
+    l->watches[watch->fd] = NULL;
+    l->world->poll_remove(l->world->ctx, l->poll, watch->fd);
+    watch->generation = 0;
+}
+
+/* ---- Timers ---- */
+
+static bool cube_timer_is_before(const struct cube_timer *a,
+                                 const struct cube_timer *b)
+{
+    return a->at_ms != b->at_ms ? a->at_ms < b->at_ms : a->order < b->order;
+}
+
+static void cube_heap_put(struct cube_loop *l, size_t at, struct cube_timer *t)
+{
+    l->heap[at] = t;
+    t->slot = at + 1;
+}
+
+/* Moves `t` from the hole `at` up or down to where it belongs. */
+static void cube_heap_settle(struct cube_loop *l, size_t at,
+                             struct cube_timer *t)
+{
+    while (at > 0 && cube_timer_is_before(t, l->heap[(at - 1) / 2])) {
+        cube_heap_put(l, at, l->heap[(at - 1) / 2]);
+        at = (at - 1) / 2;
+    }
+    for (;;) {
+        size_t child = 2 * at + 1;
+
+        if (child + 1 < l->heap_len &&
+            cube_timer_is_before(l->heap[child + 1], l->heap[child]))
+            child++;
+        if (child >= l->heap_len || !cube_timer_is_before(l->heap[child], t))
+            break;
+        cube_heap_put(l, at, l->heap[child]);
+        at = child;
+    }
+    cube_heap_put(l, at, t);
+}
+
+CUBE_API void cube_timer_clear(struct cube_loop *l, struct cube_timer *timer)
+{
+    size_t at = timer->slot - 1;
+    struct cube_timer *last;
+
+    if (timer->slot == 0)
+        return;
+    timer->slot = 0;
+    last = l->heap[--l->heap_len];
+    if (last != timer)
+        cube_heap_settle(l, at, last);
+}
+
+CUBE_API void cube_timer_set(struct cube_loop *l, struct cube_timer *timer,
+                             int64_t in_ms, cube_call_fn *fn, void *arg)
+{
+    cube_timer_clear(l, timer);
+    timer->at_ms = cube_loop_now_ms(l) + (in_ms > 0 ? in_ms : 0);
+    timer->order = ++l->timer_order;
+    timer->fn = fn;
+    timer->arg = arg;
+    if (l->heap_len == l->heap_cap) {
+        l->heap_cap = l->heap_cap ? l->heap_cap * 2 : 16;
+        l->heap = cube_resize(l->heap, l->heap_cap * sizeof *l->heap);
+    }
+    cube_heap_settle(l, l->heap_len++, timer);
+}
+
+CUBE_UNUSED static bool cube_timer_is_set(const struct cube_timer *timer)
+{
+    return timer->slot != 0;
+}
+
+/* Those set by a callback, even for now, wait for the next turn: `last` is
+ * the newest that this turn may run. */
+static void cube_loop_run_timers(struct cube_loop *l)
+{
+    int64_t now = cube_loop_now_ms(l);
+    uint64_t last = l->timer_order;
+
+    while (l->heap_len > 0 && l->heap[0]->at_ms <= now &&
+           l->heap[0]->order <= last) {
+        struct cube_timer *t = l->heap[0];
+
+        cube_timer_clear(l, t);
+        t->fn(t->arg);
+    }
+}
+
+/* ---- Deferred calls ---- */
+
+CUBE_API void cube_defer_set(struct cube_loop *l, struct cube_defer *defer,
+                             cube_call_fn *fn, void *arg)
+{
+    defer->fn = fn;
+    defer->arg = arg;
+    if (defer->is_queued)
+        return;
+    defer->is_queued = true;
+    defer->next = NULL;
+    if (l->first_defer)
+        l->last_defer->next = defer;
+    else
+        l->first_defer = defer;
+    l->last_defer = defer;
+}
+
+/* Linear: few calls are ever put off at once. */
+CUBE_API void cube_defer_clear(struct cube_loop *l, struct cube_defer *defer)
+{
+    struct cube_defer *before = NULL;
+
+    if (!defer->is_queued)
+        return;
+    defer->is_queued = false;
+    for (struct cube_defer *d = l->first_defer; d != defer; d = d->next)
+        before = d;
+    if (before)
+        before->next = defer->next;
+    else
+        l->first_defer = defer->next;
+    if (l->last_defer == defer)
+        l->last_defer = before;
+}
+
+/* Runs those queued by now: a mark at the end of the queue says where to
+ * stop, whatever the calls add or clear. */
+static void cube_loop_run_deferred(struct cube_loop *l)
+{
+    struct cube_defer mark = {0};
+
+    if (!l->first_defer)
+        return;
+    cube_defer_set(l, &mark, NULL, NULL);
+    while (l->first_defer != &mark) {
+        struct cube_defer *d = l->first_defer;
+
+        cube_defer_clear(l, d);
+        d->fn(d->arg);
+    }
+    cube_defer_clear(l, &mark);
+}
+
+/* ---- Jobs beside the loop ---- */
+
+typedef void cube_job_fn(void *arg, struct cube_job *job);
+
+/* A job and whom to tell. The caller's memory; zeroed is unused. */
+struct cube_loop_job {
+    struct cube_job job; /* first, so that the world's pointer leads here */
+    cube_job_fn *fn;
+    void *arg;
+    bool is_started;
+};
+
+/* Starts `j->job`, whose kind and input are set; `fn` runs once, later. */
+static int cube_loop_job_start(struct cube_loop *l, struct cube_loop_job *j,
+                               cube_job_fn *fn, void *arg)
+{
+    int r;
+
+    j->fn = fn;
+    j->arg = arg;
+    r = l->world->job_start(l->world->ctx, l->poll, &j->job);
+    j->is_started = r >= 0;
+    return r;
+}
+
+/* After this `fn` does not run any more. */
+static void cube_loop_job_cancel(struct cube_loop *l, struct cube_loop_job *j)
+{
+    if (j->is_started)
+        l->world->job_cancel(l->world->ctx, l->poll, &j->job);
+    j->is_started = false;
+}
+
+/* Finds the addresses of a name; see struct cube_job for the result. */
+static int cube_resolve_start(struct cube_loop *l, struct cube_loop_job *j,
+                              const char *host, cube_job_fn *fn, void *arg)
+{
+    memset(&j->job, 0, sizeof j->job);
+    j->job.kind = CUBE_JOB_RESOLVE;
+    (void)snprintf(j->job.host, sizeof j->job.host, "%s", host);
+    return cube_loop_job_start(l, j, fn, arg);
+}
+
+static void cube_loop_commit(struct cube_loop *l)
+{
+    l->has_slices = false;
+}
+
+/* ---- Turns ---- */
+
+CUBE_API int cube_loop_fd(struct cube_loop *l)
+{
+    return l->world->poll_fd(l->world->ctx, l->poll);
+}
+
+CUBE_API int cube_loop_timeout_ms(struct cube_loop *l)
+{
+    int64_t in_ms;
+
+    if (l->first_defer || l->has_slices)
+        return 0;
+    if (l->heap_len == 0)
+        return -1;
+    in_ms = l->heap[0]->at_ms - cube_loop_now_ms(l);
+    return in_ms < 0 ? 0 : in_ms > INT_MAX ? INT_MAX : (int)in_ms;
+}
+
+CUBE_API void cube_loop_wake(struct cube_loop *l)
+{
+    l->world->poll_wake(l->world->ctx, l->poll);
+}
+
+static void cube_loop_dispatch(struct cube_loop *l,
+                               const struct cube_ready *ready)
+{
+    size_t fd = (size_t)(uint32_t)ready->token;
+    struct cube_watch *watch;
+
+    if (ready->job) {
+        struct cube_loop_job *j = (struct cube_loop_job *)(void *)ready->job;
+
+        j->is_started = false;
+        j->fn(j->arg, &j->job);
+        return;
+    }
+    watch = fd < l->watch_cap ? l->watches[fd] : NULL;
+    if (watch && watch->generation == (unsigned)(ready->token >> 32))
+        watch->fn(watch->arg, ready->events);
+}
+
+CUBE_API int cube_loop_turn(struct cube_loop *l, int timeout_ms,
+                            struct cube_err *err)
+{
+    struct cube_ready ready[CUBE_LOOP_BATCH];
+    int own_ms = cube_loop_timeout_ms(l);
+    int n;
+
+    if (own_ms >= 0 && (timeout_ms < 0 || own_ms < timeout_ms))
+        timeout_ms = own_ms;
+    n = l->world->poll_wait(l->world->ctx, l->poll, ready, CUBE_LOOP_BATCH,
+                            timeout_ms);
+    if (n < 0)
+        return cube_fail(err, CUBE_EIO, "wait for descriptors: %s",
+                         cube_errno_text(n));
+    for (int i = 0; i < n; i++)
+        cube_loop_dispatch(l, &ready[i]);
+    cube_loop_run_timers(l);
+    cube_loop_run_deferred(l);
+    cube_loop_commit(l);
+    return 0;
+}
+
+CUBE_API void cube_loop_stop(struct cube_loop *l)
+{
+    l->is_stopped = true;
+    cube_loop_wake(l);
+}
+
+CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
+{
+    l->is_stopped = false;
+    while (!l->is_stopped) {
+        if (cube_loop_turn(l, -1, err) < 0)
+            return -1;
+    }
+    return 0;
+}
 
 
 /* ==== Chapter 6. HTTP ==== uses: 1 2 5 ==== */
