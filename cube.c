@@ -2010,6 +2010,1675 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
 
 
 /* ==== Chapter 3. JSON ==== uses: 2 ==== */
+/*
+ * JSON, RFC 8259, with the interface of sheredom/json.h: the same functions,
+ * types, error numbers and positions, so that either can stand in for the
+ * other. `-DCUBE_JSON_H='"json.h"'` takes upstream's file instead of this
+ * chapter, and so does a program that has included it before. For that reason
+ * nothing outside this chapter may use more of it than upstream offers; the
+ * cube_json_ functions at its end are built on that interface alone.
+ *
+ * The problem is input from strangers. The simplest thing that works, one
+ * recursive function and one malloc per value, overflows the stack on a
+ * megabyte of `[`, and leaves a tree whose release is another recursion. What
+ * was chosen instead: two passes over the text and one allocation.
+ *
+ *    text    {"a":[1,"\n"]}
+ *              |
+ *              |  pass 1, scan: checks every byte, adds up two sizes
+ *              v
+ *    block   [ structs, in the order of the text    | texts, each with a NUL ]
+ *            ^                                      ^
+ *            root; free() of it frees all of it     dom_size bytes further on
+ *              |
+ *              |  pass 2, build: cannot fail, since all was checked
+ *              v
+ *    tree    value -> object -> element "a" -> value -> array -> ...
+ *
+ * Neither pass recurses. What is open is kept in an array of
+ * JSON_MAX_RECURSION entries (in pass 1, one bit each: object or array), and
+ * a text that nests deeper is refused. Each byte is looked at a fixed number
+ * of times, so time is linear whatever the text is.
+ *
+ *                    +-------- '[' or '{' key ':' ---------+
+ *                    v                                     |
+ *    start ------> value ----- scalar, '[]', '{}' ----> after ----> end
+ *                    ^                                   |  ^   (none open)
+ *                    +-------- ',' or ',' key ':' -------+  |
+ *                                                        +--+ ']' or '}'
+ *
+ * Errors. The numbers and offsets are upstream's, also where they look odd,
+ * since programs compare them: whatever is wrong with a key is
+ * invalid_string; a newline in a string is an invalid escape sequence; a
+ * string without an end is reported at the last byte there is. We are
+ * stricter where upstream leaves the RFC: a lone minus is no number, control
+ * characters must be escaped, and text must be UTF-8.
+ *
+ * Invariants: the build writes exactly dom_size and data_size bytes; every
+ * string and number of a tree ends in a NUL that its size does not count;
+ * keys keep their order and their duplicates.
+ *
+ * A typical sequence:
+ *
+ *    struct json_value_s *root = cube_json_parse(text, size, err);
+ *    struct json_value_s *name = cube_json_get(root, "Name");
+ *    const char *s = cube_json_str(name, &len);      NULL: not a string
+ *    cube_json_free(root);
+ *
+ *    cube_buf_puts(&out, "{\"Name\":");
+ *    cube_json_put_str(&out, s, len);
+ *    cube_buf_puts(&out, "}");
+ *
+ * Naive on purpose: members are found by linear search. Objects here have a
+ * few dozen; for thousands of them, walk the list once and fill a map.
+ */
+
+#ifdef CUBE_JSON_H
+#include CUBE_JSON_H
+#elif !defined(SHEREDOM_JSON_H_INCLUDED)
+/* Our names are upstream's: its file, included later, has to stay away. */
+#define SHEREDOM_JSON_H_INCLUDED
+
+#ifndef JSON_MAX_RECURSION
+#define JSON_MAX_RECURSION 1000
+#endif
+
+/* ---- The interface's types ---- */
+
+enum json_type_e {
+    json_type_string,
+    json_type_number,
+    json_type_object,
+    json_type_array,
+    json_type_true,
+    json_type_false,
+    json_type_null
+};
+
+struct json_string_s {
+    const char *string; /* UTF-8, escapes resolved; may hold NULs */
+    size_t string_size; /* in bytes, without the NUL behind it */
+};
+
+struct json_number_s {
+    const char *number; /* the text as it stood */
+    size_t number_size;
+};
+
+/*
+ * A tree of `{"a":[1]}`; `...` is the rest of a struct:
+ *
+ *    value    { payload, json_type_object }
+ *                  |
+ *    object   { start, length 1 }
+ *                  |
+ *    element  { name, value, next NULL }
+ *                 |      |
+ *         { "a", 1 }   value { payload, json_type_array }
+ *                                 |
+ *                      array { start, length 1 }
+ *                                 |
+ *                      element { value, next NULL }
+ *                                  |
+ *                                value { payload, json_type_number }
+ *                                           |
+ *                                        { "1", 1 }
+ */
+struct json_value_s {
+    void *payload; /* by type; NULL for true, false and null */
+    size_t type;   /* enum json_type_e */
+};
+
+struct json_object_element_s {
+    struct json_string_s *name;
+    struct json_value_s *value;
+    struct json_object_element_s *next;
+};
+
+struct json_object_s {
+    struct json_object_element_s *start;
+    size_t length;
+};
+
+struct json_array_element_s {
+    struct json_value_s *value;
+    struct json_array_element_s *next;
+};
+
+struct json_array_s {
+    struct json_array_element_s *start;
+    size_t length;
+};
+
+enum json_parse_flags_e { json_parse_flags_default = 0 };
+
+enum json_parse_error_e {
+    json_parse_error_none,
+    json_parse_error_expected_comma_or_closing_bracket,
+    json_parse_error_expected_colon,
+    json_parse_error_expected_opening_quote,
+    json_parse_error_invalid_string_escape_sequence,
+    json_parse_error_invalid_number_format,
+    json_parse_error_invalid_value,
+    json_parse_error_premature_end_of_buffer,
+    json_parse_error_invalid_string,
+    json_parse_error_allocator_failed,
+    json_parse_error_unexpected_trailing_characters,
+    json_parse_error_recursion,
+    json_parse_error_unknown
+};
+
+struct json_parse_result_s {
+    size_t error;         /* enum json_parse_error_e */
+    size_t error_offset;  /* in bytes, from 0 */
+    size_t error_line_no; /* from 1 */
+    size_t error_row_no;  /* bytes since the newline before, or the start */
+};
+
+/* ---- Text: plain runs, UTF-8, escapes ---- */
+
+/* Has one of the eight bytes of `w` this value? The test of a zero byte from
+ * Anderson's "Bit Twiddling Hacks". */
+static uint64_t cube_json_has(uint64_t w, unsigned char byte)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    uint64_t x = w ^ (ones * byte);
+
+    return (x - ones) & ~x & (ones << 7);
+}
+
+/* How many bytes at `p` stand for themselves: printable ASCII, neither quote
+ * nor backslash? Eight at a time, and the rest singly. */
+static size_t cube_json_plain(const unsigned char *p, size_t left)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    size_t n = 0;
+    uint64_t w;
+
+    for (; left - n >= sizeof w; n += sizeof w) {
+        memcpy(&w, p + n, sizeof w);
+        /* w & high: not ASCII; w - 0x20 borrows: a control character */
+        if (((w | ((w - ones * 0x20) & ~w)) & (ones << 7)) |
+            cube_json_has(w, '"') | cube_json_has(w, '\\'))
+            break;
+    }
+    while (n < left && p[n] >= 0x20 && p[n] < 0x80 && p[n] != '"' &&
+           p[n] != '\\')
+        n++;
+    return n;
+}
+
+/*
+ * How many bytes has the character at `p`, by RFC 3629? 0: it is malformed.
+ *
+ *    00..7F
+ *    C2..DF  80..BF
+ *    E0      A0..BF  80..BF            shorter forms of these are refused,
+ *    E1..EF  80..BF  80..BF            and ED A0..BF, the surrogates
+ *    F0      90..BF  80..BF  80..BF
+ *    F1..F3  80..BF  80..BF  80..BF
+ *    F4      80..8F  80..BF  80..BF
+ */
+static size_t cube_json_utf8(const unsigned char *p, size_t left)
+{
+    unsigned char low = 0x80, high = 0xbf;
+    size_t n;
+
+    if (left == 0)
+        return 0;
+    if (p[0] < 0x80)
+        return 1;
+    if (p[0] < 0xc2 || p[0] > 0xf4)
+        return 0;
+    n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    if (p[0] == 0xe0)
+        low = 0xa0;
+    else if (p[0] == 0xf0)
+        low = 0x90;
+    else if (p[0] == 0xed)
+        high = 0x9f;
+    else if (p[0] == 0xf4)
+        high = 0x8f;
+    if (left < n || p[1] < low || p[1] > high)
+        return 0;
+    for (size_t i = 2; i < n; i++) {
+        if (p[i] < 0x80 || p[i] > 0xbf)
+            return 0;
+    }
+    return n;
+}
+
+/* Writes a code point below 0x110000 as UTF-8; returns its 1 to 4 bytes. */
+static size_t cube_json_encode(uint32_t point, char out[4])
+{
+    static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
+    size_t n = point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4;
+
+    for (size_t i = n; i-- > 1; point >>= 6)
+        out[i] = (char)(0x80 | (point & 0x3f));
+    out[0] = (char)(lead[n] | point);
+    return n;
+}
+
+/* Four hex digits; -1 when they are none. */
+static int32_t cube_json_hex4(const unsigned char *p)
+{
+    int32_t v = 0;
+
+    for (int i = 0; i < 4; i++) {
+        int digit = cube_hex_digit((char)p[i]);
+
+        if (digit < 0)
+            return -1;
+        v = v * 16 + digit;
+    }
+    return v;
+}
+
+struct cube_json_escape {
+    size_t taken; /* bytes of the escape; when it is bad, where, from its \ */
+    size_t size;  /* bytes that it stands for; 0: it is bad */
+    char text[4];
+};
+
+/* The `\u` escape at `p`, surrogates in pairs. The byte behind it has to be
+ * there too, since a string does not end without a quote. */
+static struct cube_json_escape cube_json_unescape_u(const unsigned char *p,
+                                                    size_t left)
+{
+    struct cube_json_escape e = {1, 0, {0}};
+    int32_t high = left >= 7 ? cube_json_hex4(p + 2) : -1, low;
+
+    if (high < 0 || (high >= 0xdc00 && high <= 0xdfff))
+        return e;
+    if (high < 0xd800 || high > 0xdfff) {
+        e.taken = 6;
+        e.size = cube_json_encode((uint32_t)high, e.text);
+        return e;
+    }
+    if (left < 12 || p[6] != '\\' || p[7] != 'u')
+        return e;
+    e.taken = 7;
+    low = left >= 13 ? cube_json_hex4(p + 8) : -1;
+    if (low < 0xdc00 || low > 0xdfff)
+        return e;
+    e.taken = 12;
+    e.size = cube_json_encode(0x10000 + ((uint32_t)(high - 0xd800) << 10) +
+                                  (uint32_t)(low - 0xdc00),
+                              e.text);
+    return e;
+}
+
+/* The escape whose backslash is at `p`; there is a byte behind it. */
+static struct cube_json_escape cube_json_unescape(const unsigned char *p,
+                                                  size_t left)
+{
+    static const char letters[] = "\"\\/bfnrt", bytes[] = "\"\\/\b\f\n\r\t";
+    struct cube_json_escape e = {1, 0, {0}};
+    const char *at;
+
+    if (p[1] == 'u')
+        return cube_json_unescape_u(p, left);
+    at = p[1] ? strchr(letters, p[1]) : NULL;
+    if (at) {
+        e.taken = 2;
+        e.size = 1;
+        e.text[0] = bytes[at - letters];
+    }
+    return e;
+}
+
+/* ---- Pass 1: check and measure ---- */
+
+struct cube_json_scan {
+    const unsigned char *src;
+    size_t size, offset;
+    size_t line_no, line_offset; /* line_offset: of the newline before */
+    uint64_t dom_size, data_size;
+    enum json_parse_error_e error;
+    size_t depth;
+    unsigned char is_object[JSON_MAX_RECURSION / 8 + 1]; /* a bit a level */
+};
+
+/* What follows in the scan: the drawing's states, or an error. */
+enum cube_json_state {
+    CUBE_JSON_FAILED,
+    CUBE_JSON_VALUE,
+    CUBE_JSON_AFTER,
+    CUBE_JSON_END
+};
+
+static int cube_json_wrong(struct cube_json_scan *s,
+                           enum json_parse_error_e error, size_t offset)
+{
+    s->error = error;
+    s->offset = offset;
+    return -1;
+}
+
+/* Goes to the next byte that is no white space; -1: there is none. */
+static int cube_json_scan_space(struct cube_json_scan *s)
+{
+    for (; s->offset < s->size; s->offset++) {
+        switch (s->src[s->offset]) {
+        case '\n':
+            s->line_no++;
+            s->line_offset = s->offset;
+            break;
+        case ' ':
+        case '\t':
+        case '\r':
+            break;
+        default:
+            return 0;
+        }
+    }
+    return cube_json_wrong(s, json_parse_error_premature_end_of_buffer,
+                           s->size);
+}
+
+/* One character of a string that is not plain: an escape, or UTF-8. */
+static int cube_json_scan_char(struct cube_json_scan *s, size_t *at)
+{
+    const unsigned char *p = s->src + *at;
+    size_t left = s->size - *at, n;
+
+    if (*p == '\\') {
+        struct cube_json_escape e;
+
+        if (left < 2)
+            return cube_json_wrong(
+                s, json_parse_error_premature_end_of_buffer, s->size);
+        e = cube_json_unescape(p, left);
+        *at += e.taken;
+        s->data_size += e.size;
+        return e.size ? 0
+                      : cube_json_wrong(
+                            s,
+                            json_parse_error_invalid_string_escape_sequence,
+                            *at);
+    }
+    if (*p == '\n' || *p == '\r')
+        return cube_json_wrong(
+            s, json_parse_error_invalid_string_escape_sequence, *at);
+    n = *p < 0x20 ? 0 : cube_json_utf8(p, left);
+    if (n == 0)
+        return cube_json_wrong(s, json_parse_error_invalid_string, *at);
+    *at += n;
+    s->data_size += n;
+    return 0;
+}
+
+static int cube_json_scan_string(struct cube_json_scan *s)
+{
+    size_t at = s->offset + 1, run;
+
+    if (s->src[s->offset] != '"')
+        return cube_json_wrong(s, json_parse_error_expected_opening_quote,
+                               s->offset);
+    for (;;) {
+        run = cube_json_plain(s->src + at, s->size - at);
+        at += run;
+        s->data_size += run;
+        if (at == s->size)
+            return cube_json_wrong(
+                s, json_parse_error_premature_end_of_buffer, s->size - 1);
+        if (s->src[at] == '"')
+            break;
+        if (cube_json_scan_char(s, &at))
+            return -1;
+    }
+    s->offset = at + 1;
+    s->data_size++;
+    s->dom_size += sizeof(struct json_string_s);
+    return 0;
+}
+
+/* At least one digit from `*at` on. */
+static int cube_json_scan_digits(struct cube_json_scan *s, size_t *at)
+{
+    size_t start = *at;
+
+    while (*at < s->size && s->src[*at] >= '0' && s->src[*at] <= '9')
+        ++*at;
+    return *at > start
+               ? 0
+               : cube_json_wrong(s, json_parse_error_invalid_number_format,
+                                 start);
+}
+
+/* number = [ "-" ] ( "0" / 1-9 digits ) [ "." digits ] [ e [ sign ] digits ],
+ * and behind it a byte that can follow a value. */
+static int cube_json_scan_number(struct cube_json_scan *s)
+{
+    const unsigned char *src = s->src;
+    size_t at = s->offset, size = s->size;
+
+    if (src[at] == '-')
+        at++;
+    if (at < size && src[at] == '0')
+        at++;
+    else if (cube_json_scan_digits(s, &at))
+        return -1;
+    if (at < size && src[at] == '.') {
+        at++;
+        if (cube_json_scan_digits(s, &at))
+            return -1;
+    }
+    if (at < size && (src[at] == 'e' || src[at] == 'E')) {
+        at++;
+        if (at < size && (src[at] == '+' || src[at] == '-'))
+            at++;
+        if (cube_json_scan_digits(s, &at))
+            return -1;
+    }
+    if (at < size && (!src[at] || !strchr(" \t\r\n},]", src[at])))
+        return cube_json_wrong(s, json_parse_error_invalid_number_format, at);
+    s->dom_size += sizeof(struct json_number_s);
+    s->data_size += at - s->offset + 1;
+    s->offset = at;
+    return 0;
+}
+
+/* Which of the three words is at `p`? Returns its length, 0 for none. */
+static size_t cube_json_word(const unsigned char *p, size_t left,
+                             size_t *type)
+{
+    static const struct {
+        const char *text;
+        size_t len, type;
+    } words[] = {{"true", 4, json_type_true},
+                 {"false", 5, json_type_false},
+                 {"null", 4, json_type_null}};
+
+    for (size_t i = 0; i < CUBE_COUNT(words); i++) {
+        if (left >= words[i].len && !memcmp(p, words[i].text, words[i].len)) {
+            *type = words[i].type;
+            return words[i].len;
+        }
+    }
+    return 0;
+}
+
+static int cube_json_scan_scalar(struct cube_json_scan *s)
+{
+    unsigned char c = s->src[s->offset];
+    size_t type, len;
+
+    if (c == '"')
+        return cube_json_scan_string(s);
+    if (c == '-' || (c >= '0' && c <= '9'))
+        return cube_json_scan_number(s);
+    len = cube_json_word(s->src + s->offset, s->size - s->offset, &type);
+    if (len == 0)
+        return cube_json_wrong(s,
+                               c == '+' || c == '.'
+                                   ? json_parse_error_invalid_number_format
+                                   : json_parse_error_invalid_value,
+                               s->offset);
+    s->offset += len;
+    return 0;
+}
+
+static bool cube_json_in_object(const struct cube_json_scan *s)
+{
+    size_t level = s->depth - 1;
+
+    return s->is_object[level / 8] >> level % 8 & 1;
+}
+
+/* In front of an element's value: the key and the colon of a member. */
+static enum cube_json_state cube_json_scan_element(struct cube_json_scan *s)
+{
+    if (!cube_json_in_object(s)) {
+        s->dom_size += sizeof(struct json_array_element_s);
+        return CUBE_JSON_VALUE;
+    }
+    s->dom_size += sizeof(struct json_object_element_s);
+    if (cube_json_scan_string(s)) {
+        s->error = json_parse_error_invalid_string;
+        return CUBE_JSON_FAILED;
+    }
+    if (cube_json_scan_space(s))
+        return CUBE_JSON_FAILED;
+    if (s->src[s->offset] != ':') {
+        s->error = json_parse_error_expected_colon;
+        return CUBE_JSON_FAILED;
+    }
+    s->offset++;
+    return CUBE_JSON_VALUE;
+}
+
+/* '[' or '{': one level deeper, to its first element if it has one. */
+static enum cube_json_state cube_json_scan_open(struct cube_json_scan *s)
+{
+    bool is_object = s->src[s->offset] == '{';
+    size_t level = s->depth;
+    unsigned char bit = (unsigned char)(1u << level % 8);
+
+    if (s->depth == JSON_MAX_RECURSION) {
+        s->error = json_parse_error_recursion;
+        return CUBE_JSON_FAILED;
+    }
+    if (is_object)
+        s->is_object[level / 8] |= bit;
+    else
+        s->is_object[level / 8] &= (unsigned char)~bit;
+    s->depth++;
+    s->offset++;
+    s->dom_size += is_object ? sizeof(struct json_object_s)
+                             : sizeof(struct json_array_s);
+    if (cube_json_scan_space(s))
+        return CUBE_JSON_FAILED;
+    if (s->src[s->offset] == (is_object ? '}' : ']'))
+        return CUBE_JSON_AFTER;
+    return cube_json_scan_element(s);
+}
+
+static enum cube_json_state cube_json_scan_value(struct cube_json_scan *s)
+{
+    if (cube_json_scan_space(s))
+        return CUBE_JSON_FAILED;
+    s->dom_size += sizeof(struct json_value_s);
+    if (s->src[s->offset] == '{' || s->src[s->offset] == '[')
+        return cube_json_scan_open(s);
+    return cube_json_scan_scalar(s) ? CUBE_JSON_FAILED : CUBE_JSON_AFTER;
+}
+
+/* Behind a value: its container ends or goes on. */
+static enum cube_json_state cube_json_scan_after(struct cube_json_scan *s)
+{
+    if (s->depth == 0)
+        return CUBE_JSON_END;
+    if (cube_json_scan_space(s))
+        return CUBE_JSON_FAILED;
+    if (s->src[s->offset] == (cube_json_in_object(s) ? '}' : ']')) {
+        s->depth--;
+        s->offset++;
+        return CUBE_JSON_AFTER;
+    }
+    if (s->src[s->offset] != ',') {
+        s->error = json_parse_error_expected_comma_or_closing_bracket;
+        return CUBE_JSON_FAILED;
+    }
+    s->offset++;
+    if (cube_json_scan_space(s))
+        return CUBE_JSON_FAILED;
+    return cube_json_scan_element(s);
+}
+
+/* The whole text; -1 with `error` and the position set. */
+static int cube_json_scan(struct cube_json_scan *s)
+{
+    enum cube_json_state state = CUBE_JSON_VALUE;
+
+    while (state == CUBE_JSON_VALUE || state == CUBE_JSON_AFTER)
+        state = state == CUBE_JSON_VALUE ? cube_json_scan_value(s)
+                                         : cube_json_scan_after(s);
+    if (state == CUBE_JSON_FAILED)
+        return -1;
+    if (cube_json_scan_space(s) == 0)
+        return cube_json_wrong(
+            s, json_parse_error_unexpected_trailing_characters, s->offset);
+    s->error = json_parse_error_none;
+    return 0;
+}
+
+/* ---- Pass 2: build ---- */
+
+/* Where the next element of an open container is to be linked. */
+struct cube_json_open {
+    size_t *length;
+    struct json_object_element_s **member; /* NULL: it is an array */
+    struct json_array_element_s **item;
+};
+
+/* Hands out one block, front part to structs and back part to texts. Used by
+ * the parser and by json_extract_value_ex. */
+struct cube_json_build {
+    unsigned char *dom;
+    char *data;
+    struct json_value_s *value; /* the one to be filled next */
+    size_t depth;
+    struct cube_json_open open[JSON_MAX_RECURSION];
+};
+
+static void *cube_json_build_struct(struct cube_json_build *b, size_t size)
+{
+    void *p = b->dom;
+
+    b->dom += size;
+    return p;
+}
+
+static void cube_json_build_start(struct cube_json_build *b, void *block,
+                                  size_t dom_size)
+{
+    b->dom = block;
+    b->data = (char *)block + dom_size;
+    b->depth = 0;
+    b->value = cube_json_build_struct(b, sizeof *b->value);
+}
+
+/* Makes the due value an empty container and steps into it. */
+static void cube_json_build_open(struct cube_json_build *b, size_t type)
+{
+    struct cube_json_open *open = &b->open[b->depth++];
+
+    b->value->type = type;
+    memset(open, 0, sizeof *open);
+    if (type == json_type_object) {
+        struct json_object_s *object =
+            cube_json_build_struct(b, sizeof *object);
+
+        b->value->payload = object;
+        object->start = NULL;
+        open->length = &object->length;
+        open->member = &object->start;
+    } else {
+        struct json_array_s *array = cube_json_build_struct(b, sizeof *array);
+
+        b->value->payload = array;
+        array->start = NULL;
+        open->length = &array->length;
+        open->item = &array->start;
+    }
+    *open->length = 0;
+}
+
+/* Adds an element to the open container, whose value is due then. Returns
+ * where its name goes, or NULL in an array. */
+static struct json_string_s *cube_json_build_next(struct cube_json_build *b)
+{
+    struct cube_json_open *open = &b->open[b->depth - 1];
+    struct json_string_s *name = NULL;
+
+    ++*open->length;
+    if (open->member) {
+        struct json_object_element_s *member =
+            cube_json_build_struct(b, sizeof *member);
+
+        name = cube_json_build_struct(b, sizeof *name);
+        member->name = name;
+        member->next = NULL;
+        *open->member = member;
+        open->member = &member->next;
+        b->value = cube_json_build_struct(b, sizeof *b->value);
+        member->value = b->value;
+    } else {
+        struct json_array_element_s *item =
+            cube_json_build_struct(b, sizeof *item);
+
+        item->next = NULL;
+        *open->item = item;
+        open->item = &item->next;
+        b->value = cube_json_build_struct(b, sizeof *b->value);
+        item->value = b->value;
+    }
+    return name;
+}
+
+static const char *cube_json_build_text(struct cube_json_build *b,
+                                        const void *p, size_t size)
+{
+    char *text = b->data;
+
+    if (size > 0)
+        memcpy(text, p, size);
+    text[size] = 0;
+    b->data += size + 1;
+    return text;
+}
+
+static void cube_json_build_string(struct cube_json_build *b, const char *p,
+                                   size_t size)
+{
+    struct json_string_s *string = cube_json_build_struct(b, sizeof *string);
+
+    string->string = cube_json_build_text(b, p, size);
+    string->string_size = size;
+    b->value->type = json_type_string;
+    b->value->payload = string;
+}
+
+static void cube_json_build_number(struct cube_json_build *b, const void *p,
+                                   size_t size)
+{
+    struct json_number_s *number = cube_json_build_struct(b, sizeof *number);
+
+    number->number = cube_json_build_text(b, p, size);
+    number->number_size = size;
+    b->value->type = json_type_number;
+    b->value->payload = number;
+}
+
+static void cube_json_build_word(struct cube_json_build *b, size_t type)
+{
+    b->value->type = type;
+    b->value->payload = NULL;
+}
+
+/* The string at `p`, a quote; returns what is behind it. The text has been
+ * checked: each run ends at a quote, an escape or a longer character. */
+static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
+                                                  const unsigned char *p,
+                                                  const unsigned char *end,
+                                                  struct json_string_s *out)
+{
+    char *text = b->data;
+
+    out->string = text;
+    for (p++;;) {
+        size_t run = cube_json_plain(p, (size_t)(end - p));
+
+        memcpy(text, p, run);
+        text += run;
+        p += run;
+        if (*p == '"')
+            break;
+        if (*p == '\\') {
+            struct cube_json_escape e =
+                cube_json_unescape(p, (size_t)(end - p));
+
+            memcpy(text, e.text, e.size);
+            text += e.size;
+            p += e.taken;
+        } else {
+            do
+                *text++ = (char)*p++;
+            while (*p >= 0x80);
+        }
+    }
+    *text = 0;
+    out->string_size = (size_t)(text - b->data);
+    b->data = text + 1;
+    return p + 1;
+}
+
+/* Fills the due value from the text at `p`; returns what is behind it, for a
+ * container behind its bracket. */
+static const unsigned char *cube_json_fill_value(struct cube_json_build *b,
+                                                 const unsigned char *p,
+                                                 const unsigned char *end)
+{
+    const unsigned char *start = p;
+    size_t type = json_type_null, len;
+
+    if (*p == '{' || *p == '[') {
+        cube_json_build_open(b, *p == '{' ? json_type_object
+                                          : json_type_array);
+        return p + 1;
+    }
+    if (*p == '"') {
+        b->value->type = json_type_string;
+        b->value->payload =
+            cube_json_build_struct(b, sizeof(struct json_string_s));
+        return cube_json_fill_string(b, p, end, b->value->payload);
+    }
+    len = cube_json_word(p, (size_t)(end - p), &type);
+    if (len > 0) {
+        cube_json_build_word(b, type);
+        return p + len;
+    }
+    while (p < end && (*p == '+' || *p == '-' || *p == '.' || *p == 'e' ||
+                       *p == 'E' || (*p >= '0' && *p <= '9')))
+        p++;
+    cube_json_build_number(b, start, (size_t)(p - start));
+    return p;
+}
+
+/* White space, and the two marks that say nothing in a checked text. */
+static const unsigned char *cube_json_fill_gap(const unsigned char *p)
+{
+    while (*p == ' ' || *p == '\t' || *p == '\n' || *p == '\r' ||
+           *p == ',' || *p == ':')
+        p++;
+    return p;
+}
+
+/* Behind a checked value that is not the root there is always a bracket, so
+ * only the gap before the root and after it could run off the end. */
+static void cube_json_fill(struct cube_json_build *b, const unsigned char *p,
+                           const unsigned char *end)
+{
+    p = cube_json_fill_value(b, cube_json_fill_gap(p), end);
+    while (b->depth > 0) {
+        p = cube_json_fill_gap(p);
+        if (*p == ']' || *p == '}') {
+            b->depth--;
+            p++;
+        } else {
+            struct json_string_s *name = cube_json_build_next(b);
+
+            if (name) {
+                p = cube_json_fill_string(b, p, end, name);
+                p = cube_json_fill_gap(p);
+            }
+            p = cube_json_fill_value(b, p, end);
+        }
+    }
+}
+
+/* ---- The interface: parsing ---- */
+
+/* A block for both parts of a tree; NULL when there is none that large. */
+static void *cube_json_block(uint64_t dom_size, uint64_t data_size,
+                             void *(*alloc)(void *user, size_t size),
+                             void *user)
+{
+    uint64_t size = dom_size + data_size;
+
+    if (size > SIZE_MAX)
+        return NULL;
+    return alloc ? alloc(user, (size_t)size) : CUBE_MALLOC((size_t)size);
+}
+
+CUBE_UNUSED static struct json_value_s *
+json_parse_ex(const void *src, size_t src_size, size_t flags_bitset,
+              void *(*alloc_func_ptr)(void *, size_t), void *user_data,
+              struct json_parse_result_s *result)
+{
+    struct cube_json_scan scan = {0};
+    struct cube_json_build build;
+    struct json_parse_result_s unused;
+    void *block;
+
+    result = result ? result : &unused;
+    memset(result, 0, sizeof *result);
+    if (!src)
+        return NULL;
+    scan.src = src;
+    scan.size = src_size;
+    scan.line_no = 1;
+    if (flags_bitset != json_parse_flags_default)
+        scan.error = json_parse_error_unknown;
+    if (scan.error || cube_json_scan(&scan)) {
+        result->error = scan.error;
+        result->error_offset = scan.offset;
+        result->error_line_no = scan.line_no;
+        result->error_row_no = scan.offset - scan.line_offset;
+        return NULL;
+    }
+    block = cube_json_block(scan.dom_size, scan.data_size, alloc_func_ptr,
+                            user_data);
+    if (!block) {
+        result->error = json_parse_error_allocator_failed;
+        return NULL;
+    }
+    cube_json_build_start(&build, block, (size_t)scan.dom_size);
+    cube_json_fill(&build, src, scan.src + src_size);
+    return block;
+}
+
+CUBE_UNUSED static struct json_value_s *json_parse(const void *src,
+                                                   size_t src_size)
+{
+    return json_parse_ex(src, src_size, json_parse_flags_default, NULL, NULL,
+                         NULL);
+}
+
+/* ---- A walk over a tree ---- */
+
+enum cube_json_event {
+    CUBE_JSON_LEAF,     /* a value without elements, also [] and {} */
+    CUBE_JSON_OPEN,     /* a container; its elements follow, then CLOSE */
+    CUBE_JSON_CLOSE,
+    CUBE_JSON_DONE,
+    CUBE_JSON_UNFIT     /* nested too deep, or of a type that there is not */
+};
+
+/* One level: the container, and which element of it comes next. */
+struct cube_json_level {
+    const struct json_value_s *value;
+    const struct json_object_element_s *member;
+    const struct json_array_element_s *item;
+};
+
+/* Visits all values in the order of the text, without recursion. */
+struct cube_json_walk {
+    const struct json_value_s *value; /* of the last event, or the root */
+    const struct json_string_s *name; /* of the value, in an object */
+    bool is_later;                    /* the value has a sibling before it */
+    size_t depth;                     /* open containers, after the event */
+    struct cube_json_level levels[JSON_MAX_RECURSION];
+};
+
+/* The event of the value that the walk has just come to. */
+static enum cube_json_event cube_json_walk_enter(struct cube_json_walk *w)
+{
+    struct cube_json_level level = {w->value, NULL, NULL};
+
+    if (!w->value || w->value->type > json_type_null ||
+        (!w->value->payload && w->value->type <= json_type_array))
+        return CUBE_JSON_UNFIT;
+    if (w->value->type == json_type_object)
+        level.member = ((const struct json_object_s *)w->value->payload)->start;
+    else if (w->value->type == json_type_array)
+        level.item = ((const struct json_array_s *)w->value->payload)->start;
+    if (!level.member && !level.item)
+        return CUBE_JSON_LEAF;
+    if (w->depth == JSON_MAX_RECURSION)
+        return CUBE_JSON_UNFIT;
+    w->levels[w->depth++] = level;
+    return CUBE_JSON_OPEN;
+}
+
+static enum cube_json_event cube_json_walk_start(struct cube_json_walk *w,
+                                                 const struct json_value_s *v)
+{
+    w->value = v;
+    w->name = NULL;
+    w->is_later = false;
+    w->depth = 0;
+    return cube_json_walk_enter(w);
+}
+
+static enum cube_json_event cube_json_walk_next(struct cube_json_walk *w,
+                                                enum cube_json_event last)
+{
+    struct cube_json_level *level;
+
+    if (w->depth == 0)
+        return CUBE_JSON_DONE;
+    level = &w->levels[w->depth - 1];
+    w->is_later = last != CUBE_JSON_OPEN;
+    w->name = NULL;
+    if (level->member) {
+        w->name = level->member->name;
+        w->value = level->member->value;
+        level->member = level->member->next;
+        return w->name ? cube_json_walk_enter(w) : CUBE_JSON_UNFIT;
+    }
+    if (level->item) {
+        w->value = level->item->value;
+        level->item = level->item->next;
+        return cube_json_walk_enter(w);
+    }
+    w->value = level->value;
+    w->depth--;
+    return CUBE_JSON_CLOSE;
+}
+
+/* ---- The interface: copies ---- */
+
+/* What the copy of this event's value takes. */
+static void cube_json_extract_size(const struct cube_json_walk *w,
+                                   uint64_t *dom_size, uint64_t *data_size)
+{
+    const struct json_string_s *string = w->value->payload;
+    const struct json_number_s *number = w->value->payload;
+
+    *dom_size += sizeof(struct json_value_s);
+    if (w->name) {
+        *dom_size += sizeof(struct json_object_element_s) +
+                     sizeof(struct json_string_s);
+        *data_size += (uint64_t)w->name->string_size + 1;
+    } else {
+        *dom_size += sizeof(struct json_array_element_s);
+    }
+    if (w->value->type == json_type_string) {
+        *dom_size += sizeof *string;
+        *data_size += (uint64_t)string->string_size + 1;
+    } else if (w->value->type == json_type_number) {
+        *dom_size += sizeof *number;
+        *data_size += (uint64_t)number->number_size + 1;
+    } else if (w->value->type == json_type_object) {
+        *dom_size += sizeof(struct json_object_s);
+    } else if (w->value->type == json_type_array) {
+        *dom_size += sizeof(struct json_array_s);
+    }
+}
+
+static int cube_json_extract_measure(const struct json_value_s *value,
+                                     uint64_t *dom_size, uint64_t *data_size)
+{
+    struct cube_json_walk walk;
+    enum cube_json_event event = cube_json_walk_start(&walk, value);
+
+    for (; event != CUBE_JSON_DONE;
+         event = cube_json_walk_next(&walk, event)) {
+        if (event == CUBE_JSON_UNFIT)
+            return -1;
+        if (event != CUBE_JSON_CLOSE)
+            cube_json_extract_size(&walk, dom_size, data_size);
+    }
+    return 0;
+}
+
+/* Copies this event's value into the due one. */
+static void cube_json_extract_one(struct cube_json_build *b,
+                                  const struct cube_json_walk *w,
+                                  enum cube_json_event event)
+{
+    const struct json_value_s *value = w->value;
+    const struct json_string_s *string = value->payload;
+    const struct json_number_s *number = value->payload;
+
+    if (value->type == json_type_string)
+        cube_json_build_string(b, string->string, string->string_size);
+    else if (value->type == json_type_number)
+        cube_json_build_number(b, number->number, number->number_size);
+    else if (value->type > json_type_array)
+        cube_json_build_word(b, value->type);
+    else
+        cube_json_build_open(b, value->type);
+    if (event == CUBE_JSON_LEAF &&
+        (value->type == json_type_object || value->type == json_type_array))
+        b->depth--;
+}
+
+static void cube_json_extract_fill(struct cube_json_build *b,
+                                   const struct json_value_s *value)
+{
+    struct cube_json_walk walk;
+    enum cube_json_event event = cube_json_walk_start(&walk, value);
+
+    for (; event != CUBE_JSON_DONE;
+         event = cube_json_walk_next(&walk, event)) {
+        if (event == CUBE_JSON_CLOSE) {
+            b->depth--;
+            continue;
+        }
+        if (b->depth > 0) {
+            struct json_string_s *name = cube_json_build_next(b);
+
+            if (name) {
+                name->string_size = walk.name->string_size;
+                name->string = cube_json_build_text(b, walk.name->string,
+                                                    name->string_size);
+            }
+        }
+        cube_json_extract_one(b, &walk, event);
+    }
+}
+
+CUBE_UNUSED static struct json_value_s *
+json_extract_value_ex(const struct json_value_s *value,
+                      void *(*alloc_func_ptr)(void *, size_t),
+                      void *user_data)
+{
+    uint64_t dom_size = 0, data_size = 0;
+    struct cube_json_build build;
+    void *block;
+
+    if (!value || cube_json_extract_measure(value, &dom_size, &data_size))
+        return NULL;
+    block = cube_json_block(dom_size, data_size, alloc_func_ptr, user_data);
+    if (!block)
+        return NULL;
+    cube_json_build_start(&build, block, (size_t)dom_size);
+    cube_json_extract_fill(&build, value);
+    return block;
+}
+
+CUBE_UNUSED static struct json_value_s *
+json_extract_value(const struct json_value_s *value)
+{
+    return json_extract_value_ex(value, NULL, NULL);
+}
+
+/* ---- The interface: payloads ---- */
+
+CUBE_UNUSED static struct json_string_s *
+json_value_as_string(struct json_value_s *const value)
+{
+    return value && value->type == json_type_string ? value->payload : NULL;
+}
+
+CUBE_UNUSED static struct json_number_s *
+json_value_as_number(struct json_value_s *const value)
+{
+    return value && value->type == json_type_number ? value->payload : NULL;
+}
+
+CUBE_UNUSED static struct json_object_s *
+json_value_as_object(struct json_value_s *const value)
+{
+    return value && value->type == json_type_object ? value->payload : NULL;
+}
+
+CUBE_UNUSED static struct json_array_s *
+json_value_as_array(struct json_value_s *const value)
+{
+    return value && value->type == json_type_array ? value->payload : NULL;
+}
+
+CUBE_UNUSED static int json_value_is_true(const struct json_value_s *value)
+{
+    return value && value->type == json_type_true;
+}
+
+CUBE_UNUSED static int json_value_is_false(const struct json_value_s *value)
+{
+    return value && value->type == json_type_false;
+}
+
+CUBE_UNUSED static int json_value_is_null(const struct json_value_s *value)
+{
+    return value && value->type == json_type_null;
+}
+
+/* ---- The interface: printing ---- */
+
+/* Where a print goes. Run twice, it measures first and writes then. */
+struct cube_json_print {
+    char *at; /* NULL: only count */
+    size_t size;
+    const char *indent, *newline, *colon; /* empty texts: minified */
+};
+
+static void cube_json_print_add(struct cube_json_print *o, const void *p,
+                                size_t size)
+{
+    if (o->at && size > 0) {
+        memcpy(o->at, p, size);
+        o->at += size;
+    }
+    o->size += size;
+}
+
+/* The escape of a byte that may not stand for itself; returns its length. */
+static size_t cube_json_escape_byte(unsigned char c, char out[6])
+{
+    static const char bytes[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt";
+    static const char hex[] = "0123456789abcdef";
+    const char *at = c ? strchr(bytes, c) : NULL;
+
+    out[0] = '\\';
+    if (at) {
+        out[1] = letters[at - bytes];
+        return 2;
+    }
+    memcpy(out + 1, "u00", 3);
+    out[4] = hex[c >> 4];
+    out[5] = hex[c & 15];
+    return 6;
+}
+
+static void cube_json_print_string(struct cube_json_print *o,
+                                   const struct json_string_s *string)
+{
+    const unsigned char *p = (const unsigned char *)string->string;
+    size_t left = string->string_size, n;
+    char escape[6];
+
+    cube_json_print_add(o, "\"", 1);
+    while (left > 0) {
+        n = cube_json_plain(p, left);
+        if (n == 0 && *p >= 0x80)
+            n = cube_json_utf8(p, left);
+        cube_json_print_add(o, p, n);
+        if (n == 0 && *p >= 0x80)
+            cube_json_print_add(o, "\xef\xbf\xbd", 3); /* U+FFFD */
+        else if (n == 0)
+            cube_json_print_add(o, escape, cube_json_escape_byte(*p, escape));
+        n = n ? n : 1;
+        p += n;
+        left -= n;
+    }
+    cube_json_print_add(o, "\"", 1);
+}
+
+static void cube_json_print_line(struct cube_json_print *o, size_t depth)
+{
+    size_t indent_size = strlen(o->indent);
+
+    cube_json_print_add(o, o->newline, strlen(o->newline));
+    for (size_t i = 0; i < depth && indent_size > 0; i++)
+        cube_json_print_add(o, o->indent, indent_size);
+}
+
+/* A value without elements. */
+static void cube_json_print_leaf(struct cube_json_print *o,
+                                 const struct json_value_s *value)
+{
+    /* in the order of enum json_type_e; the first two have a payload */
+    static const char *const words[] = {"",     "",      "{}",  "[]",
+                                        "true", "false", "null"};
+    const struct json_number_s *number = value->payload;
+
+    if (value->type == json_type_string)
+        cube_json_print_string(o, value->payload);
+    else if (value->type == json_type_number)
+        cube_json_print_add(o, number->number, number->number_size);
+    else
+        cube_json_print_add(o, words[value->type], strlen(words[value->type]));
+}
+
+static int cube_json_print_tree(struct cube_json_print *o,
+                                const struct json_value_s *value)
+{
+    struct cube_json_walk walk;
+    enum cube_json_event event = cube_json_walk_start(&walk, value);
+
+    for (; event != CUBE_JSON_DONE;
+         event = cube_json_walk_next(&walk, event)) {
+        bool is_object = walk.value && walk.value->type == json_type_object;
+        size_t depth = walk.depth - (event == CUBE_JSON_OPEN);
+
+        if (event == CUBE_JSON_UNFIT)
+            return -1;
+        if (event != CUBE_JSON_CLOSE && walk.is_later)
+            cube_json_print_add(o, ",", 1);
+        if (depth > 0 || event == CUBE_JSON_CLOSE)
+            cube_json_print_line(o, depth);
+        if (walk.name) {
+            cube_json_print_string(o, walk.name);
+            cube_json_print_add(o, o->colon, strlen(o->colon));
+        }
+        if (event == CUBE_JSON_OPEN)
+            cube_json_print_add(o, is_object ? "{" : "[", 1);
+        else if (event == CUBE_JSON_CLOSE)
+            cube_json_print_add(o, is_object ? "}" : "]", 1);
+        else
+            cube_json_print_leaf(o, walk.value);
+    }
+    return 0;
+}
+
+static void *cube_json_print_all(struct cube_json_print style,
+                                 const struct json_value_s *value,
+                                 size_t *out_size)
+{
+    struct cube_json_print o = style;
+    char *text;
+
+    if (!value || cube_json_print_tree(&o, value))
+        return NULL;
+    text = CUBE_MALLOC(o.size + 1);
+    if (!text)
+        return NULL;
+    text[o.size] = 0;
+    if (out_size)
+        *out_size = o.size + 1;
+    o = style;
+    o.at = text;
+    (void)cube_json_print_tree(&o, value);
+    return text;
+}
+
+CUBE_UNUSED static void *json_write_minified(const struct json_value_s *value,
+                                             size_t *out_size)
+{
+    struct cube_json_print style = {NULL, 0, "", "", ":"};
+
+    return cube_json_print_all(style, value, out_size);
+}
+
+CUBE_UNUSED static void *json_write_pretty(const struct json_value_s *value,
+                                           const char *indent,
+                                           const char *newline,
+                                           size_t *out_size)
+{
+    struct cube_json_print style = {NULL, 0, indent ? indent : "  ",
+                                    newline ? newline : "\n", " : "};
+
+    return cube_json_print_all(style, value, out_size);
+}
+
+#endif /* CUBE_JSON_H, SHEREDOM_JSON_H_INCLUDED */
+
+/* ---- Reading: short ways to what a tree holds ----
+ *
+ * Built on upstream's interface alone. All take NULL for a value that is not
+ * there, so that calls can be nested. */
+
+/* Parses with our allocator; free with cube_json_free. The error says where
+ * and what, in words. */
+static void *cube_json_alloc(void *unused, size_t size)
+{
+    (void)unused;
+    return CUBE_MALLOC(size);
+}
+
+CUBE_UNUSED static struct json_value_s *
+cube_json_parse(const void *src, size_t size, struct cube_err *err)
+{
+    static const char *const words[] = {
+        "no JSON",
+        "expected a comma or a closing bracket",
+        "expected a colon",
+        "expected a quote",
+        "invalid escape in a string",
+        "invalid number",
+        "invalid value",
+        "it ends too early",
+        "invalid string",
+        "out of memory",
+        "more text behind the value",
+        "nested too deep",
+        "cannot be parsed",
+    };
+    struct json_parse_result_s result;
+    struct json_value_s *root =
+        json_parse_ex(src, size, json_parse_flags_default, cube_json_alloc,
+                      NULL, &result);
+
+    if (root)
+        return root;
+    (void)cube_fail(err, CUBE_EINVAL, "JSON, line %zu, byte %zu: %s",
+                    result.error_line_no, result.error_offset,
+                    words[result.error < CUBE_COUNT(words) ? result.error
+                                                           : 0]);
+    return NULL;
+}
+
+/* Frees a root that cube_json_parse returned. */
+CUBE_UNUSED static void cube_json_free(struct json_value_s *root)
+{
+    CUBE_FREE(root);
+}
+
+/* The first member of an object, or NULL. */
+CUBE_UNUSED static struct json_object_element_s *
+cube_json_members(struct json_value_s *value)
+{
+    struct json_object_s *object = value ? json_value_as_object(value) : NULL;
+
+    return object ? object->start : NULL;
+}
+
+/* The first item of an array, or NULL. */
+CUBE_UNUSED static struct json_array_element_s *
+cube_json_items(struct json_value_s *value)
+{
+    struct json_array_s *array = value ? json_value_as_array(value) : NULL;
+
+    return array ? array->start : NULL;
+}
+
+/* The value of a key, the last one when there are several; NULL: none. */
+CUBE_UNUSED static struct json_value_s *cube_json_get(struct json_value_s *value,
+                                                      const char *key)
+{
+    struct json_value_s *found = NULL;
+
+    for (struct json_object_element_s *m = cube_json_members(value); m;
+         m = m->next) {
+        if (cube_text_is(m->name->string, m->name->string_size, key))
+            found = m->value;
+    }
+    return found;
+}
+
+/* The same without regard to the case of ASCII letters, and without nulls:
+ * on the wire, a null leaves what an earlier key said. */
+CUBE_UNUSED static struct json_value_s *
+cube_json_get_nocase(struct json_value_s *value, const char *key)
+{
+    struct json_value_s *found = NULL;
+
+    for (struct json_object_element_s *m = cube_json_members(value); m;
+         m = m->next) {
+        if (cube_text_is_nocase(m->name->string, m->name->string_size, key) &&
+            !json_value_is_null(m->value))
+            found = m->value;
+    }
+    return found;
+}
+
+/* The bytes of a string, which a NUL follows, or NULL; `len` may be NULL. */
+CUBE_UNUSED static const char *cube_json_str(struct json_value_s *value,
+                                             size_t *len)
+{
+    struct json_string_s *string = value ? json_value_as_string(value) : NULL;
+
+    if (len)
+        *len = string ? string->string_size : 0;
+    return string ? string->string : NULL;
+}
+
+/* An integer written as one: digits, no fraction, no exponent; -1 for
+ * everything else, and for what does not fit. */
+CUBE_UNUSED static int cube_json_i64(struct json_value_s *value, int64_t *out)
+{
+    struct json_number_s *number = value ? json_value_as_number(value) : NULL;
+    uint64_t max = INT64_MAX, magnitude;
+    bool is_negative;
+
+    if (!number || number->number_size == 0)
+        return -1;
+    is_negative = number->number[0] == '-';
+    if (cube_text_u64(number->number + is_negative,
+                      number->number_size - is_negative, max + is_negative,
+                      &magnitude))
+        return -1;
+    *out = is_negative && magnitude > 0 ? -(int64_t)(magnitude - 1) - 1
+                                        : (int64_t)magnitude;
+    return 0;
+}
+
+#define CUBE_JSON_NUMBER_MAX 1000 /* characters of a number's text */
+
+/*
+ * The double nearest to a number's text. strtod reads the decimal point of
+ * the program's locale, so it is given the digits without a point, and an
+ * exponent that makes up for it: 1.25e3 is 125e1.
+ */
+static int cube_json_text_f64(const char *p, size_t size, double *out)
+{
+    char text[CUBE_JSON_NUMBER_MAX + 24];
+    size_t len = 0, i = 0;
+    long exponent = 0, fraction = 0, sign = 1;
+
+    if (size == 0 || size > CUBE_JSON_NUMBER_MAX)
+        return -1;
+    for (; i < size && p[i] != 'e' && p[i] != 'E'; i++) {
+        if (p[i] == '.')
+            fraction = (long)(size - i - 1);
+        else
+            text[len++] = p[i];
+    }
+    if (fraction > 0)
+        fraction -= (long)(size - i);
+    if (i < size && i + 1 < size && (p[i + 1] == '-' || p[i + 1] == '+'))
+        sign = p[++i] == '-' ? -1 : 1;
+    for (i++; i < size && exponent < 100000; i++)
+        exponent = exponent * 10 + (p[i] - '0');
+    (void)snprintf(text + len, sizeof text - len, "e%ld",
+                   sign * exponent - fraction);
+    *out = strtod(text, NULL);
+    return *out - *out == 0 ? 0 : -1; /* neither infinite nor NaN */
+}
+
+/* A number that fits a double; -1 otherwise. */
+CUBE_UNUSED static int cube_json_f64(struct json_value_s *value, double *out)
+{
+    struct json_number_s *number = value ? json_value_as_number(value) : NULL;
+
+    return number ? cube_json_text_f64(number->number, number->number_size,
+                                       out)
+                  : -1;
+}
+
+CUBE_UNUSED static int cube_json_bool(struct json_value_s *value, bool *out)
+{
+    if (!value || (value->type != json_type_true &&
+                   value->type != json_type_false))
+        return -1;
+    *out = value->type == json_type_true;
+    return 0;
+}
+
+/* ---- Writing: texts and numbers into a buffer ----
+ *
+ * What has a fixed shape is written directly, without a tree: the shape as
+ * constant text, and between it these. */
+
+/* Must the byte at `p` be written in another way than as itself? */
+static bool cube_json_is_special(unsigned char c)
+{
+    return c < 0x20 || c >= 0x80 || c == '"' || c == '\\' || c == '<' ||
+           c == '>' || c == '&';
+}
+
+/* Like cube_json_is_special for any of the eight bytes of `w`. */
+static bool cube_json_any_special(uint64_t w)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101), high = ones << 7;
+    const uint64_t wanted[] = {ones * '"', ones * '\\', ones * '&',
+                               ones * '<'};
+    uint64_t found = w | ((w - ones * 0x20) & ~w);
+
+    for (size_t i = 0; i < CUBE_COUNT(wanted); i++) {
+        /* '<' is 0x3c and '>' 0x3e: they differ in one bit */
+        uint64_t x = (i == 3 ? w & ~(ones * 2) : w) ^ wanted[i];
+
+        found |= (x - ones) & ~x;
+    }
+    return (found & high) != 0;
+}
+
+static size_t cube_json_harmless(const unsigned char *p, size_t left)
+{
+    size_t n = 0;
+    uint64_t w;
+
+    for (; left - n >= sizeof w; n += sizeof w) {
+        memcpy(&w, p + n, sizeof w);
+        if (cube_json_any_special(w))
+            break;
+    }
+    while (n < left && !cube_json_is_special(p[n]))
+        n++;
+    return n;
+}
+
+/* Writes what stands for the special character at `p` and returns how many
+ * bytes of it are done. */
+static size_t cube_json_put_special(struct cube_buf *b, const unsigned char *p,
+                                    size_t left)
+{
+    static const char bytes[] = "\"\\\n\r\t", letters[] = "\"\\nrt";
+    const char *at = *p ? strchr(bytes, *p) : NULL;
+    size_t n = cube_json_utf8(p, left);
+
+    if (n == 0) {
+        cube_buf_puts(b, "\\ufffd");
+        return 1;
+    }
+    if (at) {
+        cube_buf_addc(b, '\\');
+        cube_buf_addc(b, letters[at - bytes]);
+    } else if (n == 1) {
+        cube_buf_printf(b, "\\u%04x", *p);
+    } else if (n == 3 && p[0] == 0xe2 && p[1] == 0x80 &&
+               (p[2] == 0xa8 || p[2] == 0xa9)) {
+        cube_buf_printf(b, "\\u202%x", p[2] & 15);
+    } else {
+        cube_buf_add(b, p, n);
+    }
+    return n;
+}
+
+/*
+ * A string as the wire has it: besides what JSON asks for, `&`, `<`, `>` and
+ * the line separators U+2028 and U+2029 are escaped, so that the text can
+ * stand inside HTML and JavaScript; bytes that are not UTF-8 become U+FFFD.
+ */
+CUBE_UNUSED static void cube_json_put_str(struct cube_buf *b, const char *s,
+                                          size_t len)
+{
+    const unsigned char *p = (const unsigned char *)s;
+
+    cube_buf_reserve(b, len + 2);
+    cube_buf_addc(b, '"');
+    while (len > 0) {
+        size_t n = cube_json_harmless(p, len);
+
+        if (n > 0)
+            cube_buf_add(b, p, n);
+        else
+            n = cube_json_put_special(b, p, len);
+        p += n;
+        len -= n;
+    }
+    cube_buf_addc(b, '"');
+}
+
+/* The same of a C string; NULL is written as "". */
+CUBE_UNUSED static void cube_json_put_text(struct cube_buf *b, const char *s)
+{
+    cube_json_put_str(b, s ? s : "", s ? strlen(s) : 0);
+}
+
+CUBE_UNUSED static void cube_json_put_i64(struct cube_buf *b, int64_t v)
+{
+    char text[20];
+    size_t at = sizeof text;
+    uint64_t rest = v < 0 ? 0 - (uint64_t)v : (uint64_t)v;
+
+    do
+        text[--at] = (char)('0' + rest % 10);
+    while ((rest /= 10) > 0);
+    if (v < 0)
+        text[--at] = '-';
+    cube_buf_add(b, text + at, sizeof text - at);
+}
+
+/* The fewest digits that read back as `v` (which is above 0), and where the
+ * decimal point is: 0.d1d2d3... * 10^point. */
+static size_t cube_json_digits(double v, char digits[20], int *point)
+{
+    char text[40];
+    double back;
+
+    for (int precision = 0;; precision++) {
+        size_t len = 0, i = 0;
+
+        (void)snprintf(text, sizeof text, "%.*e", precision, v);
+        for (; text[i] != 'e'; i++) {
+            if (text[i] >= '0' && text[i] <= '9') /* not the locale's point */
+                digits[len++] = text[i];
+        }
+        *point = atoi(text + i + 1) + 1;
+        digits[len] = 0;
+        (void)snprintf(text, sizeof text, "%se%d", digits,
+                       *point - (int)len);
+        if (precision == 16 ||
+            (cube_json_text_f64(text, strlen(text), &back) == 0 && back == v))
+            return len;
+    }
+}
+
+/*
+ * A number as the wire has it: the shortest text that reads back, with an
+ * exponent only below 1e-6 and from 1e21 on: 0.000001, 1e-7, 1e+21. JSON has
+ * no infinities and no NaN; they are written as null.
+ */
+CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
+{
+    char digits[20];
+    double size = v < 0 ? -v : v;
+    int point, len;
+
+    if (v - v != 0) {
+        cube_buf_puts(b, "null");
+        return;
+    }
+    if (size < 1e15 && v == (double)(int64_t)v && (v != 0 || 1 / v > 0)) {
+        cube_json_put_i64(b, (int64_t)v);
+        return;
+    }
+    if (v < 0 || (v == 0 && 1 / v < 0))
+        cube_buf_addc(b, '-');
+    if (v == 0) {
+        cube_buf_addc(b, '0');
+        return;
+    }
+    len = (int)cube_json_digits(size, digits, &point);
+    if (size < 1e-6 || size >= 1e21) {
+        cube_buf_printf(b, "%c%s%se%+d", digits[0], len > 1 ? "." : "",
+                        digits + 1, point - 1);
+    } else if (point <= 0) {
+        cube_buf_printf(b, "0.%.*s%s", -point, "000000", digits);
+    } else if (point >= len) {
+        cube_buf_printf(b, "%s%.*s", digits, point - len,
+                        "000000000000000000000");
+    } else {
+        cube_buf_printf(b, "%.*s.%s", point, digits, digits + point);
+    }
+}
 
 
 
