@@ -1,0 +1,137 @@
+# Cube, by plain make. `make help` lists the targets.
+#
+# The library is cube.c and needs none of this: cc -c cube.c works bare.
+# What is built stands in build/ and examples/; tests are found by their
+# names, so that a new file needs no line here:
+#
+#     examples/NAME.c       a program; linked with cube.o
+#     tests/tNN_*.c         a suite that includes cube.c (through test.h)
+#     tests/embed_*.c       a suite that includes what it needs by itself
+#     tests/link_*.c, .cc   a suite that is linked with cube.o
+#     tests/*.py            a suite in python3 (not harness*.py)
+#     tests/fuzz_*.c        a fuzz target, its corpus in tests/corpus/*
+#     tools/bench_*.c       a program of the benchmarks
+#
+# Set CC, CFLAGS, PREFIX, DESTDIR as usual; CUBE_WITH_CURL=1 adds libcurl.
+
+CFLAGS   ?= -O2 -g
+CXX      ?= c++
+PREFIX   ?= /usr/local
+BUILD    ?= build
+EXAMPLES ?= examples
+FUZZ_SECONDS ?= 20
+
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef \
+       -Wmissing-prototypes -Wstrict-prototypes
+BASE = -std=c11 -pthread -I.
+TEST_CFLAGS ?= -O1 -g
+COMPILE = $(CC) $(BASE) $(WARN) $(CPPFLAGS) $(CFLAGS) -MMD -MP
+COMPILE_TEST = $(CC) $(BASE) $(WARN) -Wno-unused-function $(CPPFLAGS) \
+               $(TEST_CFLAGS) -MMD -MP
+LINK = $(LDFLAGS) $(LDLIBS)
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+           -fno-omit-frame-pointer
+
+ifeq ($(CUBE_WITH_CURL),1)
+CPPFLAGS += -DCUBE_WITH_CURL=1
+LDLIBS   += -lcurl
+endif
+
+examples := $(patsubst examples/%.c,$(EXAMPLES)/%,$(wildcard examples/*.c))
+suites   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/t[0-9]*.c \
+              tests/embed_*.c tests/link_*.c)) \
+            $(patsubst tests/%.cc,$(BUILD)/tests/%,$(wildcard tests/*.cc))
+scripts  := $(filter-out tests/harness%.py,$(wildcard tests/*.py))
+fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
+benches  := $(patsubst tools/%.c,$(BUILD)/%,$(wildcard tools/bench_*.c))
+
+.PHONY: all test build-tests asan valgrind fuzz bench lint single static \
+        install clean help demo
+.DELETE_ON_ERROR:
+
+all: $(examples)                ## build examples/cube and the other examples
+
+$(BUILD)/cube.o: cube.c cube.h
+	@mkdir -p $(@D)
+	$(COMPILE) -c -o $@ $<
+
+$(EXAMPLES)/%: examples/%.c $(BUILD)/cube.o
+	@mkdir -p $(@D) $(BUILD)/examples
+	$(COMPILE) -MF $(BUILD)/examples/$*.d -o $@ $< $(BUILD)/cube.o $(LINK)
+
+$(BUILD)/tests/link_%: tests/link_%.c $(BUILD)/cube.o
+	@mkdir -p $(@D)
+	$(COMPILE_TEST) -o $@ $< $(BUILD)/cube.o $(LINK)
+
+$(BUILD)/tests/link_%: tests/link_%.cc $(BUILD)/cube.o
+	@mkdir -p $(@D)
+	$(CXX) -pthread -I. -Wall -Wextra $(TEST_CFLAGS) -MMD -MP -o $@ $< \
+	    $(BUILD)/cube.o $(LINK)
+
+$(BUILD)/tests/%: tests/%.c
+	@mkdir -p $(@D)
+	$(COMPILE_TEST) -o $@ $< $(LINK)
+
+$(BUILD)/fuzz_%: tests/fuzz_%.c
+	@mkdir -p $(@D)
+	clang $(BASE) -O1 -g $(CPPFLAGS) $(SANITIZE) -fsanitize=fuzzer -MMD -MP \
+	    -o $@ $< $(LINK)
+
+$(BUILD)/bench_%: tools/bench_%.c $(BUILD)/cube.o
+	$(COMPILE) -o $@ $< $(BUILD)/cube.o $(LINK) $(BENCH_LIBS_$*)
+
+build-tests: $(examples) $(suites)
+
+test: build-tests               ## run all suites (TESTS="a b" for some)
+	@CUBE_BIN=$(CURDIR)/$(EXAMPLES)/cube CUBE_BUILD=$(CURDIR)/$(BUILD) \
+	    tools/runtests $(or $(TESTS),$(suites) $(scripts))
+
+asan:                           ## the same under ASan and UBSan
+	@UBSAN_OPTIONS=print_stacktrace=1 $(MAKE) --no-print-directory test \
+	    BUILD=build/asan EXAMPLES=build/asan/examples \
+	    CFLAGS="-O1 -g $(SANITIZE)" TEST_CFLAGS="-O1 -g $(SANITIZE)"
+
+valgrind: $(suites)             ## C suites: leaks of memory and descriptors
+	@TEST_WRAP="valgrind -q --leak-check=full --track-fds=yes \
+	    --error-exitcode=9" TEST_TIMEOUT=600 \
+	    tools/runtests $(or $(TESTS),$(suites))
+
+fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS
+	@tools/fuzz $(FUZZ_SECONDS) $(fuzzers)
+
+bench: all $(benches)           ## the figures, each beside its bar
+	@tools/bench
+
+lint:                           ## layers, warnings, style
+	@CC="$(CC)" tools/lint
+
+single:                         ## build/cube_single.h, all in one header
+	@mkdir -p build
+	tools/single build/cube_single.h
+
+static: build/cube-static       ## build/cube-static, a static binary
+
+# glibc warns that a static getaddrinfo needs its libraries at run time:
+# names then resolve only where the same glibc is installed. musl has no
+# such limit, and is taken where it is there.
+MUSL := $(shell command -v musl-gcc)
+build/cube-static: examples/cube.c cube.c cube.h
+	@mkdir -p build
+	$(or $(MUSL),$(CC)) $(BASE) $(CPPFLAGS) -Os -static -s -ffunction-sections \
+	    -fdata-sections -Wl,--gc-sections -o $@ examples/cube.c cube.c
+
+demo: all                       ## a cluster at work, in less than a minute
+	@tools/demo
+
+install: all                    ## to DESTDIR and PREFIX (/usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include
+	install -m 755 examples/cube $(DESTDIR)$(PREFIX)/bin/cube
+	install -m 644 cube.h cube.c $(DESTDIR)$(PREFIX)/include
+
+clean:                          ## remove what was built
+	rm -rf build $(patsubst %.c,%,$(wildcard examples/*.c))
+
+help:                           ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile | expand -t 14
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/examples/*.d)
