@@ -304,6 +304,159 @@ CUBE_API void cube_defer_clear(struct cube_loop *l, struct cube_defer *defer);
 
 /* ==== Chapter 7. Tasks ==== */
 
+/* What is observed of a task. */
+enum cube_state {
+    CUBE_PENDING,   /* no node has it yet; `error` says why */
+    CUBE_SCHEDULED, /* a node was told to run it */
+    CUBE_RUNNING,
+    CUBE_COMPLETED, /* ended with exit code 0, or stopped */
+    CUBE_FAILED     /* ended otherwise; `error` says how */
+};
+
+/* What was asked for. */
+enum cube_wanted { CUBE_WANT_UNSET, CUBE_WANT_RUN, CUBE_WANT_STOP };
+
+/* On the wire a missing map is `null` and an empty one `{}`: `is_null`. */
+struct cube_texts {
+    char **list;
+    size_t count;
+    bool is_null;
+};
+
+/* Where the engine has put a container's port. */
+struct cube_binding {
+    char *ip, *port;
+};
+struct cube_port {
+    char *port; /* "7777/tcp" */
+    struct cube_binding *bindings;
+    size_t count;
+    bool is_null; /* its list of bindings is null on the wire */
+};
+struct cube_ports {
+    struct cube_port *list; /* sorted by port, no two alike */
+    size_t count;
+    bool is_null;
+};
+
+/* Where the user wants it: container port to host port. */
+struct cube_publish {
+    char *port, *host_port; /* "7777/tcp", "8080"; "": any free one */
+};
+struct cube_publishes {
+    struct cube_publish *list; /* sorted by port, no two alike */
+    size_t count;
+    bool is_null;
+};
+
+/*
+ * A task: what the user asked for, and what became of it. All texts are owned
+ * by it and never NULL; "" is unset. The first sixteen fields travel as the
+ * Go implementation has them; the rest are Cube's own and are written only
+ * when they are set. Comments name the JSON key where it is another word.
+ */
+struct cube_task {
+    char id[CUBE_UUID_TEXT]; /* "": none yet */
+    char *container_id, *name;
+    enum cube_state state;
+    char *image;
+    double cpu;                          /* cores */
+    int64_t mem_bytes, disk_bytes;       /* "Memory", "Disk" */
+    struct cube_ports host_ports;        /* as observed */
+    struct cube_texts exposed_ports;     /* "7777/tcp"; sorted, no two alike */
+    struct cube_publishes port_bindings; /* as asked for */
+    char *restart_policy; /* "", no, on-failure, always, unless-stopped */
+    struct cube_time start_time, finish_time;
+    char *health_check; /* a path: "/health" */
+    int64_t restart_count;
+
+    struct cube_texts cmd, env;   /* env: "NAME=value" */
+    bool has_exit_code;
+    int64_t exit_code;
+    char *node;                   /* name of the node that it is assigned to */
+    enum cube_wanted wanted;
+    int64_t attempt;              /* number of the assignment, from 1 on */
+    char *error;                  /* why it is not as wished, in words */
+    struct cube_time restart_time; /* set while it waits to be started again;
+                                      Failed without it has given up */
+    int64_t grace_ms;             /* "StopGrace"; 0: the default */
+    int64_t health_start_ms, health_interval_ms, health_timeout_ms;
+    int64_t health_retries;       /* "HealthStart" ...; 0: the defaults */
+    char *progress;               /* of a pull, in words, while it lasts */
+    struct cube_time created_time;
+};
+
+/* A wish or a delivery: a task, and what it is to become. */
+struct cube_event {
+    char id[CUBE_UUID_TEXT]; /* "": none yet */
+    enum cube_state state;   /* CUBE_RUNNING: run it; CUBE_COMPLETED: stop */
+    struct cube_time timestamp;
+    struct cube_task *task;  /* owned; NULL: the event came without one */
+    /* Cube's own, in what a manager delivers to a worker: */
+    char cluster[CUBE_UUID_TEXT]; /* "": a delivery of a Go manager */
+    int64_t epoch;
+    int64_t budget; /* restarts that are left to the worker; -1: the policy's */
+};
+
+/* An empty task or event: nulls, no ID, Pending, budget -1. Free it. */
+CUBE_API struct cube_task *cube_task_new(void);
+CUBE_API struct cube_task *cube_task_copy(const struct cube_task *t);
+CUBE_API void cube_task_free(struct cube_task *t);
+CUBE_API struct cube_event *cube_event_new(void);
+CUBE_API void cube_event_free(struct cube_event *e);
+
+/*
+ * From JSON. Keys match without regard to case, the last of equal ones wins,
+ * a null changes nothing, UUIDs may be in any of their forms. Unknown keys
+ * are an error when `is_strict` (a manager's side) and else left out. On
+ * success 0 and the caller frees `*out`; on error -1 and CUBE_EINVAL, with
+ * the name of the field. Whether the values make sense is another question:
+ * cube_task_check.
+ */
+CUBE_API int cube_task_parse(const char *json, size_t len, bool is_strict,
+                             struct cube_task **out, struct cube_err *err);
+CUBE_API int cube_event_parse(const char *json, size_t len, bool is_strict,
+                              struct cube_event **out, struct cube_err *err);
+/* Either of both: a bare task becomes an event that asks to run it. */
+CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
+                                      bool is_strict, struct cube_event **out,
+                                      struct cube_err *err);
+
+/* As compact JSON, added to `out`, without a newline. */
+CUBE_API void cube_task_print(const struct cube_task *t, struct cube_buf *out);
+CUBE_API void cube_event_print(const struct cube_event *e,
+                               struct cube_buf *out);
+
+/* Can this ever run? -1 and CUBE_EINVAL names the field that cannot be. */
+CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err);
+/* Do both ask for the same? Compares what the user sets, and no more. */
+CUBE_API bool cube_task_same_spec(const struct cube_task *a,
+                                  const struct cube_task *b);
+/* Completed, or Failed for good. */
+CUBE_API bool cube_task_is_finished(const struct cube_task *t);
+
+/* Replaces a text of a task: cube_task_set(&t->name, "web"). NULL is "". */
+CUBE_API void cube_task_set(char **text, const char *value);
+/* Adds a word to `cmd` or `env`. */
+CUBE_API void cube_task_add(struct cube_texts *texts, const char *value);
+/* Adds a port ("80", "80/tcp"), in its place, and is known if it was there. */
+CUBE_API void cube_task_expose(struct cube_task *t, const char *port);
+CUBE_API void cube_task_publish(struct cube_task *t, const char *port,
+                                const char *host_port);
+/* Adds a binding to the host ports; `ip` NULL adds the port with none. */
+CUBE_API void cube_task_bind(struct cube_task *t, const char *port,
+                             const char *ip, const char *host_port);
+/* Forgets the host ports: null again. */
+CUBE_API void cube_task_unbind(struct cube_task *t);
+
+CUBE_API const char *cube_state_name(enum cube_state state); /* "Pending" */
+/* May a task go from one state to the other? To the same one only where the
+ * table says so. */
+CUBE_API bool cube_state_may(enum cube_state from, enum cube_state to);
+/* "7777/tcp" to 7777 and "tcp"; a bare number is tcp. -1: no port. */
+CUBE_API int cube_port_parse(const char *text, int *number,
+                             const char **protocol);
+
 
 
 /* ==== Chapter 8. Machine ==== */
