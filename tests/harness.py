@@ -155,6 +155,12 @@ class _Result(unittest.TextTestResult):
         self.passed += 1
 
 
+def test_name(test):
+    """Class.method; a subtest counts with the test that it is part of."""
+    test = getattr(test, "test_case", test)
+    return test.id().replace("__main__.", "")
+
+
 def main():
     """Runs the calling file's tests (or those named on the command line)."""
     module = sys.modules["__main__"]
@@ -168,10 +174,9 @@ def main():
     result = runner.run(suite)
     for test, why in result.skipped:
         print("SKIPPED %s: %s" % (test.id(), why))
-    failed = {t.id() for t, _ in result.failures + result.errors}
+    failed = {test_name(t) for t, _ in result.failures + result.errors}
     for name in sorted(failed):
-        print("run it alone: python3 %s %s" %
-              (sys.argv[0], name.replace("__main__.", "")))
+        print("run it alone: python3 %s %s" % (sys.argv[0], name))
     print("%d passed, %d failed, %d skipped" %
           (result.passed, len(failed), len(result.skipped)))
     sys.stdout.flush()
