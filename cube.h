@@ -1,6 +1,12 @@
 #ifndef CUBE_H
 #define CUBE_H
 
+/* The implementation is compiled in this file: it needs the GNU names, which
+ * the first system header fixes. */
+#if defined(CUBE_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -489,5 +495,12 @@ CUBE_API int cube_port_parse(const char *text, int *number,
 #endif /* CUBE_H */
 
 #if defined(CUBE_IMPLEMENTATION) && !defined(CUBE_C)
+#if defined(__cplusplus)
+#error "Cube is C: compile cube.c with a C compiler and link cube.o"
+#elif defined(__GLIBC__) && !defined(__USE_GNU)
+#error "a system header came first: put this #include above all others, or \
+#define _GNU_SOURCE (or pass -D_GNU_SOURCE) before them"
+#else
 #include "cube.c"
+#endif
 #endif
