@@ -2073,6 +2073,73 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  * few dozen; for thousands of them, walk the list once and fill a map.
  */
 
+/* ---- Characters ---- */
+
+/* Has one of the eight bytes of `w` this value? The test of a zero byte from
+ * Anderson's "Bit Twiddling Hacks". */
+static uint64_t cube_json_has(uint64_t w, unsigned char byte)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    uint64_t x = w ^ (ones * byte);
+
+    return (x - ones) & ~x & (ones << 7);
+}
+
+/*
+ * How many bytes has the character at `p`, by RFC 3629? 0: it is malformed.
+ *
+ *    00..7F
+ *    C2..DF  80..BF
+ *    E0      A0..BF  80..BF            shorter forms of these are refused,
+ *    E1..EF  80..BF  80..BF            and ED A0..BF, the surrogates
+ *    F0      90..BF  80..BF  80..BF
+ *    F1..F3  80..BF  80..BF  80..BF
+ *    F4      80..8F  80..BF  80..BF
+ */
+static size_t cube_json_utf8(const unsigned char *p, size_t left)
+{
+    unsigned char low = 0x80, high = 0xbf;
+    size_t n;
+
+    if (left == 0)
+        return 0;
+    if (p[0] < 0x80)
+        return 1;
+    if (p[0] < 0xc2 || p[0] > 0xf4)
+        return 0;
+    n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    if (p[0] == 0xe0)
+        low = 0xa0;
+    else if (p[0] == 0xf0)
+        low = 0x90;
+    else if (p[0] == 0xed)
+        high = 0x9f;
+    else if (p[0] == 0xf4)
+        high = 0x8f;
+    if (left < n || p[1] < low || p[1] > high)
+        return 0;
+    for (size_t i = 2; i < n; i++) {
+        if (p[i] < 0x80 || p[i] > 0xbf)
+            return 0;
+    }
+    return n;
+}
+
+/* Four hex digits; -1 when they are none. */
+static int32_t cube_json_hex4(const unsigned char *p)
+{
+    int32_t v = 0;
+
+    for (int i = 0; i < 4; i++) {
+        int digit = cube_hex_digit((char)p[i]);
+
+        if (digit < 0)
+            return -1;
+        v = v * 16 + digit;
+    }
+    return v;
+}
+
 #ifdef CUBE_JSON_H
 #include CUBE_JSON_H
 #elif !defined(SHEREDOM_JSON_H_INCLUDED)
@@ -2175,17 +2242,7 @@ struct json_parse_result_s {
     size_t error_row_no;  /* bytes since the newline before, or the start */
 };
 
-/* ---- Text: plain runs, UTF-8, escapes ---- */
-
-/* Has one of the eight bytes of `w` this value? The test of a zero byte from
- * Anderson's "Bit Twiddling Hacks". */
-static uint64_t cube_json_has(uint64_t w, unsigned char byte)
-{
-    const uint64_t ones = UINT64_C(0x0101010101010101);
-    uint64_t x = w ^ (ones * byte);
-
-    return (x - ones) & ~x & (ones << 7);
-}
+/* ---- Strings: plain runs, escapes ---- */
 
 /* How many bytes at `p` stand for themselves: printable ASCII, neither quote
  * nor backslash? Eight at a time, and the rest singly. */
@@ -2208,46 +2265,6 @@ static size_t cube_json_plain(const unsigned char *p, size_t left)
     return n;
 }
 
-/*
- * How many bytes has the character at `p`, by RFC 3629? 0: it is malformed.
- *
- *    00..7F
- *    C2..DF  80..BF
- *    E0      A0..BF  80..BF            shorter forms of these are refused,
- *    E1..EF  80..BF  80..BF            and ED A0..BF, the surrogates
- *    F0      90..BF  80..BF  80..BF
- *    F1..F3  80..BF  80..BF  80..BF
- *    F4      80..8F  80..BF  80..BF
- */
-static size_t cube_json_utf8(const unsigned char *p, size_t left)
-{
-    unsigned char low = 0x80, high = 0xbf;
-    size_t n;
-
-    if (left == 0)
-        return 0;
-    if (p[0] < 0x80)
-        return 1;
-    if (p[0] < 0xc2 || p[0] > 0xf4)
-        return 0;
-    n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-    if (p[0] == 0xe0)
-        low = 0xa0;
-    else if (p[0] == 0xf0)
-        low = 0x90;
-    else if (p[0] == 0xed)
-        high = 0x9f;
-    else if (p[0] == 0xf4)
-        high = 0x8f;
-    if (left < n || p[1] < low || p[1] > high)
-        return 0;
-    for (size_t i = 2; i < n; i++) {
-        if (p[i] < 0x80 || p[i] > 0xbf)
-            return 0;
-    }
-    return n;
-}
-
 /* Writes a code point below 0x110000 as UTF-8; returns its 1 to 4 bytes. */
 static size_t cube_json_encode(uint32_t point, char out[4])
 {
@@ -2258,21 +2275,6 @@ static size_t cube_json_encode(uint32_t point, char out[4])
         out[i] = (char)(0x80 | (point & 0x3f));
     out[0] = (char)(lead[n] | point);
     return n;
-}
-
-/* Four hex digits; -1 when they are none. */
-static int32_t cube_json_hex4(const unsigned char *p)
-{
-    int32_t v = 0;
-
-    for (int i = 0; i < 4; i++) {
-        int digit = cube_hex_digit((char)p[i]);
-
-        if (digit < 0)
-            return -1;
-        v = v * 16 + digit;
-    }
-    return v;
 }
 
 struct cube_json_escape {
@@ -3323,14 +3325,48 @@ CUBE_UNUSED static void *json_write_pretty(const struct json_value_s *value,
  * Built on upstream's interface alone. All take NULL for a value that is not
  * there, so that calls can be nested. */
 
-/* Parses with our allocator; free with cube_json_free. The error says where
- * and what, in words. */
 static void *cube_json_alloc(void *unused, size_t size)
 {
     (void)unused;
     return CUBE_MALLOC(size);
 }
 
+/*
+ * Copies JSON, with U+FFFD in the place of what is no UTF-8 and of surrogates
+ * without their other half. Go's decoder reads them so, and what it takes on
+ * one side of the wire we should take on the other.
+ */
+static void cube_json_repair(const unsigned char *p, size_t left,
+                             struct cube_buf *out)
+{
+    while (left > 0) {
+        size_t n = *p == '\\' ? (left > 1 ? 2 : 1) : cube_json_utf8(p, left);
+        const void *text = n ? (const void *)p : "\xef\xbf\xbd";
+        size_t size = n ? n : 3;
+
+        if (n == 2 && p[0] == '\\' && p[1] == 'u' && left >= 6) {
+            int32_t point = cube_json_hex4(p + 2);
+            int32_t low = left >= 12 && p[6] == '\\' && p[7] == 'u'
+                              ? cube_json_hex4(p + 8)
+                              : -1;
+
+            if (point >= 0xd800 && point < 0xdc00 && low >= 0xdc00 &&
+                low <= 0xdfff) {
+                n = size = 12;
+            } else if (point >= 0xd800 && point <= 0xdfff) {
+                text = "\\ufffd";
+                n = size = 6;
+            }
+        }
+        cube_buf_add(out, text, size);
+        n = n ? n : 1;
+        p += n;
+        left -= n;
+    }
+}
+
+/* Parses with our allocator; free with cube_json_free. The error says where
+ * and what, in words. */
 CUBE_UNUSED static struct json_value_s *
 cube_json_parse(const void *src, size_t size, struct cube_err *err)
 {
@@ -3349,11 +3385,20 @@ cube_json_parse(const void *src, size_t size, struct cube_err *err)
         "nested too deep",
         "cannot be parsed",
     };
+    struct cube_buf repaired = {0};
     struct json_parse_result_s result;
     struct json_value_s *root =
         json_parse_ex(src, size, json_parse_flags_default, cube_json_alloc,
                       NULL, &result);
 
+    if (result.error == json_parse_error_invalid_string ||
+        result.error == json_parse_error_invalid_string_escape_sequence) {
+        cube_json_repair(src, size, &repaired);
+        root = json_parse_ex(repaired.data, repaired.len,
+                             json_parse_flags_default, cube_json_alloc, NULL,
+                             NULL);
+        cube_buf_free(&repaired);
+    }
     if (root)
         return root;
     (void)cube_fail(err, CUBE_EINVAL, "JSON, line %zu, byte %zu: %s",
@@ -4170,6 +4215,1603 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 
 
 /* ==== Chapter 7. Tasks ==== uses: 1 2 3 4 5 ==== */
+/*
+ * A task is the unit of everything: a container, or a process, that should
+ * run somewhere, and the record of what became of it. An event is a wish about
+ * a task. Both travel as JSON between Cube and the Go implementation, byte
+ * for byte in the same form, and rest in the store in that form too.
+ *
+ * The problem is that one record needs half a dozen operations (read, print,
+ * copy, compare, free, make empty) over some thirty fields. The simplest
+ * thing that works, a function per operation that names every field, puts
+ * each field in six places that drift apart. Here each field stands in one
+ * table, in the order of the wire, and each kind of field (a text, a time, a
+ * map of ports) has one set of functions:
+ *
+ *    cube_task_fields                          a kind
+ *    +---------------+--------+------+         +-----------------------+
+ *    | "ID"          | id     | uuid | ------> | read, print, is_set,  |
+ *    | "ContainerID" | text   |      |         | init, copy, free      |
+ *    | ...           |        |      |         +-----------------------+
+ *    | "Cmd"         | words  | own  |   own:  written only when set, since
+ *    +---------------+--------+------+         a Go manager refuses keys that
+ *         key          kind     flags          it does not know
+ *                                        spec: the user's; compared when the
+ *                                              same ID is submitted again
+ *
+ * On the wire (`...` stands for the other fields):
+ *
+ *    {"ID":"efeadce0-d016-4a39-882a-d2c5196cce1c","ContainerID":"",
+ *     "Name":"web","State":2, ...
+ *     "HostPorts":{"80/tcp":[{"HostIp":"0.0.0.0","HostPort":"32771"}]},
+ *     "ExposedPorts":{"80/tcp":{}},"PortBindings":{"80/tcp":"8080"}, ...
+ *     "StartTime":"0001-01-01T00:00:00Z", ... "RestartCount":0}
+ *
+ *    {"ID":"<uuid>","State":2,"Timestamp":"...","Task":{...}}
+ *
+ * Reading follows Go's decoder, since its users' files were written for it:
+ * keys match without regard to case, of equal keys the last one wins, a null
+ * leaves the field as it was, integers are written as integers. A manager is
+ * strict and refuses unknown keys (a misspelt "Imgae" should be told); a
+ * worker is lax, since its manager may be newer.
+ *
+ * Reading says whether the JSON is a task. cube_task_check says whether an
+ * engine could ever run it, with the name of the field that it could not:
+ * what cannot be right is refused at once, before it has an ID that somebody
+ * waits for. What only one engine on one day can know (is there such an
+ * image, is that port free) is left to the engine and its own words.
+ *
+ * Invariants: texts are never NULL; ports are sorted, no two alike, so that
+ * printing needs no memory and equal tasks print alike; a task that was read
+ * prints as it was written, but for the order and case of its keys.
+ *
+ * A typical sequence:
+ *
+ *    struct cube_event *e;
+ *    if (cube_task_or_event_parse(body, len, true, &e, err) ||
+ *        cube_task_check(e->task, err))
+ *        ... 400 with err->text ...
+ *    cube_task_print(e->task, &out);
+ *    cube_event_free(e);
+ *
+ * Naive on purpose: a key is found by walking the table, from behind the key
+ * before it, so that what we wrote ourselves is found at the first look.
+ */
+
+#define CUBE_TASK_NAME_MAX 255   /* characters of a name, or an image's */
+#define CUBE_TASK_PORTS_MAX 1024 /* ports in one map of a task */
+#define CUBE_TASK_CPU_MAX 1e6    /* cores; engines count in 10^-9 of one */
+
+/* ---- States ----
+ *
+ *    submitted            placed                  it runs
+ *   ----------> PENDING -----------> SCHEDULED -----------> RUNNING --+
+ *                ^ | ^                | ^ | ^ |             | ^ | |   | looks
+ *                | | |   node lost    | | | +-+ told again  | +-+-|---+ the
+ *                | | +----------------+ | |                 |     |     same
+ *                | | |                  | +-----------------|---+ |
+ *                | | +-- node lost -----|-------------------+   | |
+ *                | |                    | restart, move         v v
+ *                | |                    +-------------------- FAILED
+ *                | +-----------+                              | |
+ *                +-------------|--- nothing fits -------------+ |
+ *                              v                                |
+ *                          COMPLETED <--- stopped --------------+
+ *                     (also from SCHEDULED when stopped, and from RUNNING
+ *                      when it ends with 0; nothing leaves COMPLETED)
+ */
+CUBE_API bool cube_state_may(enum cube_state from, enum cube_state to)
+{
+    /* a row: from; a column: to Pending, Scheduled, Running, ... */
+    static const bool table[5][5] = {
+        [CUBE_PENDING] = {false, true, false, true, false},
+        [CUBE_SCHEDULED] = {true, true, true, true, true},
+        [CUBE_RUNNING] = {true, true, true, true, true},
+        [CUBE_COMPLETED] = {false, false, false, false, false},
+        [CUBE_FAILED] = {true, true, false, true, false},
+    };
+
+    return table[from][to];
+}
+
+CUBE_API const char *cube_state_name(enum cube_state state)
+{
+    static const char *const names[] = {"Pending", "Scheduled", "Running",
+                                        "Completed", "Failed"};
+
+    return names[state];
+}
+
+/* ---- Ports and lists ---- */
+
+CUBE_API int cube_port_parse(const char *text, int *number,
+                             const char **protocol)
+{
+    static const char *const endings[] = {"", "/tcp", "/udp", "/sctp"};
+    static const char *const protocols[] = {"tcp", "tcp", "udp", "sctp"};
+    size_t digits = strspn(text, "0123456789");
+    uint64_t value;
+
+    if (cube_text_u64(text, digits, 65535, &value) || value == 0)
+        return -1;
+    for (size_t i = 0; i < CUBE_COUNT(endings); i++) {
+        if (!strcmp(text + digits, endings[i])) {
+            *number = (int)value;
+            *protocol = protocols[i];
+            return 0;
+        }
+    }
+    return -1;
+}
+
+/* How a key of a port map begins, whatever else is in the entry; so that one
+ * search serves the three kinds of map. */
+static const char *cube_ports_key(const void *list, size_t size, size_t i)
+{
+    const char *key;
+
+    memcpy(&key, (const char *)list + i * size, sizeof key);
+    return key;
+}
+
+/*
+ * The entry of `key` in a sorted list of entries of `size` bytes that begin
+ * with their key: the one that is there, or a new one of zeros and the key.
+ * NULL: the list is full. `list` is the address of the pointer to it.
+ */
+static void *cube_ports_slot(void *list, size_t *count, size_t size,
+                             const char *key)
+{
+    size_t low = 0, high = *count;
+    char *entries, *copy;
+
+    memcpy(&entries, list, sizeof entries);
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = strcmp(cube_ports_key(entries, size, middle), key);
+
+        if (order == 0)
+            return entries + middle * size;
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (*count == CUBE_TASK_PORTS_MAX)
+        return NULL;
+    entries = cube_resize(entries, (*count + 1) * size);
+    memcpy(list, &entries, sizeof entries);
+    entries += low * size;
+    memmove(entries + size, entries, (*count - low) * size);
+    memset(entries, 0, size);
+    copy = cube_text_dup(key);
+    memcpy(entries, &copy, sizeof copy);
+    ++*count;
+    return entries;
+}
+
+static void *cube_texts_slot(struct cube_texts *t, const char *key)
+{
+    t->is_null = false;
+    return cube_ports_slot(&t->list, &t->count, sizeof *t->list, key);
+}
+
+static struct cube_publish *cube_publishes_slot(struct cube_publishes *p,
+                                                const char *key)
+{
+    p->is_null = false;
+    return cube_ports_slot(&p->list, &p->count, sizeof *p->list, key);
+}
+
+static struct cube_port *cube_port_slot(struct cube_ports *p, const char *key)
+{
+    p->is_null = false;
+    return cube_ports_slot(&p->list, &p->count, sizeof *p->list, key);
+}
+
+static void cube_port_add(struct cube_port *p, const char *ip,
+                          const char *host_port)
+{
+    struct cube_binding *b;
+
+    p->bindings =
+        cube_resize(p->bindings, (p->count + 1) * sizeof *p->bindings);
+    b = &p->bindings[p->count++];
+    b->ip = cube_text_dup(ip ? ip : "");
+    b->port = cube_text_dup(host_port ? host_port : "");
+}
+
+static void cube_port_clear(struct cube_port *p)
+{
+    for (size_t i = 0; i < p->count; i++) {
+        cube_free(p->bindings[i].ip);
+        cube_free(p->bindings[i].port);
+    }
+    cube_free(p->bindings);
+    p->bindings = NULL;
+    p->count = 0;
+    p->is_null = false;
+}
+
+/* ---- Kinds of fields ---- */
+
+/*
+ * What can be done with a field. `field` points at it. `read` gets a value
+ * that is no null; -1: it is not what `expects` says (a kind without that
+ * explains itself). After a failed read the field can still be freed.
+ */
+struct cube_kind {
+    const char *expects;
+    int (*read)(void *field, struct json_value_s *v, bool is_strict,
+                struct cube_err *err);
+    void (*print)(const void *field, struct cube_buf *out);
+    bool (*is_set)(const void *field);
+    void (*init)(void *field);                   /* NULL: zeros are right */
+    void (*copy)(void *field, const void *from); /* NULL: the bytes will do */
+    void (*free)(void *field);                   /* NULL: nothing is owned */
+};
+
+/* A string as a C string; NULL when it is none, or has a NUL inside. */
+static const char *cube_kind_text(struct json_value_s *v)
+{
+    size_t len;
+    const char *s = cube_json_str(v, &len);
+
+    return s && strlen(s) == len ? s : NULL;
+}
+
+/* Texts: char *, owned, never NULL. */
+
+static int cube_text_read(void *field, struct json_value_s *v, bool is_strict,
+                          struct cube_err *err)
+{
+    const char *s = cube_kind_text(v);
+
+    (void)is_strict;
+    (void)err;
+    if (!s)
+        return -1;
+    cube_text_set(field, s);
+    return 0;
+}
+
+static void cube_text_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_text(out, *(char *const *)field);
+}
+
+static bool cube_text_is_set(const void *field)
+{
+    return **(char *const *)field != 0;
+}
+
+static void cube_text_init(void *field)
+{
+    *(char **)field = cube_text_dup("");
+}
+
+static void cube_text_copy(void *field, const void *from)
+{
+    *(char **)field = cube_text_dup(*(char *const *)from);
+}
+
+static void cube_text_free(void *field)
+{
+    cube_free(*(char **)field);
+}
+
+static const struct cube_kind cube_kind_of_text = {
+    "a text without NUL bytes", cube_text_read, cube_text_print,
+    cube_text_is_set, cube_text_init, cube_text_copy, cube_text_free};
+
+/* UUIDs: char[CUBE_UUID_TEXT]. Go writes an ID that was not given as zeros,
+ * so zeros are none. */
+static const char cube_uuid_zero[] = "00000000-0000-0000-0000-000000000000";
+
+static int cube_id_read(void *field, struct json_value_s *v, bool is_strict,
+                        struct cube_err *err)
+{
+    size_t len;
+    const char *s = cube_json_str(v, &len);
+
+    (void)is_strict;
+    (void)err;
+    if (!s || cube_uuid_parse(s, len, field))
+        return -1;
+    if (!strcmp(field, cube_uuid_zero))
+        *(char *)field = 0;
+    return 0;
+}
+
+static void cube_id_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_text(out, *(const char *)field ? field : cube_uuid_zero);
+}
+
+static bool cube_id_is_set(const void *field)
+{
+    return *(const char *)field != 0;
+}
+
+static const struct cube_kind cube_kind_of_id = {
+    "a UUID", cube_id_read, cube_id_print, cube_id_is_set, NULL, NULL, NULL};
+
+/* Integers: int64_t. */
+
+static int cube_i64_read(void *field, struct json_value_s *v, bool is_strict,
+                         struct cube_err *err)
+{
+    (void)is_strict;
+    (void)err;
+    return cube_json_i64(v, field);
+}
+
+static void cube_i64_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_i64(out, *(const int64_t *)field);
+}
+
+static bool cube_i64_is_set(const void *field)
+{
+    return *(const int64_t *)field != 0;
+}
+
+static const struct cube_kind cube_kind_of_i64 = {
+    "an integer", cube_i64_read, cube_i64_print, cube_i64_is_set, NULL, NULL,
+    NULL};
+
+/* A budget: an integer that is unset at -1. */
+
+static bool cube_budget_is_set(const void *field)
+{
+    return *(const int64_t *)field != -1;
+}
+
+static void cube_budget_init(void *field)
+{
+    *(int64_t *)field = -1;
+}
+
+static const struct cube_kind cube_kind_of_budget = {
+    "an integer", cube_i64_read, cube_i64_print, cube_budget_is_set,
+    cube_budget_init, NULL, NULL};
+
+/* Numbers: double. */
+
+static int cube_f64_read(void *field, struct json_value_s *v, bool is_strict,
+                         struct cube_err *err)
+{
+    (void)is_strict;
+    (void)err;
+    return cube_json_f64(v, field);
+}
+
+static void cube_f64_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_f64(out, *(const double *)field);
+}
+
+static bool cube_f64_is_set(const void *field)
+{
+    return *(const double *)field != 0;
+}
+
+static const struct cube_kind cube_kind_of_f64 = {
+    "a number", cube_f64_read, cube_f64_print, cube_f64_is_set, NULL, NULL,
+    NULL};
+
+/* Times: struct cube_time. */
+
+static int cube_json_time(struct json_value_s *v, struct cube_time *out)
+{
+    size_t len;
+    const char *s = cube_json_str(v, &len);
+
+    return s ? cube_time_parse(s, len, out) : -1;
+}
+
+static void cube_json_put_time(struct cube_buf *out, const struct cube_time *t)
+{
+    char text[CUBE_TIME_TEXT];
+
+    if (!cube_time_is_set(t)) {
+        cube_buf_puts(out, "\"0001-01-01T00:00:00Z\"");
+        return;
+    }
+    cube_time_format(t, text);
+    cube_buf_addc(out, '"');
+    cube_buf_puts(out, text);
+    cube_buf_addc(out, '"');
+}
+
+static int cube_time_read(void *field, struct json_value_s *v, bool is_strict,
+                          struct cube_err *err)
+{
+    (void)is_strict;
+    (void)err;
+    return cube_json_time(v, field);
+}
+
+static void cube_time_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_time(out, field);
+}
+
+static bool cube_time_field_is_set(const void *field)
+{
+    return cube_time_is_set(field);
+}
+
+static const struct cube_kind cube_kind_of_time = {
+    "a time like 2025-03-01T10:11:12Z", cube_time_read, cube_time_print,
+    cube_time_field_is_set, NULL, NULL, NULL};
+
+/* States: enum cube_state, as integers. */
+
+static int cube_state_read(void *field, struct json_value_s *v, bool is_strict,
+                           struct cube_err *err)
+{
+    int64_t i;
+
+    (void)is_strict;
+    (void)err;
+    if (cube_json_i64(v, &i) || i < CUBE_PENDING || i > CUBE_FAILED)
+        return -1;
+    *(enum cube_state *)field = (enum cube_state)i;
+    return 0;
+}
+
+static void cube_state_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_i64(out, *(const enum cube_state *)field);
+}
+
+static bool cube_state_is_set(const void *field)
+{
+    return *(const enum cube_state *)field != CUBE_PENDING;
+}
+
+static const struct cube_kind cube_kind_of_state = {
+    "0 (Pending), 1 (Scheduled), 2 (Running), 3 (Completed) or 4 (Failed)",
+    cube_state_read, cube_state_print, cube_state_is_set, NULL, NULL, NULL};
+
+/* Wishes: enum cube_wanted. */
+
+static int cube_wanted_read(void *field, struct json_value_s *v,
+                            bool is_strict, struct cube_err *err)
+{
+    const char *s = cube_kind_text(v);
+
+    (void)is_strict;
+    (void)err;
+    if (!s || (strcmp(s, "run") && strcmp(s, "stop")))
+        return -1;
+    *(enum cube_wanted *)field =
+        strcmp(s, "run") ? CUBE_WANT_STOP : CUBE_WANT_RUN;
+    return 0;
+}
+
+static void cube_wanted_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_text(out, *(const enum cube_wanted *)field == CUBE_WANT_RUN
+                                ? "run"
+                                : "stop");
+}
+
+static bool cube_wanted_is_set(const void *field)
+{
+    return *(const enum cube_wanted *)field != CUBE_WANT_UNSET;
+}
+
+static const struct cube_kind cube_kind_of_wanted = {
+    "run or stop", cube_wanted_read, cube_wanted_print, cube_wanted_is_set,
+    NULL, NULL, NULL};
+
+/* The exit code: two members; its field is the whole task. */
+
+static int cube_exit_read(void *field, struct json_value_s *v, bool is_strict,
+                          struct cube_err *err)
+{
+    struct cube_task *t = field;
+
+    (void)is_strict;
+    (void)err;
+    if (cube_json_i64(v, &t->exit_code))
+        return -1;
+    t->has_exit_code = true;
+    return 0;
+}
+
+static void cube_exit_print(const void *field, struct cube_buf *out)
+{
+    cube_json_put_i64(out, ((const struct cube_task *)field)->exit_code);
+}
+
+static bool cube_exit_is_set(const void *field)
+{
+    return ((const struct cube_task *)field)->has_exit_code;
+}
+
+static const struct cube_kind cube_kind_of_exit = {
+    "an integer", cube_exit_read, cube_exit_print, cube_exit_is_set, NULL,
+    NULL, NULL};
+
+/* Lists of words: struct cube_texts, an array on the wire. */
+
+CUBE_API void cube_task_add(struct cube_texts *texts, const char *value)
+{
+    size_t cap = texts->count;
+
+    /* Grown at the powers of two, so that no capacity need be kept. */
+    if ((cap & (cap - 1)) == 0)
+        texts->list =
+            cube_resize(texts->list, (cap ? cap * 2 : 1) * sizeof(char *));
+    texts->list[texts->count++] = cube_text_dup(value ? value : "");
+    texts->is_null = false;
+}
+
+static void cube_words_init(void *field)
+{
+    ((struct cube_texts *)field)->is_null = true;
+}
+
+static void cube_words_free(void *field)
+{
+    struct cube_texts *t = field;
+
+    for (size_t i = 0; i < t->count; i++)
+        cube_free(t->list[i]);
+    cube_free(t->list);
+    memset(t, 0, sizeof *t);
+    t->is_null = true;
+}
+
+static int cube_words_read(void *field, struct json_value_s *v, bool is_strict,
+                           struct cube_err *err)
+{
+    (void)is_strict;
+    (void)err;
+    if (!json_value_as_array(v))
+        return -1;
+    cube_words_free(field);
+    ((struct cube_texts *)field)->is_null = false;
+    for (struct json_array_element_s *e = cube_json_items(v); e; e = e->next) {
+        const char *s = cube_kind_text(e->value);
+
+        if (!s)
+            return -1;
+        cube_task_add(field, s);
+    }
+    return 0;
+}
+
+static void cube_words_print(const void *field, struct cube_buf *out)
+{
+    const struct cube_texts *t = field;
+
+    cube_buf_addc(out, '[');
+    for (size_t i = 0; i < t->count; i++) {
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, t->list[i]);
+    }
+    cube_buf_addc(out, ']');
+}
+
+static bool cube_words_is_set(const void *field)
+{
+    return ((const struct cube_texts *)field)->count > 0;
+}
+
+static void cube_words_copy(void *field, const void *from)
+{
+    const struct cube_texts *t = from;
+    struct cube_texts copy = {NULL, 0, t->is_null};
+
+    for (size_t i = 0; i < t->count; i++)
+        cube_task_add(&copy, t->list[i]);
+    *(struct cube_texts *)field = copy;
+}
+
+static const struct cube_kind cube_kind_of_words = {
+    "a list of texts without NUL bytes",
+    cube_words_read,
+    cube_words_print,
+    cube_words_is_set,
+    cube_words_init,
+    cube_words_copy,
+    cube_words_free};
+
+/* Sets of ports: struct cube_texts, an object of empty objects on the wire:
+ * {"7777/tcp":{}}. */
+
+static int cube_exposed_read(void *field, struct json_value_s *v,
+                             bool is_strict, struct cube_err *err)
+{
+    (void)err;
+    if (!json_value_as_object(v))
+        return -1;
+    cube_words_free(field);
+    ((struct cube_texts *)field)->is_null = false;
+    for (struct json_object_element_s *m = cube_json_members(v); m;
+         m = m->next) {
+        bool is_object = json_value_as_object(m->value) != NULL;
+
+        if ((!is_object && !json_value_is_null(m->value)) ||
+            (is_strict && cube_json_members(m->value)) ||
+            strlen(m->name->string) != m->name->string_size ||
+            !cube_texts_slot(field, m->name->string))
+            return -1;
+    }
+    return 0;
+}
+
+static void cube_exposed_print(const void *field, struct cube_buf *out)
+{
+    const struct cube_texts *t = field;
+
+    if (t->is_null) {
+        cube_buf_puts(out, "null");
+        return;
+    }
+    cube_buf_addc(out, '{');
+    for (size_t i = 0; i < t->count; i++) {
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, t->list[i]);
+        cube_buf_puts(out, ":{}");
+    }
+    cube_buf_addc(out, '}');
+}
+
+/* Made by cube_texts_slot, which grows differently from cube_task_add. */
+static void cube_exposed_copy(void *field, const void *from)
+{
+    const struct cube_texts *t = from;
+    struct cube_texts copy = {NULL, 0, t->is_null};
+
+    if (t->count > 0)
+        copy.list = cube_alloc(t->count * sizeof *copy.list);
+    for (; copy.count < t->count; copy.count++)
+        copy.list[copy.count] = cube_text_dup(t->list[copy.count]);
+    *(struct cube_texts *)field = copy;
+}
+
+static const struct cube_kind cube_kind_of_exposed = {
+    "ports like {\"80/tcp\":{}}, at most 1024",
+    cube_exposed_read,
+    cube_exposed_print,
+    cube_words_is_set,
+    cube_words_init,
+    cube_exposed_copy,
+    cube_words_free};
+
+/* Port bindings: struct cube_publishes; {"7777/tcp":"8080"}. */
+
+static void cube_publishes_init(void *field)
+{
+    ((struct cube_publishes *)field)->is_null = true;
+}
+
+static void cube_publishes_free(void *field)
+{
+    struct cube_publishes *p = field;
+
+    for (size_t i = 0; i < p->count; i++) {
+        cube_free(p->list[i].port);
+        cube_free(p->list[i].host_port);
+    }
+    cube_free(p->list);
+    memset(p, 0, sizeof *p);
+    p->is_null = true;
+}
+
+static int cube_publishes_read(void *field, struct json_value_s *v,
+                               bool is_strict, struct cube_err *err)
+{
+    (void)is_strict;
+    (void)err;
+    if (!json_value_as_object(v))
+        return -1;
+    cube_publishes_free(field);
+    ((struct cube_publishes *)field)->is_null = false;
+    for (struct json_object_element_s *m = cube_json_members(v); m;
+         m = m->next) {
+        const char *s =
+            json_value_is_null(m->value) ? "" : cube_kind_text(m->value);
+        struct cube_publish *slot;
+
+        if (!s || strlen(m->name->string) != m->name->string_size)
+            return -1;
+        slot = cube_publishes_slot(field, m->name->string);
+        if (!slot)
+            return -1;
+        cube_text_set(&slot->host_port, s);
+    }
+    return 0;
+}
+
+static void cube_publishes_print(const void *field, struct cube_buf *out)
+{
+    const struct cube_publishes *p = field;
+
+    if (p->is_null) {
+        cube_buf_puts(out, "null");
+        return;
+    }
+    cube_buf_addc(out, '{');
+    for (size_t i = 0; i < p->count; i++) {
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, p->list[i].port);
+        cube_buf_addc(out, ':');
+        cube_json_put_text(out, p->list[i].host_port);
+    }
+    cube_buf_addc(out, '}');
+}
+
+static bool cube_publishes_is_set(const void *field)
+{
+    return ((const struct cube_publishes *)field)->count > 0;
+}
+
+static void cube_publishes_copy(void *field, const void *from)
+{
+    const struct cube_publishes *p = from;
+    struct cube_publishes copy = {NULL, 0, p->is_null};
+
+    if (p->count > 0)
+        copy.list = cube_alloc(p->count * sizeof *copy.list);
+    for (; copy.count < p->count; copy.count++) {
+        struct cube_publish *to = &copy.list[copy.count];
+
+        to->port = cube_text_dup(p->list[copy.count].port);
+        to->host_port = cube_text_dup(p->list[copy.count].host_port);
+    }
+    *(struct cube_publishes *)field = copy;
+}
+
+static const struct cube_kind cube_kind_of_publishes = {
+    "ports like {\"80/tcp\":\"8080\"}, at most 1024",
+    cube_publishes_read,
+    cube_publishes_print,
+    cube_publishes_is_set,
+    cube_publishes_init,
+    cube_publishes_copy,
+    cube_publishes_free};
+
+/* Host ports: struct cube_ports;
+ * {"7777/tcp":[{"HostIp":"0.0.0.0","HostPort":"32771"}]}. */
+
+static void cube_ports_init(void *field)
+{
+    ((struct cube_ports *)field)->is_null = true;
+}
+
+static void cube_ports_free(void *field)
+{
+    struct cube_ports *p = field;
+
+    for (size_t i = 0; i < p->count; i++) {
+        cube_free(p->list[i].port);
+        cube_port_clear(&p->list[i]);
+    }
+    cube_free(p->list);
+    memset(p, 0, sizeof *p);
+    p->is_null = true;
+}
+
+/* One {"HostIp":...,"HostPort":...}, or null. */
+static int cube_binding_read(struct cube_port *port, struct json_value_s *v,
+                             bool is_strict)
+{
+    static const char *const keys[] = {"HostIp", "HostPort"};
+    const char *values[2] = {"", ""};
+
+    if (!json_value_is_null(v) && !json_value_as_object(v))
+        return -1;
+    for (struct json_object_element_s *m = cube_json_members(v); m;
+         m = m->next) {
+        bool is_known = false;
+
+        for (size_t i = 0; i < CUBE_COUNT(keys); i++) {
+            if (!cube_text_is_nocase(m->name->string, m->name->string_size,
+                                     keys[i]))
+                continue;
+            is_known = true;
+            if (!json_value_is_null(m->value))
+                values[i] = cube_kind_text(m->value);
+            if (!values[i])
+                return -1;
+        }
+        if (is_strict && !is_known)
+            return -1;
+    }
+    cube_port_add(port, values[0], values[1]);
+    return 0;
+}
+
+static int cube_ports_read(void *field, struct json_value_s *v, bool is_strict,
+                           struct cube_err *err)
+{
+    (void)err;
+    if (!json_value_as_object(v))
+        return -1;
+    cube_ports_free(field);
+    ((struct cube_ports *)field)->is_null = false;
+    for (struct json_object_element_s *m = cube_json_members(v); m;
+         m = m->next) {
+        struct cube_port *slot;
+
+        if (strlen(m->name->string) != m->name->string_size ||
+            (!json_value_is_null(m->value) && !json_value_as_array(m->value)))
+            return -1;
+        slot = cube_port_slot(field, m->name->string);
+        if (!slot)
+            return -1;
+        cube_port_clear(slot);
+        slot->is_null = json_value_is_null(m->value);
+        for (struct json_array_element_s *e = cube_json_items(m->value); e;
+             e = e->next) {
+            if (cube_binding_read(slot, e->value, is_strict))
+                return -1;
+        }
+    }
+    return 0;
+}
+
+static void cube_port_print(const struct cube_port *p, struct cube_buf *out)
+{
+    cube_json_put_text(out, p->port);
+    if (p->is_null && p->count == 0) {
+        cube_buf_puts(out, ":null");
+        return;
+    }
+    cube_buf_puts(out, ":[");
+    for (size_t i = 0; i < p->count; i++) {
+        cube_buf_puts(out, i > 0 ? ",{\"HostIp\":" : "{\"HostIp\":");
+        cube_json_put_text(out, p->bindings[i].ip);
+        cube_buf_puts(out, ",\"HostPort\":");
+        cube_json_put_text(out, p->bindings[i].port);
+        cube_buf_addc(out, '}');
+    }
+    cube_buf_addc(out, ']');
+}
+
+static void cube_ports_print(const void *field, struct cube_buf *out)
+{
+    const struct cube_ports *p = field;
+
+    if (p->is_null) {
+        cube_buf_puts(out, "null");
+        return;
+    }
+    cube_buf_addc(out, '{');
+    for (size_t i = 0; i < p->count; i++) {
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_port_print(&p->list[i], out);
+    }
+    cube_buf_addc(out, '}');
+}
+
+static bool cube_ports_is_set(const void *field)
+{
+    return ((const struct cube_ports *)field)->count > 0;
+}
+
+static void cube_ports_copy(void *field, const void *from)
+{
+    const struct cube_ports *p = from;
+    struct cube_ports copy = {NULL, 0, p->is_null};
+
+    if (p->count > 0)
+        copy.list = cube_alloc(p->count * sizeof *copy.list);
+    for (; copy.count < p->count; copy.count++) {
+        const struct cube_port *source = &p->list[copy.count];
+        struct cube_port *to = &copy.list[copy.count];
+
+        to->port = cube_text_dup(source->port);
+        to->is_null = source->is_null;
+        for (size_t i = 0; i < source->count; i++)
+            cube_port_add(to, source->bindings[i].ip,
+                          source->bindings[i].port);
+    }
+    *(struct cube_ports *)field = copy;
+}
+
+static const struct cube_kind cube_kind_of_ports = {
+    "ports like {\"80/tcp\":[{\"HostIp\":\"::\",\"HostPort\":\"8080\"}]}, "
+    "at most 1024",
+    cube_ports_read,
+    cube_ports_print,
+    cube_ports_is_set,
+    cube_ports_init,
+    cube_ports_copy,
+    cube_ports_free};
+
+/* ---- Records: tables of fields ---- */
+
+struct cube_field {
+    const char *name, *key; /* key: as it is printed, `,"Name":` */
+    size_t name_len, key_len;
+    const struct cube_kind *kind;
+    size_t at; /* offset of the field in its struct */
+    bool is_own, is_spec;
+};
+
+#define CUBE_FIELD(name, kind, at, is_own, is_spec)                         \
+    {                                                                       \
+        name, ",\"" name "\":", sizeof name - 1, sizeof name + 3, &kind, at, \
+            is_own, is_spec                                                 \
+    }
+/* A field of the Go implementation, of ours, of ours and the user's. */
+#define CUBE_TASK_GO(name, kind, member)                                   \
+    CUBE_FIELD(name, kind, offsetof(struct cube_task, member), false, false)
+#define CUBE_TASK_GO_SPEC(name, kind, member)                              \
+    CUBE_FIELD(name, kind, offsetof(struct cube_task, member), false, true)
+#define CUBE_TASK_OWN(name, kind, member)                                  \
+    CUBE_FIELD(name, kind, offsetof(struct cube_task, member), true, false)
+#define CUBE_TASK_OWN_SPEC(name, kind, member)                             \
+    CUBE_FIELD(name, kind, offsetof(struct cube_task, member), true, true)
+
+static const struct cube_field cube_task_fields[] = {
+    CUBE_TASK_GO("ID", cube_kind_of_id, id),
+    CUBE_TASK_GO("ContainerID", cube_kind_of_text, container_id),
+    CUBE_TASK_GO_SPEC("Name", cube_kind_of_text, name),
+    CUBE_TASK_GO("State", cube_kind_of_state, state),
+    CUBE_TASK_GO_SPEC("Image", cube_kind_of_text, image),
+    CUBE_TASK_GO_SPEC("Cpu", cube_kind_of_f64, cpu),
+    CUBE_TASK_GO_SPEC("Memory", cube_kind_of_i64, mem_bytes),
+    CUBE_TASK_GO_SPEC("Disk", cube_kind_of_i64, disk_bytes),
+    CUBE_TASK_GO("HostPorts", cube_kind_of_ports, host_ports),
+    CUBE_TASK_GO_SPEC("ExposedPorts", cube_kind_of_exposed, exposed_ports),
+    CUBE_TASK_GO_SPEC("PortBindings", cube_kind_of_publishes, port_bindings),
+    CUBE_TASK_GO_SPEC("RestartPolicy", cube_kind_of_text, restart_policy),
+    CUBE_TASK_GO("StartTime", cube_kind_of_time, start_time),
+    CUBE_TASK_GO("FinishTime", cube_kind_of_time, finish_time),
+    CUBE_TASK_GO_SPEC("HealthCheck", cube_kind_of_text, health_check),
+    CUBE_TASK_GO("RestartCount", cube_kind_of_i64, restart_count),
+
+    CUBE_TASK_OWN_SPEC("Cmd", cube_kind_of_words, cmd),
+    CUBE_TASK_OWN_SPEC("Env", cube_kind_of_words, env),
+    CUBE_FIELD("ExitCode", cube_kind_of_exit, 0, true, false),
+    CUBE_TASK_OWN("Node", cube_kind_of_text, node),
+    CUBE_TASK_OWN("Wanted", cube_kind_of_wanted, wanted),
+    CUBE_TASK_OWN("Attempt", cube_kind_of_i64, attempt),
+    CUBE_TASK_OWN("Error", cube_kind_of_text, error),
+    CUBE_TASK_OWN("RestartTime", cube_kind_of_time, restart_time),
+    CUBE_TASK_OWN_SPEC("StopGrace", cube_kind_of_i64, grace_ms),
+    CUBE_TASK_OWN_SPEC("HealthStart", cube_kind_of_i64, health_start_ms),
+    CUBE_TASK_OWN_SPEC("HealthInterval", cube_kind_of_i64,
+                       health_interval_ms),
+    CUBE_TASK_OWN_SPEC("HealthTimeout", cube_kind_of_i64, health_timeout_ms),
+    CUBE_TASK_OWN_SPEC("HealthRetries", cube_kind_of_i64, health_retries),
+    CUBE_TASK_OWN("Progress", cube_kind_of_text, progress),
+    CUBE_TASK_OWN("CreatedTime", cube_kind_of_time, created_time),
+};
+
+static void cube_record_init(const struct cube_field *fields, size_t count,
+                             void *record)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (fields[i].kind->init)
+            fields[i].kind->init((char *)record + fields[i].at);
+    }
+}
+
+static void cube_record_free(const struct cube_field *fields, size_t count,
+                             void *record)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (fields[i].kind->free)
+            fields[i].kind->free((char *)record + fields[i].at);
+    }
+}
+
+static void cube_record_print(const struct cube_field *fields, size_t count,
+                              const void *record, struct cube_buf *out)
+{
+    size_t comma = 1; /* the first key leaves out its comma */
+
+    cube_buf_addc(out, '{');
+    for (size_t i = 0; i < count; i++) {
+        const struct cube_field *f = &fields[i];
+        const void *field = (const char *)record + f->at;
+
+        if (f->is_own && !f->kind->is_set(field))
+            continue;
+        cube_buf_add(out, f->key + comma, f->key_len - comma);
+        f->kind->print(field, out);
+        comma = 0;
+    }
+    cube_buf_addc(out, '}');
+}
+
+/* The field of a key, looked for from `*from` on; `*from` moves behind it. */
+static const struct cube_field *
+cube_record_field(const struct cube_field *fields, size_t count,
+                  const struct json_string_s *name, size_t *from)
+{
+    for (size_t n = 0; n < count; n++) {
+        size_t i = (*from + n) % count;
+
+        if (fields[i].name_len == name->string_size &&
+            cube_text_is_nocase(name->string, name->string_size,
+                                fields[i].name)) {
+            *from = i + 1;
+            return &fields[i];
+        }
+    }
+    return NULL;
+}
+
+/* Reads an object into a record that was made empty. `what` names it in
+ * errors: "Task". */
+static int cube_record_read(const struct cube_field *fields, size_t count,
+                            const char *what, void *record,
+                            struct json_value_s *v, bool is_strict,
+                            struct cube_err *err)
+{
+    size_t from = 0;
+
+    if (!v || !json_value_as_object(v))
+        return cube_fail(err, CUBE_EINVAL, "%s: expected an object", what);
+    for (struct json_object_element_s *m = cube_json_members(v); m;
+         m = m->next) {
+        const struct cube_field *f =
+            cube_record_field(fields, count, m->name, &from);
+
+        if (!f && is_strict)
+            return cube_fail(err, CUBE_EINVAL, "%s: unknown field \"%.100s\"",
+                             what, m->name->string);
+        if (!f || json_value_is_null(m->value))
+            continue;
+        if (f->kind->read((char *)record + f->at, m->value, is_strict, err))
+            return f->kind->expects
+                       ? cube_fail(err, CUBE_EINVAL, "%s: %s: expected %s",
+                                   what, f->name, f->kind->expects)
+                       : -1;
+    }
+    return 0;
+}
+
+/* ---- Tasks ---- */
+
+CUBE_API struct cube_task *cube_task_new(void)
+{
+    struct cube_task *t = cube_alloc(sizeof *t);
+
+    cube_record_init(cube_task_fields, CUBE_COUNT(cube_task_fields), t);
+    return t;
+}
+
+CUBE_API void cube_task_free(struct cube_task *t)
+{
+    if (!t)
+        return;
+    cube_record_free(cube_task_fields, CUBE_COUNT(cube_task_fields), t);
+    cube_free(t);
+}
+
+CUBE_API struct cube_task *cube_task_copy(const struct cube_task *t)
+{
+    struct cube_task *copy = cube_alloc(sizeof *copy);
+
+    *copy = *t;
+    for (size_t i = 0; i < CUBE_COUNT(cube_task_fields); i++) {
+        const struct cube_field *f = &cube_task_fields[i];
+
+        if (f->kind->copy)
+            f->kind->copy((char *)copy + f->at, (const char *)t + f->at);
+    }
+    return copy;
+}
+
+CUBE_API void cube_task_print(const struct cube_task *t, struct cube_buf *out)
+{
+    cube_record_print(cube_task_fields, CUBE_COUNT(cube_task_fields), t, out);
+}
+
+/* The task in a tree; NULL and an error that names the field. */
+static struct cube_task *cube_task_from_json(struct json_value_s *v,
+                                             bool is_strict,
+                                             struct cube_err *err)
+{
+    struct cube_task *t = cube_task_new();
+
+    if (!cube_record_read(cube_task_fields, CUBE_COUNT(cube_task_fields),
+                          "Task", t, v, is_strict, err))
+        return t;
+    cube_task_free(t);
+    return NULL;
+}
+
+CUBE_API int cube_task_parse(const char *json, size_t len, bool is_strict,
+                             struct cube_task **out, struct cube_err *err)
+{
+    struct json_value_s *root = cube_json_parse(json, len, err);
+
+    *out = root ? cube_task_from_json(root, is_strict, err) : NULL;
+    cube_json_free(root);
+    return *out ? 0 : -1;
+}
+
+CUBE_API bool cube_task_same_spec(const struct cube_task *a,
+                                  const struct cube_task *b)
+{
+    struct cube_buf texts[2] = {{NULL, 0, 0}, {NULL, 0, 0}};
+    bool is_same = true;
+
+    for (size_t i = 0; is_same && i < CUBE_COUNT(cube_task_fields); i++) {
+        const struct cube_field *f = &cube_task_fields[i];
+        const void *of_a = (const char *)a + f->at;
+        const void *of_b = (const char *)b + f->at;
+
+        /* `null` and `{}` ask for the same: nothing */
+        if (!f->is_spec || (!f->kind->is_set(of_a) && !f->kind->is_set(of_b)))
+            continue;
+        cube_buf_clear(&texts[0]);
+        cube_buf_clear(&texts[1]);
+        f->kind->print(of_a, &texts[0]);
+        f->kind->print(of_b, &texts[1]);
+        is_same = texts[0].len == texts[1].len &&
+                  !memcmp(texts[0].data, texts[1].data, texts[0].len);
+    }
+    cube_buf_free(&texts[0]);
+    cube_buf_free(&texts[1]);
+    return is_same;
+}
+
+CUBE_API bool cube_task_is_finished(const struct cube_task *t)
+{
+    return t->state == CUBE_COMPLETED ||
+           (t->state == CUBE_FAILED && !cube_time_is_set(&t->restart_time));
+}
+
+CUBE_API void cube_task_set(char **text, const char *value)
+{
+    cube_text_set(text, value ? value : "");
+}
+
+/* A port with its protocol: "80" is "80/tcp". */
+static void cube_port_full(const char *port, char out[64])
+{
+    (void)snprintf(out, 64, "%.50s%s", port, strchr(port, '/') ? "" : "/tcp");
+}
+
+CUBE_API void cube_task_expose(struct cube_task *t, const char *port)
+{
+    char full[64];
+
+    cube_port_full(port, full);
+    (void)cube_texts_slot(&t->exposed_ports, full);
+}
+
+CUBE_API void cube_task_publish(struct cube_task *t, const char *port,
+                                const char *host_port)
+{
+    struct cube_publish *slot;
+    char full[64];
+
+    cube_port_full(port, full);
+    slot = cube_publishes_slot(&t->port_bindings, full);
+    if (slot)
+        cube_text_set(&slot->host_port, host_port ? host_port : "");
+}
+
+CUBE_API void cube_task_bind(struct cube_task *t, const char *port,
+                             const char *ip, const char *host_port)
+{
+    struct cube_port *slot;
+    char full[64];
+
+    cube_port_full(port, full);
+    slot = cube_port_slot(&t->host_ports, full);
+    if (!slot)
+        return;
+    if (ip)
+        cube_port_add(slot, ip, host_port);
+    slot->is_null = slot->count == 0;
+}
+
+CUBE_API void cube_task_unbind(struct cube_task *t)
+{
+    cube_ports_free(&t->host_ports);
+}
+
+/* ---- Events ---- */
+
+static int cube_event_task_read(void *field, struct json_value_s *v,
+                                bool is_strict, struct cube_err *err)
+{
+    struct cube_task *t = cube_task_from_json(v, is_strict, err);
+
+    if (!t)
+        return -1;
+    cube_task_free(*(struct cube_task **)field);
+    *(struct cube_task **)field = t;
+    return 0;
+}
+
+static void cube_event_task_print(const void *field, struct cube_buf *out)
+{
+    const struct cube_task *t = *(struct cube_task *const *)field;
+
+    if (t)
+        cube_task_print(t, out);
+    else
+        cube_buf_puts(out, "null");
+}
+
+static bool cube_event_task_is_set(const void *field)
+{
+    return *(struct cube_task *const *)field != NULL;
+}
+
+static void cube_event_task_free(void *field)
+{
+    cube_task_free(*(struct cube_task **)field);
+}
+
+static const struct cube_kind cube_kind_of_task = {
+    NULL, cube_event_task_read, cube_event_task_print, cube_event_task_is_set,
+    NULL, NULL, cube_event_task_free};
+
+#define CUBE_EVENT_GO(name, kind, member)                                  \
+    CUBE_FIELD(name, kind, offsetof(struct cube_event, member), false, false)
+#define CUBE_EVENT_OWN(name, kind, member)                                 \
+    CUBE_FIELD(name, kind, offsetof(struct cube_event, member), true, false)
+
+static const struct cube_field cube_event_fields[] = {
+    CUBE_EVENT_GO("ID", cube_kind_of_id, id),
+    CUBE_EVENT_GO("State", cube_kind_of_state, state),
+    CUBE_EVENT_GO("Timestamp", cube_kind_of_time, timestamp),
+    CUBE_EVENT_GO("Task", cube_kind_of_task, task),
+    CUBE_EVENT_OWN("Cluster", cube_kind_of_id, cluster),
+    CUBE_EVENT_OWN("Epoch", cube_kind_of_i64, epoch),
+    CUBE_EVENT_OWN("Budget", cube_kind_of_budget, budget),
+};
+
+CUBE_API struct cube_event *cube_event_new(void)
+{
+    struct cube_event *e = cube_alloc(sizeof *e);
+
+    cube_record_init(cube_event_fields, CUBE_COUNT(cube_event_fields), e);
+    return e;
+}
+
+CUBE_API void cube_event_free(struct cube_event *e)
+{
+    if (!e)
+        return;
+    cube_record_free(cube_event_fields, CUBE_COUNT(cube_event_fields), e);
+    cube_free(e);
+}
+
+CUBE_API void cube_event_print(const struct cube_event *e,
+                               struct cube_buf *out)
+{
+    cube_record_print(cube_event_fields, CUBE_COUNT(cube_event_fields), e,
+                      out);
+}
+
+static struct cube_event *cube_event_from_json(struct json_value_s *v,
+                                               bool is_strict,
+                                               struct cube_err *err)
+{
+    struct cube_event *e = cube_event_new();
+
+    if (!cube_record_read(cube_event_fields, CUBE_COUNT(cube_event_fields),
+                          "TaskEvent", e, v, is_strict, err))
+        return e;
+    cube_event_free(e);
+    return NULL;
+}
+
+CUBE_API int cube_event_parse(const char *json, size_t len, bool is_strict,
+                              struct cube_event **out, struct cube_err *err)
+{
+    struct json_value_s *root = cube_json_parse(json, len, err);
+
+    *out = root ? cube_event_from_json(root, is_strict, err) : NULL;
+    cube_json_free(root);
+    return *out ? 0 : -1;
+}
+
+/* A bare task as the event that asks to run it. */
+static struct cube_event *cube_event_of_task(struct json_value_s *v,
+                                             bool is_strict,
+                                             struct cube_err *err)
+{
+    struct cube_task *t = cube_task_from_json(v, is_strict, err);
+    struct cube_event *e;
+
+    if (!t)
+        return NULL;
+    e = cube_event_new();
+    e->state = CUBE_RUNNING;
+    e->task = t;
+    return e;
+}
+
+CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
+                                      bool is_strict, struct cube_event **out,
+                                      struct cube_err *err)
+{
+    struct json_value_s *root = cube_json_parse(json, len, err);
+
+    *out = NULL;
+    if (root && (cube_json_get_nocase(root, "Task") ||
+                 cube_json_get_nocase(root, "Timestamp")))
+        *out = cube_event_from_json(root, is_strict, err);
+    else if (root)
+        *out = cube_event_of_task(root, is_strict, err);
+    cube_json_free(root);
+    return *out ? 0 : -1;
+}
+
+/* ---- Could it ever run? ---- */
+
+static bool cube_is_alnum(char c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+           (c >= 'A' && c <= 'Z');
+}
+
+/* Of letters, digits and `others` alone? */
+static bool cube_text_consists(const char *p, size_t len, const char *others)
+{
+    for (size_t i = 0; i < len; i++) {
+        if (!cube_is_alnum(p[i]) && (!p[i] || !strchr(others, p[i])))
+            return false;
+    }
+    return true;
+}
+
+/* One part of an image's path: lower case letters and digits, between them
+ * `.`, `_`, `__` or any number of `-`. */
+static bool cube_image_part_ok(const char *p, size_t len)
+{
+    size_t i = 0;
+
+    for (;;) {
+        size_t run = i;
+
+        while (i < len && cube_is_alnum(p[i]) && (p[i] < 'A' || p[i] > 'Z'))
+            i++;
+        if (i == run)
+            return false;
+        if (i == len)
+            return true;
+        if (p[i] == '-') {
+            while (i < len && p[i] == '-')
+                i++;
+        } else if (p[i] == '_' && i + 1 < len && p[i + 1] == '_') {
+            i += 2;
+        } else if (p[i] == '.' || p[i] == '_') {
+            i++;
+        } else {
+            return false;
+        }
+    }
+}
+
+/* Is the part before the first slash a registry's host, not a path? */
+static bool cube_image_is_host(const char *p, size_t len)
+{
+    if (cube_text_is(p, len, "localhost"))
+        return true;
+    for (size_t i = 0; i < len; i++) {
+        if (p[i] == '.' || p[i] == ':' || (p[i] >= 'A' && p[i] <= 'Z'))
+            return true;
+    }
+    return false;
+}
+
+/* host, host:port, [ipv6]:port */
+static bool cube_image_host_ok(const char *p, size_t len)
+{
+    const char *bracket = p[0] == '[' ? memchr(p, ']', len) : NULL;
+    size_t host = 0;
+    uint64_t port;
+
+    if (bracket) {
+        host = (size_t)(bracket - p) + 1;
+        if (!cube_text_consists(p + 1, host - 2, ":"))
+            return false;
+    } else {
+        while (host < len && p[host] != ':')
+            host++;
+        if (host == 0 || !cube_text_consists(p, host, ".-") ||
+            !cube_is_alnum(p[0]) || !cube_is_alnum(p[host - 1]))
+            return false;
+    }
+    return host == len ||
+           (p[host] == ':' &&
+            !cube_text_u64(p + host + 1, len - host - 1, 65535, &port));
+}
+
+/* [host[:port]/]part[/part...] */
+static bool cube_image_name_ok(const char *p, size_t len)
+{
+    const char *slash = memchr(p, '/', len);
+    const char *end = p + len;
+
+    if (len == 0 || len > CUBE_TASK_NAME_MAX)
+        return false;
+    if (slash && cube_image_is_host(p, (size_t)(slash - p))) {
+        if (!cube_image_host_ok(p, (size_t)(slash - p)))
+            return false;
+        p = slash + 1;
+    }
+    for (;;) {
+        slash = memchr(p, '/', (size_t)(end - p));
+        if (!cube_image_part_ok(p, (size_t)((slash ? slash : end) - p)))
+            return false;
+        if (!slash)
+            return true;
+        p = slash + 1;
+    }
+}
+
+/* algorithm:hex, as in sha256:9f86d081... */
+static bool cube_image_digest_ok(const char *p)
+{
+    const char *colon = strchr(p, ':');
+    size_t len = colon ? strlen(colon + 1) : 0;
+
+    if (!colon || colon == p || len < 32 ||
+        !cube_text_consists(p, (size_t)(colon - p), "+._-"))
+        return false;
+    for (size_t i = 0; i < len; i++) {
+        if (cube_hex_digit(colon[1 + i]) < 0)
+            return false;
+    }
+    return true;
+}
+
+/* name[:tag][@digest], the distribution reference grammar. */
+static bool cube_image_ok(const char *image)
+{
+    size_t len = strcspn(image, "@"), name = len;
+
+    if (image[len] && !cube_image_digest_ok(image + len + 1))
+        return false;
+    while (name > 0 && image[name - 1] != ':' && image[name - 1] != '/')
+        name--;
+    if (name == 0 || image[name - 1] == '/')
+        return cube_image_name_ok(image, len);
+    return len > name && len - name <= 128 && image[name] != '.' &&
+           image[name] != '-' &&
+           cube_text_consists(image + name, len - name, "_.-") &&
+           cube_image_name_ok(image, name - 1);
+}
+
+static int cube_task_check_texts(const struct cube_task *t,
+                                 struct cube_err *err)
+{
+    static const char *const policies[] = {"", "no", "on-failure", "always",
+                                           "unless-stopped"};
+    size_t len = strlen(t->name), i = 0;
+
+    if (len > CUBE_TASK_NAME_MAX || !cube_text_consists(t->name, len, "_.-") ||
+        (len > 0 && !cube_is_alnum(t->name[0])))
+        return cube_fail(err, CUBE_EINVAL,
+                         "Name: \"%.100s\" is none: letters, digits, _ . and "
+                         "-, the first a letter or digit, at most %d",
+                         t->name, CUBE_TASK_NAME_MAX);
+    if (!t->image[0] && t->cmd.count == 0)
+        return cube_fail(err, CUBE_EINVAL,
+                         "Image: there is none (and no Cmd either)");
+    if (t->image[0] && !cube_image_ok(t->image))
+        return cube_fail(err, CUBE_EINVAL,
+                         "Image: \"%.100s\" is no image's name, as in "
+                         "registry:5000/path/name:tag, lower case",
+                         t->image);
+    while (i < CUBE_COUNT(policies) && strcmp(policies[i], t->restart_policy))
+        i++;
+    if (i == CUBE_COUNT(policies))
+        return cube_fail(err, CUBE_EINVAL,
+                         "RestartPolicy: \"%.100s\" is none of no, "
+                         "on-failure, always, unless-stopped",
+                         t->restart_policy);
+    len = strlen(t->health_check);
+    for (i = 0; i < len; i++) {
+        if (t->health_check[0] != '/' || t->health_check[i] <= ' ' ||
+            t->health_check[i] == 0x7f)
+            return cube_fail(err, CUBE_EINVAL,
+                             "HealthCheck: \"%.100s\" is no path, as in "
+                             "/health",
+                             t->health_check);
+    }
+    return 0;
+}
+
+static int cube_task_check_numbers(const struct cube_task *t,
+                                   struct cube_err *err)
+{
+    const struct {
+        const char *name;
+        int64_t value;
+    } rows[] = {
+        {"Memory", t->mem_bytes},
+        {"Disk", t->disk_bytes},
+        {"RestartCount", t->restart_count},
+        {"Attempt", t->attempt},
+        {"StopGrace", t->grace_ms},
+        {"HealthStart", t->health_start_ms},
+        {"HealthInterval", t->health_interval_ms},
+        {"HealthTimeout", t->health_timeout_ms},
+        {"HealthRetries", t->health_retries},
+    };
+
+    if (!(t->cpu >= 0 && t->cpu <= CUBE_TASK_CPU_MAX))
+        return cube_fail(err, CUBE_EINVAL,
+                         "Cpu: %g is no number of cores", t->cpu);
+    for (size_t i = 0; i < CUBE_COUNT(rows); i++) {
+        if (rows[i].value < 0)
+            return cube_fail(err, CUBE_EINVAL, "%s: %lld is negative",
+                             rows[i].name, (long long)rows[i].value);
+    }
+    return 0;
+}
+
+static int cube_task_check_ports(const struct cube_task *t,
+                                 struct cube_err *err)
+{
+    const char *protocol;
+    uint64_t value;
+    int number;
+
+    for (size_t i = 0; i < t->exposed_ports.count; i++) {
+        if (cube_port_parse(t->exposed_ports.list[i], &number, &protocol))
+            return cube_fail(err, CUBE_EINVAL,
+                             "ExposedPorts: \"%.100s\" is no port, as in "
+                             "80/tcp",
+                             t->exposed_ports.list[i]);
+    }
+    for (size_t i = 0; i < t->port_bindings.count; i++) {
+        const struct cube_publish *p = &t->port_bindings.list[i];
+
+        if (cube_port_parse(p->port, &number, &protocol))
+            return cube_fail(err, CUBE_EINVAL,
+                             "PortBindings: \"%.100s\" is no port, as in "
+                             "80/tcp",
+                             p->port);
+        if (p->host_port[0] && cube_text_u64(p->host_port,
+                                             strlen(p->host_port), 65535,
+                                             &value))
+            return cube_fail(err, CUBE_EINVAL,
+                             "PortBindings: \"%.100s\" is no port of a host",
+                             p->host_port);
+    }
+    return 0;
+}
+
+static int cube_task_check_words(const struct cube_task *t,
+                                 struct cube_err *err)
+{
+    if (t->cmd.count > 0 && !t->cmd.list[0][0])
+        return cube_fail(err, CUBE_EINVAL, "Cmd: the first word is empty");
+    for (size_t i = 0; i < t->env.count; i++) {
+        if (t->env.list[i][0] == '=' || !strchr(t->env.list[i], '='))
+            return cube_fail(err, CUBE_EINVAL,
+                             "Env: \"%.100s\" is not NAME=value",
+                             t->env.list[i]);
+    }
+    return 0;
+}
+
+CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
+{
+    if (!t)
+        return cube_fail(err, CUBE_EINVAL, "Task: there is none");
+    if (cube_task_check_texts(t, err) || cube_task_check_numbers(t, err) ||
+        cube_task_check_ports(t, err) || cube_task_check_words(t, err))
+        return -1;
+    return 0;
+}
 
 
 
