@@ -384,6 +384,18 @@ static void test_enter(void (*run)(void))
         run();
 }
 
+/* A helper thread that was told to end may need a moment: at most a second,
+ * and none at all for a test that starts no thread. */
+static void test_settle(int descriptors, long blocks)
+{
+    for (int i = 0; i < 200; i++) {
+        if (test_descriptors() <= descriptors &&
+            __atomic_load_n(&test_heap_blocks, __ATOMIC_SEQ_CST) <= blocks)
+            return;
+        usleep(5000);
+    }
+}
+
 static void test_run(const struct test_case *one)
 {
     int descriptors = test_descriptors();
@@ -402,6 +414,7 @@ static void test_run(const struct test_case *one)
     test.row[0] = '\0';
     if (test.dir[0])
         nftw(test.dir, test_remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    test_settle(descriptors, blocks);
     if (test.faults == 0 && test_descriptors() != descriptors) {
         FAIL("%d descriptors more than before",
              test_descriptors() - descriptors);
