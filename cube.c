@@ -5822,6 +5822,28 @@ CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
 
 
 /* ==== Chapter 9. Runtimes ==== uses: 1 2 3 5 6 7 ==== */
+/*
+ * (the essay of this chapter)
+ */
+
+/* ---- The interface ---- */
+
+CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err)
+{
+    return err && (err->code == CUBE_ECONN || err->code == CUBE_ETIMEOUT ||
+                   err->code == CUBE_EIO || err->code == CUBE_EPROTO);
+}
+
+CUBE_API void cube_runtime_free(struct cube_runtime *rt)
+{
+    if (rt)
+        rt->ops->free(rt);
+}
+
+
+
+
+/* ---- Processes ---- */
 
 
 

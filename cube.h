@@ -471,6 +471,166 @@ CUBE_API int cube_port_parse(const char *text, int *number,
 
 /* ==== Chapter 9. Runtimes ==== */
 
+/*
+ * What runs a task: a container engine, or the machine itself. One interface
+ * for all of them, so that a worker does not know which it has, and a program
+ * can bring one of its own.
+ *
+ * All functions but `free` are asynchronous on the runtime's loop. A callback
+ * runs exactly once and never before the call that started it returned; what
+ * it is given is borrowed and lives until it returns. After `free` (and after
+ * `logs_cancel`, for that one) none runs any more.
+ *
+ * An error is one of two kinds, and cube_runtime_is_trouble tells them apart:
+ * the runtime is in trouble (it cannot be reached, hangs, has lost its mind:
+ * nothing is known about the container, wait and ask again), or the runtime
+ * says no (there is no such image, the port is taken: its own words are in
+ * the text, and asking again in the same way is in vain).
+ */
+
+/* A container or a process, as it was just now. The receiver's to read only:
+ * texts are never NULL, "" is unknown. */
+enum cube_box_state {
+    CUBE_BOX_CREATED, /* made, never started */
+    CUBE_BOX_RUNNING,
+    CUBE_BOX_EXITED
+};
+
+struct cube_container {
+    char *id;             /* the engine's */
+    char *name;
+    char *task;           /* labels, as they were given to `start` */
+    char *cluster;
+    char *worker;
+    int64_t attempt;
+    char *spec;           /* the task's JSON as it was delivered */
+    enum cube_box_state state;
+    bool has_exit;        /* exit_code is known */
+    int exit_code;        /* 128 + signal number for a signal */
+    bool is_oom_killed;
+    char *error;          /* why it ended or did not start, in words */
+    struct cube_time started, finished;
+    struct cube_port *ports; /* chapter 7; host ports in use, by port */
+    size_t port_count;
+};
+
+struct cube_task;
+
+/* What to start. The runtime copies what it keeps. */
+struct cube_start {
+    const struct cube_task *task;
+    const char *cluster, *worker; /* UUIDs; "" is none */
+    int64_t attempt;
+    /* May be NULL. In words, whenever they change: "pulling nginx:latest: 3
+     * of 5 layers, 12.3 MB". Comes any number of times before the end. */
+    void (*progress)(void *arg, const char *words);
+};
+
+struct cube_logs_options {
+    bool is_following; /* goes on until the container ends */
+    int64_t tail;      /* so many last lines; below 0: all */
+};
+
+struct cube_logs; /* a log stream; the runtime's */
+struct cube_runtime;
+
+/* `err` is NULL for success; `c` is NULL for a failure. */
+typedef void cube_container_fn(void *arg, const struct cube_container *c,
+                               const struct cube_err *err);
+typedef void cube_containers_fn(void *arg, const struct cube_container *list,
+                                size_t count, const struct cube_err *err);
+typedef void cube_text_fn(void *arg, const char *text, size_t len,
+                          const struct cube_err *err);
+typedef void cube_done_fn(void *arg, const struct cube_err *err);
+/* Output and errors of the task, as they come. */
+typedef void cube_data_fn(void *arg, const char *p, size_t len);
+/* The container of the task with this ID may have changed: inspect it. NULL:
+ * anything may have changed (events were missed): list. */
+typedef void cube_change_fn(void *arg, const char *task);
+
+struct cube_runtime_ops {
+    /* Makes and starts a container for the task, having pulled the image if
+     * there is none, and reports it as it then is, host ports included. What
+     * an earlier start of the same task and attempt left behind is used: a
+     * start that ended in trouble can be repeated. After a `no` nothing is
+     * left of it. */
+    void (*start)(struct cube_runtime *rt, const struct cube_start *what,
+                  cube_container_fn *fn, void *arg);
+    /* Gives up a start that has not reported yet, if there is one: it then
+     * reports CUBE_ECANCELED (or, when that came too late, success). */
+    void (*start_cancel)(struct cube_runtime *rt, const char *task);
+    /* Asks it to end, and kills it after `grace_ms`; reports when it has
+     * ended. Success as well when it had already, or is gone. */
+    void (*stop)(struct cube_runtime *rt, const char *id, int64_t grace_ms,
+                 cube_done_fn *fn, void *arg);
+    /* Kills it at once, if it runs. Success when it had ended, or is gone. */
+    void (*kill)(struct cube_runtime *rt, const char *id, cube_done_fn *fn,
+                 void *arg);
+    /* Removes it with its log, running or not. Success when it is gone. */
+    void (*remove)(struct cube_runtime *rt, const char *id, cube_done_fn *fn,
+                   void *arg);
+    /* All that carry a task's label, with the worker's, or of all workers
+     * (NULL), running or not, each as `inspect` gives it. */
+    void (*list)(struct cube_runtime *rt, const char *worker,
+                 cube_containers_fn *fn, void *arg);
+    /* CUBE_ENOENT: there is none (any more). */
+    void (*inspect)(struct cube_runtime *rt, const char *id,
+                    cube_container_fn *fn, void *arg);
+    /* The engine's own JSON of it. */
+    void (*inspect_json)(struct cube_runtime *rt, const char *id,
+                         cube_text_fn *fn, void *arg);
+    /* Never NULL. `on_end` once, unless it was cancelled. */
+    struct cube_logs *(*logs)(struct cube_runtime *rt, const char *id,
+                              const struct cube_logs_options *options,
+                              cube_data_fn *on_data, cube_done_fn *on_end,
+                              void *arg);
+    void (*logs_cancel)(struct cube_runtime *rt, struct cube_logs *logs);
+    /* Reports changes from now on, first a NULL; `fn` NULL ends it. */
+    void (*watch)(struct cube_runtime *rt, cube_change_fn *fn, void *arg);
+    void (*free)(struct cube_runtime *rt);
+};
+
+/* The part that all runtimes share; theirs follows it in memory. */
+struct cube_runtime {
+    const struct cube_runtime_ops *ops;
+    struct cube_loop *loop;
+    const char *name; /* "docker", "podman", "process" */
+    char *words;      /* "Docker Engine 20.10.24 at /var/run/docker.sock" */
+    char *engine_id;  /* who shares it shares its containers; "" unknown yet */
+    bool is_up;       /* it answered the last time it was asked */
+};
+
+/* The runtime is in trouble: wait and ask again; it has not said no. */
+CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err);
+
+/* Frees any runtime; NULL is fine. Containers stay as they are. */
+CUBE_API void cube_runtime_free(struct cube_runtime *rt);
+
+/* A Docker Engine or a Podman at `where`: "unix:///run/docker.sock",
+ * "tcp://10.0.0.7:2375". Connects when it is first used, and again whenever
+ * it has to. NULL when `where` makes no sense. */
+CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
+                                              const char *where,
+                                              struct cube_err *err);
+
+/* Processes of this machine, each supervised by one of its own, their files
+ * in `dir`. */
+CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
+                                               const char *dir,
+                                               struct cube_err *err);
+
+/* `rt` is the caller's to free; NULL with `err` when there is none. `words`
+ * say which was taken and why. */
+typedef void cube_runtime_fn(void *arg, struct cube_runtime *rt,
+                             const char *words, const struct cube_err *err);
+
+/* Finds a runtime. `which` is "docker", "podman" or "process", which asks for
+ * that one, or "auto": Docker where it answers (DOCKER_HOST, else
+ * /var/run/docker.sock), else Podman (CONTAINER_HOST, else the socket of the
+ * user or of root), else processes. */
+CUBE_API void cube_runtime_find(struct cube_loop *l, const char *which,
+                                const char *dir, cube_runtime_fn *fn,
+                                void *arg);
 
 
 /* ==== Chapter 10. Schedulers ==== */
