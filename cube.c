@@ -3803,6 +3803,8 @@ struct cube_loop {
     size_t heap_len, heap_cap;
     uint64_t timer_order;
     struct cube_defer *first_defer, *last_defer;
+    struct cube_ready ready[CUBE_LOOP_BATCH]; /* this turn's */
+    int ready_count;
     struct cube_list commits;    /* of struct cube_commit */
     bool has_slices;             /* background work is left over */
     bool is_stopped;
@@ -4105,11 +4107,17 @@ static int cube_loop_job_start(struct cube_loop *l, struct cube_loop_job *j,
     return r;
 }
 
-/* After this `fn` does not run any more. */
+/* After this `fn` does not run any more, also when the job is done already
+ * and only waits for its place in this turn. */
 static void cube_loop_job_cancel(struct cube_loop *l, struct cube_loop_job *j)
 {
-    if (j->is_started)
-        l->world->job_cancel(l->world->ctx, l->poll, &j->job);
+    if (!j->is_started)
+        return;
+    l->world->job_cancel(l->world->ctx, l->poll, &j->job);
+    for (int i = 0; i < l->ready_count; i++) {
+        if (l->ready[i].job == &j->job)
+            memset(&l->ready[i], 0, sizeof l->ready[i]);
+    }
     j->is_started = false;
 }
 
@@ -4173,19 +4181,20 @@ static void cube_loop_dispatch(struct cube_loop *l,
 CUBE_API int cube_loop_turn(struct cube_loop *l, int timeout_ms,
                             struct cube_err *err)
 {
-    struct cube_ready ready[CUBE_LOOP_BATCH];
     int own_ms = cube_loop_timeout_ms(l);
     int n;
 
     if (own_ms >= 0 && (timeout_ms < 0 || own_ms < timeout_ms))
         timeout_ms = own_ms;
-    n = l->world->poll_wait(l->world->ctx, l->poll, ready, CUBE_LOOP_BATCH,
-                            timeout_ms);
+    n = l->world->poll_wait(l->world->ctx, l->poll, l->ready,
+                            CUBE_LOOP_BATCH, timeout_ms);
     if (n < 0)
         return cube_fail(err, CUBE_EIO, "wait for descriptors: %s",
                          cube_errno_text(n));
+    l->ready_count = n;
     for (int i = 0; i < n; i++)
-        cube_loop_dispatch(l, &ready[i]);
+        cube_loop_dispatch(l, &l->ready[i]);
+    l->ready_count = 0;
     cube_loop_run_timers(l);
     cube_loop_run_deferred(l);
     cube_loop_commit(l);

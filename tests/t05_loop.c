@@ -1,0 +1,569 @@
+/* Chapter 5: the order of a turn; watches, timers, deferred calls, jobs. */
+#include "test.h"
+#include <poll.h>
+
+/* ---- A world whose clock the test turns ---- */
+
+static int64_t clock_ms;
+
+static int64_t virtual_now_ms(void *ctx)
+{
+    (void)ctx;
+    return clock_ms;
+}
+
+static struct cube_world virtual_world(void)
+{
+    struct cube_world w = *cube_world_real();
+
+    clock_ms = 1000000;
+    w.now_ms = virtual_now_ms;
+    return w;
+}
+
+/* What ran, as text: each callback adds its letter. */
+static char trace[4096];
+
+static void note(const char *text)
+{
+    strncat(trace, text, sizeof trace - strlen(trace) - 1);
+}
+
+static void note_it(void *arg)
+{
+    note(arg);
+}
+
+static struct cube_loop *open_loop(const struct cube_world *w)
+{
+    trace[0] = 0;
+    return cube_loop_new(w, NULL);
+}
+
+/* ---- Timers ---- */
+
+#define TIMERS 300
+
+struct numbered {
+    struct cube_timer timer;
+    int64_t at_ms;   /* the model: when it is due, and its place among equals */
+    int order, number;
+    bool is_set;
+};
+
+static int fired[TIMERS], fired_count;
+
+static void fire(void *arg)
+{
+    struct numbered *n = arg;
+
+    n->is_set = false;
+    fired[fired_count++] = n->number;
+}
+
+static int by_time_then_order(const void *a, const void *b)
+{
+    const struct numbered *x = *(struct numbered *const *)a;
+    const struct numbered *y = *(struct numbered *const *)b;
+
+    if (x->at_ms != y->at_ms)
+        return x->at_ms < y->at_ms ? -1 : 1;
+    return x->order < y->order ? -1 : 1;
+}
+
+TEST(timers_run_by_time_and_equal_ones_in_the_order_set)
+{
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    static struct numbered all[TIMERS];
+    struct numbered *sorted[TIMERS];
+    int count = 0;
+
+    memset(all, 0, sizeof all);
+    fired_count = 0;
+    for (int step = 0; step < 3000; step++) {   /* set, move and clear */
+        struct numbered *n = &all[test_below(TIMERS)];
+
+        n->number = (int)(n - all);
+        n->is_set = test_below(4) != 0;
+        if (!n->is_set) {
+            cube_timer_clear(l, &n->timer);
+            continue;
+        }
+        n->at_ms = test_below(50);
+        n->order = step;
+        cube_timer_set(l, &n->timer, n->at_ms, fire, n);
+    }
+    for (int i = 0; i < TIMERS; i++) {
+        CHECK_INT(cube_timer_is_set(&all[i].timer), all[i].is_set);
+        if (all[i].is_set)
+            sorted[count++] = &all[i];
+    }
+    qsort(sorted, (size_t)count, sizeof *sorted, by_time_then_order);
+    for (; clock_ms <= 1000060; clock_ms += 7)
+        CHECK_INT(cube_loop_turn(l, 0, NULL), 0);
+    CHECK_INT(fired_count, count);
+    for (int i = 0; i < count && i < fired_count; i++)
+        CHECK_INT(fired[i], sorted[i]->number);
+    cube_loop_free(l);
+}
+
+struct rearm {
+    struct cube_loop *loop;
+    struct cube_timer timer, victim;
+};
+
+static void arm_for_now(void *arg)
+{
+    struct rearm *r = arg;
+
+    note("r");
+    cube_timer_clear(r->loop, &r->victim);
+    cube_timer_set(r->loop, &r->timer, 0, arm_for_now, r);
+}
+
+TEST(a_timer_set_for_now_by_a_timer_waits_for_the_next_turn)
+{
+    struct cube_world w = virtual_world();
+    struct rearm r = {.loop = open_loop(&w)};
+    struct cube_timer other = {0};
+
+    cube_timer_set(r.loop, &r.timer, 10, arm_for_now, &r);
+    cube_timer_set(r.loop, &r.victim, 10, note_it, "v");
+    cube_timer_set(r.loop, &other, 10, note_it, "o");
+    clock_ms += 9;
+    CHECK_INT(cube_loop_timeout_ms(r.loop), 1);
+    cube_loop_turn(r.loop, 0, NULL);
+    CHECK_STR(trace, "");         /* a millisecond early is early */
+    clock_ms += 1;
+    cube_loop_turn(r.loop, 0, NULL);
+    CHECK_STR(trace, "ro");       /* the victim was cleared by the first */
+    CHECK_INT(cube_loop_timeout_ms(r.loop), 0);
+    cube_loop_turn(r.loop, -1, NULL);
+    CHECK_STR(trace, "ror");
+    cube_loop_free(r.loop);
+}
+
+TEST(a_loop_with_nothing_to_do_has_no_timeout)
+{
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    struct cube_timer t = {0};
+
+    CHECK_INT(cube_loop_timeout_ms(l), -1);
+    cube_timer_set(l, &t, 250, note_it, "t");
+    CHECK_INT(cube_loop_timeout_ms(l), 250);
+    clock_ms += 1000;
+    CHECK_INT(cube_loop_timeout_ms(l), 0);
+    cube_timer_set(l, &t, (int64_t)1 << 40, note_it, "t");
+    CHECK_INT(cube_loop_timeout_ms(l), INT_MAX);
+    cube_timer_set(l, &t, -5, note_it, "t");   /* the past is now */
+    CHECK_INT(cube_loop_timeout_ms(l), 0);
+    cube_timer_clear(l, &t);
+    cube_timer_clear(l, &t);
+    CHECK_INT(cube_loop_timeout_ms(l), -1);
+    cube_loop_free(l);
+}
+
+/* ---- Deferred calls ---- */
+
+struct again {
+    struct cube_loop *loop;
+    struct cube_defer self, later, victim;
+};
+
+static void defer_more(void *arg)
+{
+    struct again *a = arg;
+
+    note("a");
+    cube_defer_set(a->loop, &a->self, defer_more, a);
+    cube_defer_set(a->loop, &a->later, note_it, "l");
+    cube_defer_clear(a->loop, &a->victim);
+}
+
+TEST(deferred_calls_run_in_order_and_later_ones_in_the_next_turn)
+{
+    struct cube_world w = virtual_world();
+    struct again a = {.loop = open_loop(&w)};
+    struct cube_defer first = {0}, last = {0};
+
+    cube_defer_set(a.loop, &first, note_it, "1");
+    cube_defer_set(a.loop, &a.self, defer_more, &a);
+    cube_defer_set(a.loop, &a.victim, note_it, "v");
+    cube_defer_set(a.loop, &last, note_it, "2");
+    cube_defer_set(a.loop, &first, note_it, "1");   /* queued once */
+    CHECK_INT(cube_loop_timeout_ms(a.loop), 0);
+    CHECK_STR(trace, "");         /* never before the call has returned */
+    cube_loop_turn(a.loop, -1, NULL);
+    CHECK_STR(trace, "1a2");
+    cube_loop_turn(a.loop, -1, NULL);
+    CHECK_STR(trace, "1a2al");
+    cube_defer_clear(a.loop, &a.later);
+    cube_defer_clear(a.loop, &a.self);
+    cube_defer_clear(a.loop, &a.self);
+    CHECK_INT(cube_loop_timeout_ms(a.loop), -1);
+    cube_defer_set(a.loop, &first, note_it, "3");   /* the queue still works */
+    cube_loop_turn(a.loop, -1, NULL);
+    CHECK_STR(trace, "1a2al3");
+    cube_loop_free(a.loop);
+}
+
+/* ---- Watches ---- */
+
+struct ear {
+    struct cube_loop *loop;
+    struct cube_watch watch, *victim;
+    const char *name;
+    unsigned events;
+};
+
+static void hear(void *arg, unsigned events)
+{
+    struct ear *e = arg;
+
+    note(e->name);
+    e->events = events;
+    if (e->victim)
+        cube_watch_clear(e->loop, e->victim);
+}
+
+TEST(a_turn_does_descriptors_then_timers_then_deferred_calls)
+{
+    struct cube_world w = virtual_world();
+    struct ear e = {.loop = open_loop(&w), .name = "w"};
+    struct cube_timer t = {0};
+    struct cube_defer d = {0};
+    int fd[2];
+
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    CHECK_INT(cube_watch_set(e.loop, &e.watch, fd[0], CUBE_READ, hear, &e), 0);
+    cube_defer_set(e.loop, &d, note_it, "d");
+    cube_timer_set(e.loop, &t, 0, note_it, "t");
+    CHECK(write(fd[1], "x", 1) == 1);
+    cube_loop_turn(e.loop, -1, NULL);
+    CHECK_STR(trace, "wtd");
+    CHECK_INT(e.events, CUBE_READ);
+    cube_watch_clear(e.loop, &e.watch);
+    close(fd[0]);
+    close(fd[1]);
+    cube_loop_free(e.loop);
+}
+
+TEST(a_watch_reports_what_it_was_set_for)
+{
+    struct cube_world w = virtual_world();
+    struct ear e = {.loop = open_loop(&w), .name = "e"};
+    int fd[2];
+
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    cube_watch_set(e.loop, &e.watch, fd[0], CUBE_READ, hear, &e);
+    cube_loop_turn(e.loop, 0, NULL);
+    CHECK_STR(trace, "");         /* nothing to read yet */
+    cube_watch_set(e.loop, &e.watch, fd[0], CUBE_WRITE, hear, &e);
+    cube_loop_turn(e.loop, 0, NULL);
+    CHECK_INT(e.events, CUBE_WRITE);
+    close(fd[1]);
+    cube_watch_set(e.loop, &e.watch, fd[0], CUBE_READ, hear, &e);
+    cube_loop_turn(e.loop, 0, NULL);
+    CHECK(e.events & CUBE_READ);  /* its end can be read */
+    CHECK(e.events & CUBE_HANGUP);
+    cube_watch_clear(e.loop, &e.watch);
+    cube_watch_clear(e.loop, &e.watch);
+    cube_loop_turn(e.loop, 0, NULL);
+    CHECK_STR(trace, "ee");
+    close(fd[0]);
+    cube_loop_free(e.loop);
+}
+
+TEST(a_watch_cleared_in_the_same_batch_is_not_called)
+{
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    struct ear a = {.loop = l, .name = "x"}, b = {.loop = l, .name = "x"};
+    int fd[2];
+
+    a.victim = &b.watch;          /* whichever is first clears the other */
+    b.victim = &a.watch;
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    cube_watch_set(l, &a.watch, fd[0], CUBE_WRITE, hear, &a);
+    cube_watch_set(l, &b.watch, fd[1], CUBE_WRITE, hear, &b);
+    cube_loop_turn(l, 0, NULL);
+    CHECK_STR(trace, "x");
+    cube_watch_clear(l, &a.watch);
+    cube_watch_clear(l, &b.watch);
+    close(fd[0]);
+    close(fd[1]);
+    cube_loop_free(l);
+}
+
+/* Closes the other's descriptor and opens another, which gets its number:
+ * what was collected for the old one must not reach the new one. */
+struct swap {
+    struct cube_loop *loop;
+    struct swap *other;
+    struct cube_watch watch;
+    struct ear heir;
+    int fd;
+    bool is_done;
+};
+
+static void swap_other(void *arg, unsigned events)
+{
+    struct swap *s = arg;
+    int spare[2];
+
+    (void)events;
+    note("s");
+    if (s->is_done)
+        return;
+    s->is_done = s->other->is_done = true;
+    cube_watch_clear(s->loop, &s->other->watch);
+    close(s->other->fd);
+    if (pipe(spare) < 0)          /* [0] takes the free number */
+        abort();
+    CHECK_INT(spare[0], s->other->fd);
+    s->heir.name = "h";
+    cube_watch_set(s->loop, &s->heir.watch, spare[0], CUBE_READ, hear,
+                   &s->heir);
+    close(spare[1]);
+    s->other->fd = spare[0];
+}
+
+TEST(a_reused_descriptor_number_is_not_mistaken_for_the_old_one)
+{
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    struct swap a = {.loop = l}, b = {.loop = l, .other = &a};
+    int fd[2];
+
+    a.other = &b;
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    a.fd = fd[0];
+    b.fd = fd[1];
+    cube_watch_set(l, &a.watch, a.fd, CUBE_WRITE, swap_other, &a);
+    cube_watch_set(l, &b.watch, b.fd, CUBE_WRITE, swap_other, &b);
+    cube_loop_turn(l, 0, NULL);
+    CHECK_STR(trace, "s");
+    cube_loop_turn(l, 0, NULL);
+    CHECK_HAS(trace, "h");        /* the new one's own events do come */
+    cube_watch_clear(l, &a.watch);
+    cube_watch_clear(l, &b.watch);
+    cube_watch_clear(l, &a.heir.watch);
+    cube_watch_clear(l, &b.heir.watch);
+    close(a.fd);
+    close(b.fd);
+    cube_loop_free(l);
+}
+
+/* ---- Running ---- */
+
+static void stop_loop(void *arg)
+{
+    cube_loop_stop(arg);
+}
+
+static void *wake_from_thread(void *arg)
+{
+    cube_loop_wake(arg);
+    return NULL;
+}
+
+TEST(run_ends_with_stop_and_wake_comes_from_any_thread)
+{
+    struct cube_loop *l = open_loop(cube_world_real());
+    struct cube_timer t = {0};
+    pthread_t thread;
+
+    cube_timer_set(l, &t, 1, stop_loop, l);
+    CHECK_INT(cube_loop_run(l, NULL), 0);
+    REQUIRE(pthread_create(&thread, NULL, wake_from_thread, l) == 0);
+    CHECK_INT(cube_loop_turn(l, -1, NULL), 0);   /* returns at all */
+    pthread_join(thread, NULL);
+    cube_loop_free(l);
+}
+
+TEST(a_main_loop_of_ones_own_can_drive_it)
+{
+    struct cube_loop *l = open_loop(cube_world_real());
+    struct ear e = {.loop = l, .name = "e"};
+    struct pollfd p = {.fd = cube_loop_fd(l), .events = POLLIN};
+    int fd[2];
+
+    REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    cube_watch_set(l, &e.watch, fd[0], CUBE_READ, hear, &e);
+    CHECK_INT(poll(&p, 1, 0), 0);
+    CHECK(write(fd[1], "x", 1) == 1);
+    CHECK_INT(poll(&p, 1, 1000), 1);
+    cube_loop_turn(l, 0, NULL);
+    CHECK_STR(trace, "e");
+    cube_watch_clear(l, &e.watch);
+    close(fd[0]);
+    close(fd[1]);
+    cube_loop_free(l);
+}
+
+static void keep_log(void *arg, enum cube_level level, const char *text)
+{
+    (void)arg;
+    note(level == CUBE_WARN ? "warn:" : "?");
+    note(text);
+}
+
+TEST(words_for_the_operator_go_where_they_are_wanted)
+{
+    struct cube_loop *l = open_loop(cube_world_real());
+
+    cube_log(l, CUBE_WARN, "nobody hears %d", 1);
+    cube_loop_set_log(l, keep_log, NULL);
+    cube_log(l, CUBE_WARN, "node %s is lost", "a");
+    CHECK_STR(trace, "warn:node a is lost");
+    cube_loop_free(l);
+}
+
+/* ---- Jobs ---- */
+
+struct work {
+    struct cube_loop *loop;
+    struct cube_loop_job *victim;
+    struct cube_loop_job job;
+    int done, result;
+};
+
+static void job_done(void *arg, struct cube_job *job)
+{
+    struct work *work = arg;
+
+    work->done++;
+    work->result = job->result;
+    note("j");
+    if (work->victim) {
+        cube_loop_job_cancel(work->loop, work->victim);
+        memset(work->victim, 0xee, sizeof *work->victim);   /* as freed */
+    }
+}
+
+static void turn_until_done(struct work *work)
+{
+    while (!work->done)
+        REQUIRE(cube_loop_turn(work->loop, -1, NULL) == 0);
+}
+
+TEST(a_sync_is_reported_later_and_once)
+{
+    struct work work = {.loop = open_loop(cube_world_real())};
+    char path[400];
+    int fd;
+
+    snprintf(path, sizeof path, "%s/f", test_dir());
+    fd = open(path, O_RDWR | O_CREAT, 0600);
+    REQUIRE(fd >= 0 && write(fd, "x", 1) == 1);
+    work.job.job.kind = CUBE_JOB_SYNC;
+    work.job.job.fd = fd;
+    CHECK_INT(cube_loop_job_start(work.loop, &work.job, job_done, &work), 0);
+    CHECK_INT(work.done, 0);
+    turn_until_done(&work);
+    CHECK_INT(work.result, 0);
+    cube_loop_turn(work.loop, 0, NULL);
+    CHECK_INT(work.done, 1);
+    work.done = 0;
+    work.job.job.fd = -1;
+    CHECK_INT(cube_loop_job_start(work.loop, &work.job, job_done, &work), 0);
+    turn_until_done(&work);
+    CHECK_INT(work.result, -EBADF);
+    close(fd);
+    cube_loop_free(work.loop);
+}
+
+TEST(names_become_addresses)
+{
+    static const struct { const char *host; int want; const char *why; }
+    rows[] = {
+        { "127.0.0.1", 1, "a literal" },
+        { "::1", 1, "a literal of the other kind" },
+        { "localhost", 1, "a name" },
+        { "no such name", 0, "no name at all" },
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct work work = {.loop = open_loop(cube_world_real())};
+
+        test_row("%s: %s", rows[i].host, rows[i].why);
+        CHECK_INT(cube_resolve_start(work.loop, &work.job, rows[i].host,
+                                     job_done, &work), 0);
+        turn_until_done(&work);
+        CHECK_INT(work.job.job.addr_count > 0, rows[i].want);
+        CHECK_INT(work.result == 0, rows[i].want);
+        if (i == 0) {
+            CHECK_INT(work.job.job.addrs[0].kind, CUBE_ADDR_IP4);
+            CHECK_MEM(work.job.job.addrs[0].ip, "\x7f\x00\x00\x01", 4);
+        }
+        cube_loop_free(work.loop);
+    }
+}
+
+TEST(a_cancelled_job_is_never_reported)
+{
+    struct work work = {.loop = open_loop(cube_world_real())};
+    struct work next = {.loop = work.loop};
+
+    CHECK_INT(cube_resolve_start(work.loop, &work.job, "localhost", job_done,
+                                 &work), 0);
+    cube_loop_job_cancel(work.loop, &work.job);
+    cube_loop_job_cancel(work.loop, &work.job);
+    memset(&work.job, 0xee, sizeof work.job);
+    /* one helper does them in turn, so after this one the first is done */
+    CHECK_INT(cube_resolve_start(work.loop, &next.job, "localhost", job_done,
+                                 &next), 0);
+    turn_until_done(&next);
+    cube_loop_turn(work.loop, 0, NULL);
+    CHECK_INT(work.done, 0);
+    cube_loop_free(work.loop);
+}
+
+/* The real world's, but it waits until two jobs can be reported at once. */
+static int poll_two(void *ctx, struct cube_poll *p, struct cube_ready *out,
+                    int max, int timeout_ms)
+{
+    int n = 0;
+
+    while (n >= 0 && n < 2 && timeout_ms != 0) {
+        int more = cube_world_real()->poll_wait(ctx, p, out + n, max - n,
+                                                timeout_ms);
+        n = more < 0 ? more : n + more;
+    }
+    return n;
+}
+
+TEST(a_job_cancelled_by_another_of_its_batch_is_not_reported)
+{
+    struct cube_world w = *cube_world_real();
+    struct work a = {0}, b = {0};
+
+    w.poll_wait = poll_two;
+    a.loop = b.loop = open_loop(&w);
+    a.victim = &b.job;            /* whichever is first cancels the other */
+    b.victim = &a.job;
+    CHECK_INT(cube_resolve_start(a.loop, &a.job, "127.0.0.1", job_done, &a),
+              0);
+    CHECK_INT(cube_resolve_start(b.loop, &b.job, "127.0.0.1", job_done, &b),
+              0);
+    cube_loop_turn(a.loop, -1, NULL);
+    CHECK_STR(trace, "j");
+    CHECK_INT(a.done + b.done, 1);
+    cube_loop_free(a.loop);
+}
+
+TEST(a_loop_may_be_freed_while_a_job_is_under_way)
+{
+    for (int i = 0; i < 50; i++) {
+        struct work work = {.loop = open_loop(cube_world_real())};
+
+        CHECK_INT(cube_resolve_start(work.loop, &work.job, "localhost",
+                                     job_done, &work), 0);
+        if (i % 2)
+            cube_loop_job_cancel(work.loop, &work.job);
+        cube_loop_free(work.loop);
+        CHECK_INT(work.done, 0);
+    }
+}
