@@ -5826,7 +5826,540 @@ CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
 
 
 /* ==== Chapter 8. Machine ==== uses: 1 2 3 ==== */
+/*
+ * What a machine has, and what of it is in use: the numbers that schedulers
+ * decide by and that `cube node` shows.
+ *
+ * Linux tells it in text files. The problem is less to read them than to say
+ * seventy numbers the same way in four places: in a struct, out of /proc, out
+ * as JSON, and back in at the manager. The simplest thing that works, seventy
+ * lines in each of four functions, is wrong in one of 280 lines and nobody
+ * sees it. So each number stands in one table, with its key on the wire, its
+ * line in /proc and its place in the struct, and four loops do the rest.
+ *
+ *    /proc/meminfo   MemTotal:       24684096 kB         -> mem
+ *                    Active(anon):       1644 kB
+ *    /proc/stat      cpu  87060 0 14858 106606 1419 ...  -> cpu  (all CPUs)
+ *                    cpu0 43530 0 7429 53303 709 ...     -> counted: cpus
+ *    /proc/loadavg   1.99 2.92 1.73 8/195 23382          -> load
+ *    statvfs("/")    blocks, free blocks, free inodes    -> disk
+ *
+ *                     cube_machine_groups
+ *    struct          +-------------+-----------------+          JSON
+ *    cube_stats <--- | "MemStats"  | mem_total, ...  | ---> {"MemStats":{
+ *               ---> | "DiskStats" | all, used, ...  | <---  "mem_total":...
+ *                    | "CpuStats"  | user, nice, ... |
+ *                    | "LoadStats" | last1min, ...   |
+ *                    +-------------+-----------------+
+ *
+ * The parsers take a buffer and no more, so they are tested with texts of
+ * machines that nobody here owns. They forgive: a line that is not known is
+ * left out, one that is missing leaves 0. Kernels differ, and a worker that
+ * refuses to start for a line of /proc helps nobody. The manager does not
+ * forgive a worker numbers that are none, since it places tasks by them.
+ *
+ * CPU use. The ticks of /proc/stat count from the start of the machine. Their
+ * ratio is the average since then, which says nothing about now: a machine
+ * that idled for a month looks idle. What was chosen is the difference between
+ * two readings, at least CUBE_MACHINE_INTERVAL_MS apart, since a short one
+ * has few ticks and much noise. The first answer, before there are two, is
+ * that average after all.
+ *
+ *    ticks    user nice system irq softirq steal | idle iowait
+ *             busy: work, or taken by the host   | not busy
+ *
+ *    guest time is counted within user, and so is left out. Single counters
+ *    can step back (iowait does on some kernels); that counts as no change.
+ *
+ * Which machine. Two workers on one machine share its memory and its ports,
+ * and only the machine can say that it is the same one: /etc/machine-id, or
+ * where there is none (a container, a small image) the kernel's boot ID.
+ *
+ *    struct cube_machine *m = cube_machine_new(w);
+ *    cube_machine_read(m, "/", &stats, err);      every second or so
+ *    stats.task_count = ...;
+ *    cube_stats_print(&stats, &out);              GET /stats, heartbeats
+ *    cube_stats_parse(text, len, &stats, err);    at the manager
+ *
+ * Naive on purpose: a key is found by trying all of a group, about two
+ * thousand short comparisons a reading, some 20 microseconds. Machines that
+ * were cloned with their /etc/machine-id pass for one; give each its own.
+ * The numbers are the whole machine's, also inside a cgroup with less.
+ */
 
+#define CUBE_MACHINE_FILE_MAX (4u << 20) /* bytes of a file in /proc */
+#define CUBE_MACHINE_INTERVAL_MS 500     /* shortest for CPU use */
+
+/* ---- The table of all numbers ---- */
+
+struct cube_machine_field {
+    const char *key;  /* on the wire */
+    const char *line; /* of /proc/meminfo; NULL for the others */
+    size_t at;        /* in the struct of its group */
+    bool is_float;    /* a double, else a uint64_t */
+};
+
+#define CUBE_MACHINE_FIELD(name, line)                                        \
+    {#name, line, offsetof(struct cube_mem, name), false},
+#define CUBE_MACHINE_CPU(name)                                                \
+    {#name, NULL, offsetof(struct cube_cpu, name), false}
+#define CUBE_MACHINE_LOAD(name, is_float)                                     \
+    {#name, NULL, offsetof(struct cube_load, name), is_float}
+
+static const struct cube_machine_field cube_machine_mem[] = {
+    CUBE_MEM_FIELDS(CUBE_MACHINE_FIELD)
+};
+
+static const struct cube_machine_field cube_machine_disk[] = {
+    {"all", NULL, offsetof(struct cube_disk, all), false},
+    {"used", NULL, offsetof(struct cube_disk, used), false},
+    {"free", NULL, offsetof(struct cube_disk, free), false},
+    {"freeInodes", NULL, offsetof(struct cube_disk, free_inodes), false},
+};
+
+/* In the order of the line in /proc/stat. */
+static const struct cube_machine_field cube_machine_cpu[] = {
+    CUBE_MACHINE_CPU(user),    CUBE_MACHINE_CPU(nice),
+    CUBE_MACHINE_CPU(system),  CUBE_MACHINE_CPU(idle),
+    CUBE_MACHINE_CPU(iowait),  CUBE_MACHINE_CPU(irq),
+    CUBE_MACHINE_CPU(softirq), CUBE_MACHINE_CPU(steal),
+    CUBE_MACHINE_CPU(guest),   CUBE_MACHINE_CPU(guest_nice),
+};
+
+/* In the order of /proc/loadavg. */
+static const struct cube_machine_field cube_machine_load[] = {
+    CUBE_MACHINE_LOAD(last1min, true),
+    CUBE_MACHINE_LOAD(last5min, true),
+    CUBE_MACHINE_LOAD(last15min, true),
+    CUBE_MACHINE_LOAD(process_running, false),
+    CUBE_MACHINE_LOAD(process_total, false),
+    CUBE_MACHINE_LOAD(last_pid, false),
+};
+
+static const struct cube_machine_group {
+    const char *key;
+    const char *lead; /* the first member, when it is a constant */
+    const struct cube_machine_field *fields;
+    size_t count;
+    size_t at; /* in struct cube_stats */
+} cube_machine_groups[] = {
+    {"MemStats", "", cube_machine_mem, CUBE_COUNT(cube_machine_mem),
+     offsetof(struct cube_stats, mem)},
+    {"DiskStats", "", cube_machine_disk, CUBE_COUNT(cube_machine_disk),
+     offsetof(struct cube_stats, disk)},
+    {"CpuStats", "\"id\":\"cpu\",", cube_machine_cpu,
+     CUBE_COUNT(cube_machine_cpu), offsetof(struct cube_stats, cpu)},
+    {"LoadStats", "", cube_machine_load, CUBE_COUNT(cube_machine_load),
+     offsetof(struct cube_stats, load)},
+};
+
+/* Sets a field from its text; what is no number leaves it as it was. */
+static int cube_machine_set(const struct cube_machine_field *f, void *base,
+                            const char *p, size_t len)
+{
+    char *at = (char *)base + f->at;
+    uint64_t number;
+    double real;
+
+    if (f->is_float) {
+        if (cube_json_text_f64(p, len, &real) || real < 0)
+            return -1;
+        memcpy(at, &real, sizeof real);
+        return 0;
+    }
+    if (cube_text_u64(p, len, INT64_MAX, &number))
+        return -1;
+    memcpy(at, &number, sizeof number);
+    return 0;
+}
+
+/* ---- /proc, parsed from buffers ---- */
+
+/* What is still to be read of a text. */
+struct cube_machine_text {
+    const char *p;
+    size_t left;
+};
+
+/* Takes the characters up to the first of `ends`, and skips all such. False:
+ * nothing is left. */
+static bool cube_machine_take(struct cube_machine_text *t, const char *ends,
+                              struct cube_machine_text *out)
+{
+    *out = *t;
+    while (t->left > 0 && !strchr(ends, *t->p))
+        t->p++, t->left--;
+    out->left -= t->left;
+    while (t->left > 0 && strchr(ends, *t->p))
+        t->p++, t->left--;
+    return out->left > 0 || t->left > 0;
+}
+
+/* /proc/meminfo: a line is `Name:`, spaces, a number, and often ` kB`. */
+static void cube_machine_parse_mem(const char *p, size_t len,
+                                   struct cube_mem *out)
+{
+    struct cube_machine_text all = {p, len}, line, name, value;
+
+    memset(out, 0, sizeof *out);
+    while (cube_machine_take(&all, "\n", &line)) {
+        if (!cube_machine_take(&line, ": ", &name) ||
+            !cube_machine_take(&line, " ", &value))
+            continue;
+        for (size_t i = 0; i < CUBE_COUNT(cube_machine_mem); i++) {
+            if (cube_text_is(name.p, name.left, cube_machine_mem[i].line)) {
+                (void)cube_machine_set(&cube_machine_mem[i], out, value.p,
+                                       value.left);
+                break;
+            }
+        }
+    }
+}
+
+/* Numbers between spaces, as many as there are, into a group's fields. */
+static void cube_machine_parse_row(struct cube_machine_text row,
+                                   const char *ends,
+                                   const struct cube_machine_field *fields,
+                                   size_t count, void *base)
+{
+    struct cube_machine_text word;
+
+    for (size_t i = 0; i < count; i++) {
+        if (!cube_machine_take(&row, ends, &word))
+            break;
+        (void)cube_machine_set(&fields[i], base, word.p, word.left);
+    }
+}
+
+/* /proc/stat: the line `cpu` is the sum; those of `cpu0` and on are counted.
+ * They come first, so the reading ends at the first other line. */
+static void cube_machine_parse_cpu(const char *p, size_t len,
+                                   struct cube_cpu *out, int64_t *cpus)
+{
+    struct cube_machine_text all = {p, len}, line, name;
+
+    memset(out, 0, sizeof *out);
+    *cpus = 0;
+    while (cube_machine_take(&all, "\n", &line) &&
+           cube_machine_take(&line, " ", &name)) {
+        if (name.left < 3 || memcmp(name.p, "cpu", 3))
+            break;
+        if (name.left > 3)
+            ++*cpus;
+        else
+            cube_machine_parse_row(line, " ", cube_machine_cpu,
+                                   CUBE_COUNT(cube_machine_cpu), out);
+    }
+}
+
+/* /proc/loadavg: `1.99 2.92 1.73 8/195 23382` */
+static void cube_machine_parse_load(const char *p, size_t len,
+                                    struct cube_load *out)
+{
+    struct cube_machine_text all = {p, len};
+
+    memset(out, 0, sizeof *out);
+    cube_machine_parse_row(all, " /\n", cube_machine_load,
+                           CUBE_COUNT(cube_machine_load), out);
+}
+
+/* ---- CPU use ---- */
+
+static uint64_t cube_machine_ticks(const struct cube_cpu *c, bool is_idle)
+{
+    return is_idle ? c->idle + c->iowait
+                   : c->user + c->nice + c->system + c->irq + c->softirq +
+                         c->steal;
+}
+
+/*
+ * The busy share of the time between two readings, 0 to 1, or -1 when the
+ * clock did not tick between them. A manager also uses this for workers that
+ * send ticks and no share.
+ */
+static double cube_machine_use(const struct cube_cpu *before,
+                               const struct cube_cpu *after)
+{
+    uint64_t part[2];
+
+    for (int is_idle = 0; is_idle < 2; is_idle++) {
+        uint64_t old = cube_machine_ticks(before, is_idle);
+        uint64_t new = cube_machine_ticks(after, is_idle);
+
+        part[is_idle] = new > old ? new - old : 0;
+    }
+    if (part[0] + part[1] == 0)
+        return -1;
+    return (double)part[0] / (double)(part[0] + part[1]);
+}
+
+/* ---- Reading a machine ---- */
+
+/* An object; `_new` and `_free`. */
+struct cube_machine {
+    const struct cube_world *w;
+    char id[40];           /* the machine's, for `machine` */
+    struct cube_cpu cpu;   /* the reading that CPU use is counted from */
+    int64_t at_ms;         /* when that was */
+    double cpu_use;
+    bool has_use;          /* cpu_use is of an interval, or of a start */
+    struct cube_buf text;  /* of the file being read */
+};
+
+/* Reads the first line of a file if it can be an ID. */
+static bool cube_machine_read_id(struct cube_machine *m, const char *path)
+{
+    size_t len;
+
+    if (cube_file_read(m->w, path, &m->text, 4096, NULL))
+        return false;
+    len = strspn(m->text.data, "0123456789abcdefABCDEF-");
+    if (len < 32 || len >= sizeof m->id)
+        return false; /* "uninitialized", on a machine that is being set up */
+    memcpy(m->id, m->text.data, len);
+    m->id[len] = 0;
+    return true;
+}
+
+CUBE_API struct cube_machine *cube_machine_new(const struct cube_world *w)
+{
+    struct cube_machine *m = cube_alloc(sizeof *m);
+
+    m->w = w;
+    if (!cube_machine_read_id(m, "/etc/machine-id"))
+        (void)cube_machine_read_id(m, "/proc/sys/kernel/random/boot_id");
+    return m;
+}
+
+CUBE_API void cube_machine_free(struct cube_machine *m)
+{
+    if (!m)
+        return;
+    cube_buf_free(&m->text);
+    cube_free(m);
+}
+
+/* Counts the use since the last reading that is old enough. The first time
+ * that is the start of the machine, where all ticks were 0. */
+static double cube_machine_count(struct cube_machine *m,
+                                 const struct cube_cpu *now)
+{
+    int64_t now_ms = m->w->now_ms(m->w->ctx);
+    double use;
+
+    if (m->has_use && now_ms - m->at_ms < CUBE_MACHINE_INTERVAL_MS)
+        return m->cpu_use;
+    use = cube_machine_use(&m->cpu, now);
+    if (use >= 0) {
+        m->cpu_use = use;
+        m->has_use = true;
+        m->cpu = *now;
+        m->at_ms = now_ms;
+    }
+    return m->cpu_use;
+}
+
+/* The text of a file in /proc; empty when it cannot be read, which is noted
+ * in `is_failed` and said in `err`. Lives until the next one. */
+static struct cube_machine_text cube_machine_file(struct cube_machine *m,
+                                                  const char *path,
+                                                  bool *is_failed,
+                                                  struct cube_err *err)
+{
+    struct cube_machine_text text = {"", 0};
+
+    if (cube_file_read(m->w, path, &m->text, CUBE_MACHINE_FILE_MAX, err)) {
+        *is_failed = true;
+        return text;
+    }
+    text.p = m->text.data;
+    text.left = m->text.len;
+    return text;
+}
+
+CUBE_API int cube_machine_read(struct cube_machine *m, const char *path,
+                               struct cube_stats *out, struct cube_err *err)
+{
+    struct cube_space space = {0, 0, 0};
+    struct cube_machine_text text;
+    bool is_failed = false;
+    int status;
+
+    text = cube_machine_file(m, "/proc/meminfo", &is_failed, err);
+    cube_machine_parse_mem(text.p, text.left, &out->mem);
+    text = cube_machine_file(m, "/proc/stat", &is_failed, err);
+    cube_machine_parse_cpu(text.p, text.left, &out->cpu, &out->cpus);
+    text = cube_machine_file(m, "/proc/loadavg", &is_failed, err);
+    cube_machine_parse_load(text.p, text.left, &out->load);
+    status = m->w->space(m->w->ctx, path, &space);
+    if (status) {
+        is_failed = true;
+        (void)cube_fail(err, cube_errno_code(status), "space on %s: %s", path,
+                        cube_errno_text(status));
+    }
+    out->disk.all = space.all;
+    out->disk.free = space.free;
+    out->disk.used = space.all - space.free;
+    out->disk.free_inodes = space.free_inodes;
+    out->cpu_use = cube_machine_count(m, &out->cpu);
+    memcpy(out->machine, m->id, sizeof out->machine);
+    return is_failed ? -1 : 0;
+}
+
+/* ---- JSON ----
+ *
+ *    {"MemStats":{"mem_total":24684096, ... 44 numbers},
+ *     "DiskStats":{"all":270553174016,"used":...,"free":...,"freeInodes":...},
+ *     "CpuStats":{"id":"cpu","user":87060, ... 10 numbers},
+ *     "LoadStats":{"last1min":1.99, ... 3 more and 3 integers},
+ *     "TaskCount":0
+ *     ,"Machine":"3d12...","Engine":"...","Runtime":"docker",    when set
+ *     "CpuUse":0.25,"Cpus":4}                                    when Cpus > 0
+ */
+
+static void cube_stats_print_group(const struct cube_machine_group *g,
+                                   const void *base, struct cube_buf *out)
+{
+    cube_buf_printf(out, "\"%s\":{%s", g->key, g->lead);
+    for (size_t i = 0; i < g->count; i++) {
+        const struct cube_machine_field *f = &g->fields[i];
+        const char *at = (const char *)base + f->at;
+        int64_t number;
+        double real;
+
+        cube_buf_printf(out, "%s\"%s\":", i > 0 ? "," : "", f->key);
+        if (f->is_float) {
+            memcpy(&real, at, sizeof real);
+            cube_json_put_f64(out, real);
+        } else {
+            memcpy(&number, at, sizeof number);
+            cube_json_put_i64(out, number);
+        }
+    }
+    cube_buf_puts(out, "},");
+}
+
+static void cube_stats_print_text(const char *key, const char *text,
+                                  struct cube_buf *out)
+{
+    if (!text[0])
+        return;
+    cube_buf_printf(out, ",\"%s\":", key);
+    cube_json_put_text(out, text);
+}
+
+CUBE_API void cube_stats_print(const struct cube_stats *s,
+                               struct cube_buf *out)
+{
+    cube_buf_puts(out, "{");
+    for (size_t i = 0; i < CUBE_COUNT(cube_machine_groups); i++)
+        cube_stats_print_group(&cube_machine_groups[i],
+                               (const char *)s + cube_machine_groups[i].at,
+                               out);
+    cube_buf_puts(out, "\"TaskCount\":");
+    cube_json_put_i64(out, s->task_count);
+    cube_stats_print_text("Machine", s->machine, out);
+    cube_stats_print_text("Engine", s->engine, out);
+    cube_stats_print_text("Runtime", s->runtime, out);
+    if (s->cpus > 0) {
+        cube_buf_puts(out, ",\"CpuUse\":");
+        cube_json_put_f64(out, s->cpu_use);
+        cube_buf_puts(out, ",\"Cpus\":");
+        cube_json_put_i64(out, s->cpus);
+    }
+    cube_buf_puts(out, "}");
+}
+
+/* The fields of one group; a group that is missing or null is all 0. */
+static int cube_stats_read_group(const struct cube_machine_group *g,
+                                 struct json_value_s *group, void *base,
+                                 struct cube_err *err)
+{
+    for (size_t i = 0; i < g->count; i++) {
+        struct json_value_s *v = cube_json_get_nocase(group, g->fields[i].key);
+        struct json_number_s *n = v ? json_value_as_number(v) : NULL;
+
+        if (v && (!n || cube_machine_set(&g->fields[i], base, n->number,
+                                         n->number_size)))
+            return cube_fail(err, CUBE_EPROTO,
+                             "stats: %s.%s is no number that it can have",
+                             g->key, g->fields[i].key);
+    }
+    return 0;
+}
+
+/* A text that must fit; one that is too long could pass for another. */
+static int cube_stats_read_text(struct json_value_s *root, const char *key,
+                                char *out, size_t size, struct cube_err *err)
+{
+    struct json_value_s *v = cube_json_get_nocase(root, key);
+    size_t len;
+    const char *text = cube_json_str(v, &len);
+
+    if (!v)
+        return 0;
+    if (!text || len >= size)
+        return cube_fail(err, CUBE_EPROTO,
+                         "stats: %s is no text of less than %zu bytes", key,
+                         size);
+    memcpy(out, text, len);
+    return 0;
+}
+
+static int cube_stats_read_own(struct json_value_s *root,
+                               struct cube_stats *out, struct cube_err *err)
+{
+    struct json_value_s *count = cube_json_get_nocase(root, "TaskCount");
+    struct json_value_s *use = cube_json_get_nocase(root, "CpuUse");
+    struct json_value_s *cpus = cube_json_get_nocase(root, "Cpus");
+
+    if ((count && cube_json_i64(count, &out->task_count)) ||
+        out->task_count < 0)
+        return cube_fail(err, CUBE_EPROTO, "stats: TaskCount is no count");
+    if ((cpus && cube_json_i64(cpus, &out->cpus)) || out->cpus < 0)
+        return cube_fail(err, CUBE_EPROTO, "stats: Cpus is no count");
+    if ((use && cube_json_f64(use, &out->cpu_use)) || out->cpu_use < 0 ||
+        out->cpu_use > 1)
+        return cube_fail(err, CUBE_EPROTO, "stats: CpuUse is not 0 to 1");
+    if (cube_stats_read_text(root, "Machine", out->machine,
+                             sizeof out->machine, err) ||
+        cube_stats_read_text(root, "Engine", out->engine, sizeof out->engine,
+                             err) ||
+        cube_stats_read_text(root, "Runtime", out->runtime,
+                             sizeof out->runtime, err))
+        return -1;
+    return 0;
+}
+
+/* From a tree that the caller has, such as that of an event. */
+static int cube_stats_from_json(struct json_value_s *root,
+                                struct cube_stats *out, struct cube_err *err)
+{
+    memset(out, 0, sizeof *out);
+    if (!root || !json_value_as_object(root))
+        return cube_fail(err, CUBE_EPROTO, "stats: this is no object");
+    for (size_t i = 0; i < CUBE_COUNT(cube_machine_groups); i++) {
+        const struct cube_machine_group *g = &cube_machine_groups[i];
+        struct json_value_s *group = cube_json_get_nocase(root, g->key);
+
+        if (cube_stats_read_group(g, group, (char *)out + g->at, err))
+            return -1;
+    }
+    return cube_stats_read_own(root, out, err);
+}
+
+CUBE_API int cube_stats_parse(const char *json, size_t len,
+                              struct cube_stats *out, struct cube_err *err)
+{
+    struct json_value_s *root = cube_json_parse(json, len, err);
+    int status;
+
+    if (!root)
+        return -1;
+    status = cube_stats_from_json(root, out, err);
+    cube_json_free(root);
+    return status;
+}
 
 
 

@@ -467,6 +467,123 @@ CUBE_API int cube_port_parse(const char *text, int *number,
 
 /* ==== Chapter 8. Machine ==== */
 
+/*
+ * What a machine has and what of it is in use. On the wire this is the answer
+ * of a worker's GET /stats: first what the Go implementation sends, in its
+ * order, then Cube's own, each only when it is set.
+ */
+
+/* The fields of `struct cube_mem`: the name, which is also the key on the
+ * wire, and the line of /proc/meminfo. All in kB (the counts of huge pages in
+ * pages); 0 where the kernel has no such line. */
+#define CUBE_MEM_FIELDS(X)                                                   \
+    X(mem_total, "MemTotal")                                                 \
+    X(mem_free, "MemFree")                                                   \
+    X(mem_available, "MemAvailable")                                         \
+    X(buffers, "Buffers")                                                    \
+    X(cached, "Cached")                                                      \
+    X(swap_cached, "SwapCached")                                             \
+    X(active, "Active")                                                      \
+    X(inactive, "Inactive")                                                  \
+    X(active_anon, "Active(anon)")                                           \
+    X(inactive_anon, "Inactive(anon)")                                       \
+    X(active_file, "Active(file)")                                           \
+    X(inactive_file, "Inactive(file)")                                       \
+    X(unevictable, "Unevictable")                                            \
+    X(mlocked, "Mlocked")                                                    \
+    X(swap_total, "SwapTotal")                                               \
+    X(swap_free, "SwapFree")                                                 \
+    X(dirty, "Dirty")                                                        \
+    X(write_back, "Writeback")                                               \
+    X(anon_pages, "AnonPages")                                               \
+    X(mapped, "Mapped")                                                      \
+    X(shmem, "Shmem")                                                        \
+    X(slab, "Slab")                                                          \
+    X(s_reclaimable, "SReclaimable")                                         \
+    X(s_unclaim, "SUnreclaim")                                               \
+    X(kernel_stack, "KernelStack")                                           \
+    X(page_tables, "PageTables")                                             \
+    X(nfs_unstable, "NFS_Unstable")                                          \
+    X(bounce, "Bounce")                                                      \
+    X(writeback_tmp, "WritebackTmp")                                         \
+    X(commit_limit, "CommitLimit")                                           \
+    X(committed_as, "Committed_AS")                                          \
+    X(vmalloc_total, "VmallocTotal")                                         \
+    X(vmalloc_used, "VmallocUsed")                                           \
+    X(vmalloc_chunk, "VmallocChunk")                                         \
+    X(hardware_corrupted, "HardwareCorrupted")                               \
+    X(anon_huge_pages, "AnonHugePages")                                      \
+    X(huge_pages_total, "HugePages_Total")                                   \
+    X(huge_pages_free, "HugePages_Free")                                     \
+    X(huge_pages_rsvd, "HugePages_Rsvd")                                     \
+    X(huge_pages_surp, "HugePages_Surp")                                     \
+    X(hugepagesize, "Hugepagesize")                                          \
+    X(direct_map_4k, "DirectMap4k")                                          \
+    X(direct_map_2M, "DirectMap2M")                                          \
+    X(direct_map_1G, "DirectMap1G")
+
+struct cube_mem {
+#define CUBE_MEM_FIELD(name, line) uint64_t name;
+    CUBE_MEM_FIELDS(CUBE_MEM_FIELD)
+#undef CUBE_MEM_FIELD
+};
+
+/* The file system that holds the root directory; bytes, and inodes. */
+struct cube_disk {
+    uint64_t all, used, free, free_inodes;
+};
+
+/* All CPUs together, in ticks (mostly of 10 ms) since the machine started. */
+struct cube_cpu {
+    uint64_t user, nice, system, idle, iowait, irq, softirq, steal, guest,
+        guest_nice;
+};
+
+struct cube_load {
+    double last1min, last5min, last15min;
+    uint64_t process_running, process_total, last_pid;
+};
+
+/* No number is above INT64_MAX. Plain memory: copy it as you like. */
+struct cube_stats {
+    struct cube_mem mem;
+    struct cube_disk disk;
+    struct cube_cpu cpu;
+    struct cube_load load;
+    int64_t task_count;
+    /* Cube's own; empty or 0 from a worker of the Go implementation: */
+    char machine[40]; /* "Machine": equal for workers on one machine */
+    char engine[120]; /* "Engine": equal for workers on one engine */
+    char runtime[20]; /* "Runtime": docker, podman, process */
+    double cpu_use;   /* "CpuUse": busy share of the last interval, 0 .. 1 */
+    int64_t cpus;     /* "Cpus": how many there are; 0: unknown */
+};
+
+/*
+ * Reads the metrics of the machine it runs on (Linux). Remembers the reading
+ * before, since CPU use is a difference. Borrows the world; the caller frees.
+ */
+struct cube_machine;
+CUBE_API struct cube_machine *cube_machine_new(const struct cube_world *w);
+CUBE_API void cube_machine_free(struct cube_machine *m);
+/*
+ * Fills all but `task_count`, `engine` and `runtime`, which it leaves as they
+ * are. What could not be read is 0; then it returns -1 and says what. The
+ * file system is the one that `path` is on ("/" on the wire).
+ */
+CUBE_API int cube_machine_read(struct cube_machine *m, const char *path,
+                               struct cube_stats *out, struct cube_err *err);
+
+/* As compact JSON, added to `out`, without a newline. */
+CUBE_API void cube_stats_print(const struct cube_stats *s,
+                               struct cube_buf *out);
+/*
+ * From JSON, ours or the Go implementation's: missing keys are 0, unknown
+ * ones are left out. A number that is none is CUBE_EPROTO and named.
+ */
+CUBE_API int cube_stats_parse(const char *json, size_t len,
+                              struct cube_stats *out, struct cube_err *err);
+
 
 
 /* ==== Chapter 9. Runtimes ==== */
