@@ -595,8 +595,8 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
  *
  * All functions but `free` are asynchronous on the runtime's loop. A callback
  * runs exactly once and never before the call that started it returned; what
- * it is given is borrowed and lives until it returns. After `free` (and after
- * `logs_cancel`, for that one) none runs any more.
+ * it is given is borrowed and lives until it returns. After `free`, which no
+ * callback may call, none runs any more; after `logs_cancel`, not that one.
  *
  * An error is one of two kinds, and cube_runtime_is_trouble tells them apart:
  * the runtime is in trouble (it cannot be reached, hangs, has lost its mind:
@@ -619,19 +619,16 @@ struct cube_container {
     char *task;           /* labels, as they were given to `start` */
     char *cluster;
     char *worker;
-    int64_t attempt;
-    char *spec;           /* the task's JSON as it was delivered */
+    int64_t attempt, restart;
+    char *spec;           /* the task's JSON as it was given to `start` */
     enum cube_box_state state;
     bool has_exit;        /* exit_code is known */
     int exit_code;        /* 128 + signal number for a signal */
     bool is_oom_killed;
     char *error;          /* why it ended or did not start, in words */
     struct cube_time started, finished;
-    struct cube_port *ports; /* chapter 7; host ports in use, by port */
-    size_t port_count;
+    struct cube_ports ports; /* where its ports are on the host */
 };
-
-struct cube_task;
 
 /* What to start. The runtime copies what it keeps. */
 struct cube_start {
@@ -667,10 +664,11 @@ typedef void cube_change_fn(void *arg, const char *task);
 
 struct cube_runtime_ops {
     /* Makes and starts a container for the task, having pulled the image if
-     * there is none, and reports it as it then is, host ports included. What
-     * an earlier start of the same task and attempt left behind is used: a
-     * start that ended in trouble can be repeated. After a `no` nothing is
-     * left of it. */
+     * there is none, and reports it as it then is, host ports included. A
+     * start that ended in trouble can be repeated: what this worker's earlier
+     * start of the same task, attempt and restart count left behind is used
+     * (also if it has run and ended meanwhile), and what is left of an older
+     * attempt or restart is removed. After a `no` nothing is left of it. */
     void (*start)(struct cube_runtime *rt, const struct cube_start *what,
                   cube_container_fn *fn, void *arg);
     /* Gives up a start that has not reported yet, if there is one: it then
