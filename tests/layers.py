@@ -32,6 +32,9 @@ ROWS = [
     ("mutable state", 4, "static int cube_bad;", "cube_bad is mutable"),
     ("a mutable pointer to what is constant", 4,
      "static const char *cube_bad = \"\";", "cube_bad is mutable"),
+    ("a mutable table whose rows point to what is constant", 4,
+     "static struct cube_row { const char *const p; } cube_bad[] = {{0}};",
+     "cube_bad is mutable"),
     ("a mutable static inside", 4, "static int cube_bad(void) "
      "{ static int n; return ++n; }", "cube_bad keeps a mutable static"),
     ("a static declared ahead", 4, "static int cube_bad(void);",
@@ -56,6 +59,7 @@ FINE = [
     "static int cube_ok(void) { return cube_in_2(); }",
     "static const int cube_ok[] = { 1, 2 };",
     "static const char *const cube_ok[] = { \"a\" };",
+    "static const struct cube_row { const char *p; } cube_ok[] = {{0}};",
     "static int cube_ok(int (*read)(void)) { return read(); }",
     "struct cube_w { int (*open)(int); };\n"
     "static int cube_ok(struct cube_w *w) { return w->open(1); }",
