@@ -750,6 +750,119 @@ CUBE_API void cube_runtime_find(struct cube_loop *l, const char *which,
 
 /* ==== Chapter 10. Schedulers ==== */
 
+/*
+ * A scheduler chooses the node that a task runs on, in three steps: which
+ * nodes can take it (candidates), how good each of those is (score), and
+ * which of them it is to be (pick). Each step is a function that a program
+ * can write itself; where it leaves one out, the built-in one is used.
+ *
+ *    static double most_free_disk(void *ctx, const struct cube_placement *p,
+ *                                 const struct cube_node *node)
+ *    {
+ *        return -(double)node->stats->disk.free;       // the lowest wins
+ *    }
+ *    struct cube_scheduler mine = {.name = "disk", .score = most_free_disk};
+ *    const struct cube_node *where = cube_schedule(&mine, &placement, &why);
+ */
+
+/* A host port that one of a node's tasks has. */
+struct cube_node_port {
+    int number;
+    const char *protocol; /* "tcp", "udp", "sctp"; a constant */
+    char *task;           /* the task's name, for words; owned */
+};
+
+/* What is promised to the tasks of a node, whether they use it by now or
+ * not. Counted by cube_node_promise. */
+struct cube_promise {
+    double cpu; /* cores */
+    int64_t mem_bytes, disk_bytes;
+    int64_t tasks;
+    int64_t cpu_open, mem_open; /* of these: tasks that asked for no cores,
+                                   for no memory in particular */
+};
+
+/* A node, as far as placing tasks goes. Zeroed is empty. */
+struct cube_node {
+    const char *name;               /* "host:port"; no two alike */
+    bool is_up;                     /* it answers, and may be given tasks */
+    const char *why_down;           /* in words, when it is not; or NULL */
+    const struct cube_stats *stats; /* its latest; NULL: it sent none yet */
+    struct cube_promise promised;
+    struct cube_node_port *ports;   /* owned; see cube_node_clear */
+    size_t port_count;
+};
+
+/* Adds a task to what its node has promised. Everything that is needed is
+ * copied. The task that is being placed must not be among them. */
+CUBE_API void cube_node_promise(struct cube_node *node,
+                                const struct cube_task *task);
+/* Takes back all promises, to count anew, or before the node is dropped. */
+CUBE_API void cube_node_clear(struct cube_node *node);
+
+/* What one decision is about. All borrowed. */
+struct cube_placement {
+    const struct cube_task *task;
+    const struct cube_node *nodes;
+    size_t node_count;
+    const char *avoid; /* name of a node where it has failed, or NULL */
+};
+
+/* A candidate and its score. */
+struct cube_choice {
+    const struct cube_node *node;
+    double score;
+};
+
+/* All functions get `ctx` first. Zero is the built-in step. */
+struct cube_scheduler {
+    const char *name;
+    void *ctx;
+    /* Can this node take the task? When not, `why` gets the reason. NULL:
+     * cube_schedule_fits, which a function of yours may also call. */
+    bool (*candidate)(void *ctx, const struct cube_placement *p,
+                      const struct cube_node *node, struct cube_buf *why);
+    /* How good is this candidate? Lower is better; never a NaN. NULL: all
+     * are equal. */
+    double (*score)(void *ctx, const struct cube_placement *p,
+                    const struct cube_node *node);
+    /* Which of them? An index; `count` or beyond: none of them for now. NULL:
+     * the lowest score, of equal ones the node with the fewest tasks, of
+     * those the first by name. */
+    size_t (*pick)(void *ctx, const struct cube_placement *p,
+                   const struct cube_choice *choices, size_t count);
+};
+
+/*
+ * One of the built-in schedulers, by its name:
+ *   roundrobin   one node after the other, by name
+ *   greedy       the node that is least loaded with the task on it
+ *   epvm         the node where it costs least (Amir et al. 2000)
+ * NULL: there is none of that name. It remembers what it needs from one
+ * decision to the next, so give each manager its own. The caller frees it.
+ */
+CUBE_API struct cube_scheduler *cube_scheduler_new(const char *name,
+                                                   struct cube_err *err);
+CUBE_API void cube_scheduler_free(struct cube_scheduler *s);
+
+/*
+ * Decides. NULL when no node can take the task; then `why` (may be NULL) gets
+ * the reason for each, such as "node a:5556: needs 8 GiB of memory, 2.1 GiB
+ * left; node b:5557: host port 8080 is taken by task web".
+ */
+CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
+                                               const struct cube_placement *p,
+                                               struct cube_buf *why);
+
+/*
+ * Does the node answer, run what the task is, and have the memory, cores,
+ * disk and host ports that it asks for? Workers on one machine, or on one
+ * engine, share all of these. When not, `why` gets the first reason.
+ */
+CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
+                                 const struct cube_node *node,
+                                 struct cube_buf *why);
+
 
 
 /* ==== Chapter 11. Worker ==== */
