@@ -78,6 +78,7 @@
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -857,6 +858,609 @@ static int cube_world_space(void *ctx, const char *path,
 
 /* ---- Supervised processes ---- */
 
+/*
+ * A task that is a process must outlive the worker that started it, and its
+ * exit code must not be lost while no worker looks. So each has a small
+ * supervisor as its parent, which belongs to nobody:
+ *
+ *      worker --clone--> middle --clone--> supervisor --clone--> command
+ *        |                 |                   |        (a group of its own)
+ *        |<--- _exit ------+                   |  a session of its own,
+ *        |                                     |  subreaper of all below
+ *        |<--- report: started, or errno ------+
+ *
+ * What the supervisor knows is in the task's directory, for whoever asks:
+ *
+ *   lock      write-locked (POSIX) by the supervisor as long as it lives, so
+ *             that F_GETLK tells its PID and no reused PID can pose as it;
+ *             holds "started NANOSECONDS"
+ *   log       output, standard and error, in the order it came; log.1 and so
+ *             on are older. What a full disk refuses is lost and counted, and
+ *             the command never waits for the disk
+ *   exit      written beside as exit.new, synced, renamed: exists whole or
+ *             not at all
+ *   work/     where the command starts
+ *
+ *      exit:  code 137           128 + signal, if it was a signal
+ *             signal 9           0: it ended by itself
+ *             oom 1              the kernel killed it for its memory
+ *             error 0            the errno value if it could not be executed
+ *             started 1700000000123456789     nanoseconds since 1970
+ *             finished 1700000003123456789
+ *
+ *      held lock, no exit    it runs
+ *      free lock, exit       it has ended as `exit` says
+ *      free lock, no exit    the supervisor was killed, and with it the
+ *                            command (PR_SET_PDEATHSIG), or the machine fell
+ *
+ * The 512 bytes of exit.new are taken from the disk before the command runs:
+ * a disk that is full by the time it ends still has room for its exit code.
+ *
+ * A life of a supervisor:
+ *
+ *      prepare --fails--> report errno, end
+ *         |
+ *      clone, exec --fails--> exit file with 127 or 126, report errno, end
+ *         |
+ *      report 0; copy output to log; SIGTERM and SIGUSR1 go to the command
+ *         |
+ *      the command has ended: its group is killed, then its descendants that
+ *      left the group (they became our children) until none is left
+ *         |
+ *      rest of the output; exit file; cgroups removed; end, lock free
+ *
+ * The caller may have threads, which a clone leaves behind with whatever
+ * locks they held. So nothing below cube_sup_ allocates or formats with
+ * libc: system calls and memory that was there before.
+ *
+ * The clone to the middle asks for no signal at its end, so the program
+ * around us sees no SIGCHLD, and its waitpid(-1) no stranger.
+ *
+ * Naive on purpose: the supervisor is a copy of the caller, so it keeps the
+ * pages that the caller has changed since; a program of its own would have to
+ * be installed somewhere. All signals stay blocked in it, so only SIGKILL
+ * ends it early.
+ */
+
+#define CUBE_SUP_REPORT 3     /* the descriptor of the report in it */
+#define CUBE_SUP_CHUNK 16384  /* output copied at once */
+#define CUBE_SUP_SWEEPS 500   /* of 10 ms: then what is stuck stays */
+#define CUBE_SUP_EXIT 512     /* room for the exit file */
+#define CUBE_SUP_WAIT_MS 10000 /* for the report */
+
+struct cube_sup {
+    const struct cube_spawn *spec;
+    int report_fd, dir_fd, exit_fd, log_fd, pipe_fd, signal_fd;
+    pid_t child;
+    bool has_ended;
+    int status;          /* as waitpid gave it, once it has ended */
+    int exec_error;      /* errno of the exec, 0 if it went well */
+    int64_t started, finished;
+    int64_t log_size, lost; /* bytes in log; bytes that no disk took */
+    char chunk[CUBE_SUP_CHUNK];
+};
+
+/* A fork without the handlers of pthread_atfork, which are the program's. */
+static pid_t cube_sup_clone(int exit_signal)
+{
+    return (pid_t)syscall(SYS_clone, exit_signal, NULL, NULL, NULL, NULL);
+}
+
+static size_t cube_sup_put(char *out, size_t at, const char *text)
+{
+    size_t len = strlen(text);
+
+    memcpy(out + at, text, len);
+    return at + len;
+}
+
+static size_t cube_sup_put_number(char *out, size_t at, int64_t number)
+{
+    char digits[20];
+    size_t n = 0;
+
+    do
+        digits[n++] = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    while (n > 0)
+        out[at++] = digits[--n];
+    return at;
+}
+
+/* Adds a line "NAME NUMBER". */
+static size_t cube_sup_put_line(char *out, size_t at, const char *name,
+                                int64_t number)
+{
+    at = cube_sup_put(out, at, name);
+    at = cube_sup_put(out, at, " ");
+    at = cube_sup_put_number(out, at, number);
+    return cube_sup_put(out, at, "\n");
+}
+
+/* Closes all from `first` on. */
+static void cube_sup_close_from(int first)
+{
+    struct rlimit most;
+
+    if (syscall(SYS_close_range, (unsigned)first, ~0u, 0u) == 0)
+        return;
+    if (getrlimit(RLIMIT_NOFILE, &most) < 0 || most.rlim_cur > 1u << 20)
+        most.rlim_cur = 1u << 20;
+    for (int fd = first; fd < (int)most.rlim_cur; fd++)
+        close(fd);
+}
+
+/* Leaves behind what was the caller's: session, handlers, descriptors,
+ * directory. The signals have been blocked before the clone. */
+static int cube_sup_shed(struct cube_sup *s)
+{
+    struct sigaction standard;
+    int fd;
+
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    for (int i = 1; i < NSIG; i++)
+        (void)sigaction(i, &standard, NULL);
+    (void)setsid();
+    (void)prctl(PR_SET_NAME, "cube-task");
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0)
+        return -errno;
+    fd = open(s->spec->dir, O_RDONLY | O_DIRECTORY);
+    s->dir_fd = CUBE_SUP_REPORT + 1;
+    if (fd < 0 || dup2(fd, s->dir_fd) < 0)
+        return -errno;
+    cube_sup_close_from(s->dir_fd + 1);
+    fd = open("/dev/null", O_RDWR);
+    if (fd < 0)
+        return -errno;
+    for (int i = 0; i < 3; i++)
+        (void)dup2(fd, i);
+    if (fd > s->dir_fd)
+        close(fd);
+    return fcntl(s->dir_fd, F_SETFD, FD_CLOEXEC) < 0 || chdir("/") < 0
+               ? -errno
+               : 0;
+}
+
+/* Takes the lock, for life, and writes the time into its file. */
+static int cube_sup_lock(struct cube_sup *s)
+{
+    struct flock lock;
+    char text[64];
+    size_t len;
+    int fd = openat(s->dir_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+
+    if (fd < 0)
+        return -errno;
+    memset(&lock, 0, sizeof lock);
+    lock.l_type = F_WRLCK;
+    if (fcntl(fd, F_SETLK, &lock) < 0)
+        return errno == EACCES || errno == EAGAIN ? -EBUSY : -errno;
+    s->started = cube_world_wall_ns(NULL);
+    len = cube_sup_put_line(text, 0, "started", s->started);
+    return pwrite(fd, text, len, 0) < 0 ? -errno : 0;
+}
+
+static int cube_sup_open_log(struct cube_sup *s)
+{
+    struct stat st;
+
+    s->log_fd = openat(s->dir_fd, "log",
+                       O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    if (s->log_fd < 0)
+        return -errno;
+    s->log_size = fstat(s->log_fd, &st) < 0 ? 0 : (int64_t)st.st_size;
+    return 0;
+}
+
+static int cube_sup_prepare(struct cube_sup *s)
+{
+    static const char zeros[CUBE_SUP_EXIT];
+    sigset_t set;
+    int r = cube_sup_lock(s);
+
+    if (r == 0)
+        r = cube_sup_open_log(s);
+    if (r < 0)
+        return r;
+    s->exit_fd = openat(s->dir_fd, "exit.new",
+                        O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (s->exit_fd < 0)
+        return -errno;
+    if (pwrite(s->exit_fd, zeros, sizeof zeros, 0) != sizeof zeros)
+        return errno ? -errno : -ENOSPC;
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGUSR1);
+    s->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    return s->signal_fd < 0 ? -errno : 0;
+}
+
+/* ---- Supervised processes: the command's side of the clone ---- */
+
+/* Tries each directory of PATH in turn, as execvp does; returns the errno
+ * value that says most: a file that is there but refused beats none. */
+static int cube_sup_exec(const struct cube_spawn *spec)
+{
+    char *const *argv = (char *const *)(uintptr_t)spec->argv;
+    char *const *env = (char *const *)(uintptr_t)spec->env;
+    const char *name = spec->argv[0], *path = "/usr/bin:/bin";
+    char full[PATH_MAX];
+    int best = ENOENT;
+
+    if (strchr(name, '/')) {
+        execve(name, argv, env);
+        return errno;
+    }
+    for (size_t i = 0; spec->env[i]; i++) {
+        if (strncmp(spec->env[i], "PATH=", 5) == 0)
+            path = spec->env[i] + 5;
+    }
+    while (path && *name) {
+        size_t len = strcspn(path, ":");
+
+        if (len > 0 && len + strlen(name) + 2 <= sizeof full) {
+            memcpy(full, path, len);
+            full[len] = '/';
+            full[cube_sup_put(full, len + 1, name)] = 0;
+            execve(full, argv, env);
+            if (errno != ENOENT && errno != ENOTDIR)
+                best = errno;
+        }
+        path = path[len] ? path + len + 1 : NULL;
+    }
+    return best;
+}
+
+/* "0" is whoever writes it. */
+static int cube_sup_join(const char *cgroup)
+{
+    int dir = open(cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = dir < 0 ? -1 : openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+
+    return fd < 0 || write(fd, "0", 1) != 1 ? errno : 0;
+}
+
+static int cube_sup_limit(const struct cube_spawn *spec)
+{
+    struct rlimit data;
+    int e = 0;
+
+    for (size_t i = 0; i < 2 && e == 0; i++) {
+        if (spec->cgroups[i])
+            e = cube_sup_join(spec->cgroups[i]);
+    }
+    if (e != 0 || spec->data_bytes == 0)
+        return e;
+    data.rlim_cur = data.rlim_max = (rlim_t)spec->data_bytes;
+    return setrlimit(RLIMIT_DATA, &data) < 0 ? errno : 0;
+}
+
+/* Becomes the command, or tells the errno value through `error_fd`. */
+static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
+                            int error_fd)
+{
+    sigset_t none;
+    int e = 0;
+
+    (void)setpgid(0, 0);
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)
+        _exit(127); /* the parent died before it could be noticed */
+    if (dup2(output, 1) < 0 || dup2(output, 2) < 0 ||
+        fchdir(s->dir_fd) < 0 || chdir("work") < 0)
+        e = errno;
+    if (e == 0)
+        e = cube_sup_limit(s->spec);
+    sigemptyset(&none);
+    (void)sigprocmask(SIG_SETMASK, &none, NULL);
+    if (e == 0)
+        e = cube_sup_exec(s->spec);
+    while (write(error_fd, &e, sizeof e) < 0 && errno == EINTR)
+        continue;
+    _exit(e == ENOENT ? 127 : 126);
+}
+
+/* Clones the command; 0 when it runs or `exec_error` says why it does not. */
+static int cube_sup_start(struct cube_sup *s)
+{
+    int output[2], error[2];
+    pid_t self = getpid();
+
+    if (pipe2(output, O_CLOEXEC) < 0 || pipe2(error, O_CLOEXEC) < 0)
+        return -errno;
+    s->child = cube_sup_clone(SIGCHLD);
+    if (s->child < 0)
+        return -errno;
+    if (s->child == 0)
+        cube_sup_become(s, self, output[1], error[1]);
+    (void)setpgid(s->child, s->child);
+    close(output[1]);
+    close(error[1]);
+    s->pipe_fd = output[0];
+    (void)fcntl(s->pipe_fd, F_SETFL, O_NONBLOCK);
+    if (read(error[0], &s->exec_error, sizeof s->exec_error) !=
+        sizeof s->exec_error)
+        s->exec_error = 0;
+    close(error[0]);
+    return 0;
+}
+
+/* ---- Supervised processes: the supervisor at work ---- */
+
+/* log.1 becomes log.2 and so on, log becomes log.1; with one file, it is
+ * emptied. */
+static void cube_sup_rotate(struct cube_sup *s)
+{
+    char from[32], to[32];
+
+    if (s->spec->log_files <= 1) {
+        if (ftruncate(s->log_fd, 0) == 0)
+            s->log_size = 0;
+        return;
+    }
+    for (int i = s->spec->log_files - 1; i > 0; i--) {
+        to[cube_sup_put_number(to, cube_sup_put(to, 0, "log."), i)] = 0;
+        from[i == 1 ? cube_sup_put(from, 0, "log")
+                    : cube_sup_put_number(
+                          from, cube_sup_put(from, 0, "log."), i - 1)] = 0;
+        (void)renameat(s->dir_fd, from, s->dir_fd, to);
+    }
+    close(s->log_fd);
+    (void)cube_sup_open_log(s);
+}
+
+/* Says in the log how much of it is missing; false if that fails, too. */
+static bool cube_sup_confess(struct cube_sup *s)
+{
+    char text[128];
+    size_t len = cube_sup_put(text, 0, "[cube: ");
+    ssize_t n;
+
+    len = cube_sup_put_number(text, len, s->lost);
+    len = cube_sup_put(text, len, " bytes of output could not be written]\n");
+    n = write(s->log_fd, text, len);
+    if (n != (ssize_t)len) {
+        if (n > 0 && ftruncate(s->log_fd, s->log_size) < 0)
+            s->log_size += n;
+        return false;
+    }
+    s->lost = 0;
+    s->log_size += n;
+    return true;
+}
+
+static void cube_sup_log(struct cube_sup *s, const char *p, size_t len)
+{
+    if (s->log_fd >= 0 && s->log_size > 0 &&
+        s->log_size + (int64_t)len > s->spec->log_bytes)
+        cube_sup_rotate(s);
+    if (s->log_fd < 0)
+        (void)cube_sup_open_log(s);
+    if (s->log_fd >= 0 && (s->lost == 0 || cube_sup_confess(s))) {
+        while (len > 0) {
+            ssize_t n = write(s->log_fd, p, len);
+
+            if (n <= 0)
+                break;
+            p += n;
+            len -= (size_t)n;
+            s->log_size += n;
+        }
+    }
+    s->lost += (int64_t)len;
+}
+
+/* Copies what output there is; forgets the pipe at its end. */
+static void cube_sup_copy(struct cube_sup *s)
+{
+    ssize_t n = read(s->pipe_fd, s->chunk, sizeof s->chunk);
+
+    if (n > 0) {
+        cube_sup_log(s, s->chunk, (size_t)n);
+    } else if (n == 0) {
+        close(s->pipe_fd);
+        s->pipe_fd = -1;
+    }
+}
+
+/* Collects all children that have ended. The command's group is killed while
+ * its leader is not collected yet, so that its number is still its own.
+ * Returns whether there are children left. */
+static bool cube_sup_reap(struct cube_sup *s)
+{
+    for (;;) {
+        siginfo_t info;
+        int status;
+
+        info.si_pid = 0;
+        if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+            return errno != ECHILD;
+        if (info.si_pid == 0)
+            return true;
+        if (info.si_pid == s->child)
+            (void)kill(-s->child, SIGKILL);
+        if (waitpid(info.si_pid, &status, 0) == s->child) {
+            s->has_ended = true;
+            s->status = status;
+            s->finished = cube_world_wall_ns(NULL);
+        }
+    }
+}
+
+/* To the command and its group. It may have left the group. */
+static void cube_sup_signal(struct cube_sup *s, int number)
+{
+    if (s->has_ended)
+        return;
+    (void)kill(-s->child, number);
+    if (getpgid(s->child) != s->child)
+        (void)kill(s->child, number);
+}
+
+static void cube_sup_take_signals(struct cube_sup *s)
+{
+    struct signalfd_siginfo got;
+
+    while (read(s->signal_fd, &got, sizeof got) == sizeof got) {
+        if (got.ssi_signo == SIGTERM)
+            cube_sup_signal(s, SIGTERM);
+        if (got.ssi_signo == SIGUSR1)
+            cube_sup_signal(s, SIGKILL);
+    }
+}
+
+/* Until the command has ended. */
+static void cube_sup_attend(struct cube_sup *s)
+{
+    while (cube_sup_reap(s) && !s->has_ended) {
+        struct pollfd fds[2];
+
+        memset(fds, 0, sizeof fds);
+        fds[0].fd = s->signal_fd;
+        fds[1].fd = s->pipe_fd; /* -1 is skipped */
+        fds[0].events = fds[1].events = POLLIN;
+        if (poll(fds, 2, -1) < 0)
+            continue;
+        if (fds[0].revents)
+            cube_sup_take_signals(s);
+        if (fds[1].revents)
+            cube_sup_copy(s);
+    }
+}
+
+/* Kills our children. CONFIG_PROC_CHILDREN, which all distributions set. */
+static void cube_sup_kill_children(struct cube_sup *s)
+{
+    int fd = open("/proc/thread-self/children", O_RDONLY | O_CLOEXEC);
+    ssize_t len = fd < 0 ? 0 : read(fd, s->chunk, sizeof s->chunk - 1);
+    pid_t pid = 0;
+
+    for (ssize_t i = 0; i < len; i++) {
+        if (s->chunk[i] >= '0' && s->chunk[i] <= '9') {
+            pid = pid * 10 + (s->chunk[i] - '0');
+            continue;
+        }
+        if (pid > 1)
+            (void)kill(pid, SIGKILL);
+        pid = 0;
+    }
+    if (fd >= 0)
+        close(fd);
+}
+
+/* Each killed child hands its own children to us: so until none is left, or
+ * one cannot die. */
+static void cube_sup_sweep(struct cube_sup *s)
+{
+    for (int i = 0; i < CUBE_SUP_SWEEPS && cube_sup_reap(s); i++) {
+        struct pollfd fds[1] = {{s->signal_fd, POLLIN, 0}};
+
+        cube_sup_kill_children(s);
+        (void)poll(fds, 1, 10);
+        cube_sup_take_signals(s);
+    }
+}
+
+/* Whether the kernel's killer came for memory: "oom_kill N" in a file that is
+ * called memory.events in version 2 of cgroups. */
+static bool cube_sup_is_oom(struct cube_sup *s)
+{
+    for (size_t i = 0; i < 2; i++) {
+        const char *cgroup = s->spec->cgroups[i], *at;
+        int dir = cgroup ? open(cgroup, O_RDONLY | O_CLOEXEC) : -1;
+        int fd = dir < 0 ? -1 : openat(dir, "memory.events", O_RDONLY);
+        ssize_t n;
+
+        if (dir >= 0 && fd < 0)
+            fd = openat(dir, "memory.oom_control", O_RDONLY);
+        n = fd < 0 ? 0 : read(fd, s->chunk, sizeof s->chunk - 1);
+        s->chunk[n < 0 ? 0 : n] = 0;
+        at = strstr(s->chunk, "oom_kill ");
+        if (at && at[9] > '0' && at[9] <= '9')
+            return true;
+        if (fd >= 0)
+            close(fd);
+        if (dir >= 0)
+            close(dir);
+    }
+    return false;
+}
+
+static void cube_sup_write_exit(struct cube_sup *s)
+{
+    char text[CUBE_SUP_EXIT];
+    size_t len = 0;
+    int number = WIFSIGNALED(s->status) ? WTERMSIG(s->status) : 0;
+    int code = number ? 128 + number : WEXITSTATUS(s->status);
+    bool is_oom = code == 128 + SIGKILL && cube_sup_is_oom(s);
+
+    len = cube_sup_put_line(text, len, "code", code);
+    len = cube_sup_put_line(text, len, "signal", number);
+    len = cube_sup_put_line(text, len, "oom", is_oom);
+    len = cube_sup_put_line(text, len, "error", s->exec_error);
+    len = cube_sup_put_line(text, len, "started", s->started);
+    len = cube_sup_put_line(text, len, "finished", s->finished);
+    if (pwrite(s->exit_fd, text, len, 0) != (ssize_t)len ||
+        ftruncate(s->exit_fd, (off_t)len) < 0)
+        return; /* no room even so: then it counts as killed */
+    (void)fsync(s->exit_fd);
+    (void)renameat(s->dir_fd, "exit.new", s->dir_fd, "exit");
+    (void)fsync(s->dir_fd);
+}
+
+static void cube_sup_report(int fd, int result)
+{
+    while (write(fd, &result, sizeof result) < 0 && errno == EINTR)
+        continue;
+    close(fd);
+}
+
+static void cube_sup_finish(struct cube_sup *s)
+{
+    cube_sup_sweep(s);
+    for (ssize_t n = 1; n > 0 && s->pipe_fd >= 0;) {
+        n = read(s->pipe_fd, s->chunk, sizeof s->chunk);
+        if (n > 0)
+            cube_sup_log(s, s->chunk, (size_t)n);
+    }
+    if (s->lost > 0 && s->log_fd >= 0)
+        (void)cube_sup_confess(s);
+    cube_sup_write_exit(s);
+    for (size_t i = 0; i < 2; i++) {
+        if (s->spec->cgroups[i])
+            (void)rmdir(s->spec->cgroups[i]);
+    }
+}
+
+/* The supervisor's life; the descriptor of the report is `report_fd`. */
+static void cube_sup_main(struct cube_sup *s)
+{
+    int r;
+
+    if (dup2(s->report_fd, CUBE_SUP_REPORT) < 0)
+        _exit(1);
+    (void)fcntl(CUBE_SUP_REPORT, F_SETFD, FD_CLOEXEC);
+    r = cube_sup_shed(s);
+    if (r == 0)
+        r = cube_sup_prepare(s);
+    if (r == 0)
+        r = cube_sup_start(s);
+    if (r < 0) {
+        cube_sup_report(CUBE_SUP_REPORT, r);
+        _exit(1);
+    }
+    if (s->exec_error == 0)
+        cube_sup_report(CUBE_SUP_REPORT, 0);
+    cube_sup_attend(s);
+    cube_sup_finish(s);
+    if (s->exec_error != 0)
+        cube_sup_report(CUBE_SUP_REPORT, s->exec_error);
+    _exit(0);
+}
+
+/* ---- Supervised processes: the caller's side ---- */
+
 static int cube_world_lock_owner(void *ctx, const char *path)
 {
     struct flock lock;
@@ -869,9 +1473,9 @@ static int cube_world_lock_owner(void *ctx, const char *path)
     lock.l_type = F_WRLCK;
     r = fcntl(fd, F_GETLK, &lock) < 0 ? -errno : 0;
     close(fd);
-    if (r < 0)
+    if (r < 0 || lock.l_type == F_UNLCK)
         return r;
-    return lock.l_type == F_UNLCK ? 0 : (int)lock.l_pid;
+    return lock.l_pid > 0 ? (int)lock.l_pid : -ESRCH; /* not among our PIDs */
 }
 
 static int cube_world_pid_open(void *ctx, int pid)
@@ -890,11 +1494,76 @@ static int cube_world_pid_signal(void *ctx, int pid_fd, int signal_number)
                : 0;
 }
 
+/* An orphan's parent is the next subreaper, else process 1, and in a
+ * container that can be us. */
+static int cube_world_pid_close(void *ctx, int pid_fd)
+{
+    siginfo_t info;
+
+    (void)ctx;
+    (void)waitid((idtype_t)3 /* P_PIDFD */, (id_t)pid_fd, &info,
+                 WEXITED | WNOHANG);
+    return close(pid_fd) < 0 ? -errno : 0;
+}
+
+/* What the supervisor reports; its death without a word is an I/O error. */
+static int cube_world_spawn_report(int fd)
+{
+    struct pollfd fds[1] = {{fd, POLLIN, 0}};
+    int r, result;
+
+    do
+        r = poll(fds, 1, CUBE_SUP_WAIT_MS);
+    while (r < 0 && errno == EINTR);
+    if (r == 0)
+        return -ETIMEDOUT;
+    return read(fd, &result, sizeof result) == sizeof result ? result : -EIO;
+}
+
+/* The middle's life: the supervisor must not be the caller's child. */
+static void cube_world_spawn_middle(struct cube_sup *s)
+{
+    pid_t pid = cube_sup_clone(SIGCHLD);
+
+    if (pid == 0)
+        cube_sup_main(s);
+    if (pid < 0)
+        cube_sup_report(s->report_fd, -errno);
+    _exit(0);
+}
+
 static int cube_world_spawn(void *ctx, const struct cube_spawn *spec)
 {
+    struct cube_sup *s = calloc(1, sizeof *s);
+    sigset_t all, before;
+    int ends[2], r = 0;
+    pid_t middle;
+
     (void)ctx;
-    (void)spec;
-    return -ENOSYS;
+    if (!s || pipe2(ends, O_CLOEXEC) < 0) {
+        r = s ? -errno : -ENOMEM;
+        free(s);
+        return r;
+    }
+    s->spec = spec;
+    s->report_fd = ends[1];
+    s->pipe_fd = s->log_fd = -1;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    middle = cube_sup_clone(0);
+    if (middle == 0)
+        cube_world_spawn_middle(s);
+    if (middle < 0)
+        r = -errno;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    close(ends[1]);
+    while (middle > 0 && waitpid(middle, NULL, __WALL) < 0 && errno == EINTR)
+        continue;
+    if (r == 0)
+        r = cube_world_spawn_report(ends[0]);
+    close(ends[0]);
+    free(s);
+    return r;
 }
 
 /* ---- The table ---- */
@@ -944,6 +1613,7 @@ CUBE_API const struct cube_world *cube_world_real(void)
         .lock_owner = cube_world_lock_owner,
         .pid_open = cube_world_pid_open,
         .pid_signal = cube_world_pid_signal,
+        .pid_close = cube_world_pid_close,
     };
 
     return &real;

@@ -81,7 +81,18 @@ struct cube_space {
     uint64_t all, free, free_inodes;
 };
 
-struct cube_spawn; /* chapter 9: a process to supervise */
+/* A command to run under a supervisor of its own, which writes what becomes
+ * of it into files in `dir`; their formats stand in chapter 1 of cube.c. All
+ * borrowed for the call. */
+struct cube_spawn {
+    const char *dir;         /* lock, log, exit; the command starts in work */
+    const char *const *argv; /* ends with NULL; [0] is looked up in PATH */
+    const char *const *env;  /* ends with NULL; its whole environment */
+    const char *cgroups[2];  /* directories to join, then to remove, or NULL */
+    uint64_t data_bytes;     /* RLIMIT_DATA of each process; 0: none */
+    int64_t log_bytes;       /* a log file that would grow larger is rotated */
+    int log_files;           /* so many are kept: log, log.1, log.2 */
+};
 
 struct cube_world {
     void *ctx;
@@ -133,12 +144,18 @@ struct cube_world {
                 void (*each)(void *arg, const char *name), void *arg);
     int (*space)(void *ctx, const char *path, struct cube_space *out);
 
-    /* Supervised processes (Linux). `spawn` returns once the supervisor holds
-     * its lock; `lock_owner` tells the PID that holds a lock file or 0. */
+    /* Supervised processes (Linux). `spawn` returns 0 once the command runs
+     * and its supervisor holds the lock; above 0, an errno value, when the
+     * command cannot be executed; below, when it cannot be supervised. A
+     * supervisor takes SIGTERM (passed on to the command and its group) and
+     * SIGUSR1 (kills them). `lock_owner` tells the PID that holds a lock
+     * file, or 0. `pid_close` closes what `pid_open` gave, and collects the
+     * process if it has ended and became a child of this one. */
     int (*spawn)(void *ctx, const struct cube_spawn *spec);
     int (*lock_owner)(void *ctx, const char *path);
     int (*pid_open)(void *ctx, int pid); /* readable once it has ended */
     int (*pid_signal)(void *ctx, int pid_fd, int signal_number);
+    int (*pid_close)(void *ctx, int pid_fd);
 };
 
 /* The machine itself. */
