@@ -2467,30 +2467,49 @@ static void cube_date_of(int64_t days, int64_t *year, int *month, int *day)
     *day = (int)days + 1;
 }
 
+/* Writes `digits` decimal digits of `v` and returns what is behind them. */
+static char *cube_time_put(char *out, int v, int digits)
+{
+    for (int i = digits; i-- > 0; v /= 10)
+        out[i] = (char)('0' + v % 10);
+    return out + digits;
+}
+
 CUBE_API void cube_time_format(const struct cube_time *t,
                                char out[CUBE_TIME_TEXT])
 {
+    static const char marks[] = "--T::"; /* between the six numbers */
     int64_t local = t->sec + (int64_t)t->offset_min * 60;
     int64_t days = local >= 0 ? local / 86400 : 0;
     int sec = (int)(local >= 0 ? local % 86400 : 0);
     int64_t year;
-    int month, day, n, away = abs(t->offset_min);
+    int v[6], away = abs(t->offset_min);
 
-    cube_date_of(days, &year, &month, &day);
-    n = snprintf(out, CUBE_TIME_TEXT, "%04d-%02d-%02dT%02d:%02d:%02d",
-                 (int)(year % 10000), month, day, sec / 3600,
-                 sec / 60 % 60, sec % 60);
-    if (t->nsec > 0) {
-        n += snprintf(out + n, 11, ".%09d", (int)t->nsec);
-        while (out[n - 1] == '0')
-            n--;
+    cube_date_of(days, &year, &v[1], &v[2]);
+    v[0] = (int)(year % 10000);
+    v[3] = sec / 3600;
+    v[4] = sec / 60 % 60;
+    v[5] = sec % 60;
+    for (int i = 0; i < 6; i++) {
+        out = cube_time_put(out, v[i], i == 0 ? 4 : 2);
+        if (i < 5)
+            *out++ = marks[i];
     }
-    if (t->offset_min == 0)
-        (void)snprintf(out + n, 2, "Z");
-    else
-        (void)snprintf(out + n, 7, "%c%02d:%02d",
-                       t->offset_min < 0 ? '-' : '+', away / 60 % 100,
-                       away % 60);
+    if (t->nsec > 0) {
+        *out++ = '.';
+        out = cube_time_put(out, (int)t->nsec, 9);
+        while (out[-1] == '0')
+            out--;
+    }
+    if (t->offset_min == 0) {
+        *out++ = 'Z';
+    } else {
+        *out++ = t->offset_min < 0 ? '-' : '+';
+        out = cube_time_put(out, away / 60, 2);
+        *out++ = ':';
+        out = cube_time_put(out, away % 60, 2);
+    }
+    *out = 0;
 }
 
 /* Reads exactly `digits` decimal digits; -1 when there are others. */
@@ -2745,14 +2764,44 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
 
 /* ---- Characters ---- */
 
-/* Has one of the eight bytes of `w` this value? The test of a zero byte from
- * Anderson's "Bit Twiddling Hacks". */
+/*
+ * Strings are scanned eight bytes at a time, in a word whose lowest byte is
+ * the first one. Bytes that are looked for are marked by their bit 7. The
+ * lowest mark is always right; above a right one there can be false ones.
+ * Zero bytes are found as in Anderson's "Bit Twiddling Hacks".
+ */
+static const uint64_t cube_json_ones = UINT64_C(0x0101010101010101);
+
+static uint64_t cube_json_load(const unsigned char *p)
+{
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
+           (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 |
+           (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 |
+           (uint64_t)p[7] << 56;
+}
+
+/* Marks the bytes of this value. */
 static uint64_t cube_json_has(uint64_t w, unsigned char byte)
 {
-    const uint64_t ones = UINT64_C(0x0101010101010101);
-    uint64_t x = w ^ (ones * byte);
+    uint64_t x = w ^ (cube_json_ones * byte);
 
-    return (x - ones) & ~x & (ones << 7);
+    return (x - cube_json_ones) & ~x & (cube_json_ones << 7);
+}
+
+/* Marks what does not stand for itself in a string: quotes, backslashes,
+ * control characters (less 0x20 borrows), and all but ASCII. */
+static uint64_t cube_json_marks(uint64_t w)
+{
+    uint64_t control = (w - cube_json_ones * 0x20) & ~w;
+
+    return ((w | control) & (cube_json_ones << 7)) | cube_json_has(w, '"') |
+           cube_json_has(w, '\\');
+}
+
+/* The place of the lowest mark. */
+static size_t cube_json_first(uint64_t marks)
+{
+    return (size_t)__builtin_ctzll(marks) / 8;
 }
 
 /*
@@ -2915,19 +2964,16 @@ struct json_parse_result_s {
 /* ---- Strings: plain runs, escapes ---- */
 
 /* How many bytes at `p` stand for themselves: printable ASCII, neither quote
- * nor backslash? Eight at a time, and the rest singly. */
+ * nor backslash? */
 static size_t cube_json_plain(const unsigned char *p, size_t left)
 {
-    const uint64_t ones = UINT64_C(0x0101010101010101);
     size_t n = 0;
-    uint64_t w;
 
-    for (; left - n >= sizeof w; n += sizeof w) {
-        memcpy(&w, p + n, sizeof w);
-        /* w & high: not ASCII; w - 0x20 borrows: a control character */
-        if (((w | ((w - ones * 0x20) & ~w)) & (ones << 7)) |
-            cube_json_has(w, '"') | cube_json_has(w, '\\'))
-            break;
+    for (; left - n >= 8; n += 8) {
+        uint64_t marks = cube_json_marks(cube_json_load(p + n));
+
+        if (marks)
+            return n + cube_json_first(marks);
     }
     while (n < left && p[n] >= 0x20 && p[n] < 0x80 && p[n] != '"' &&
            p[n] != '\\')
@@ -3309,7 +3355,7 @@ struct cube_json_open {
  * the parser and by json_extract_value_ex. */
 struct cube_json_build {
     unsigned char *dom;
-    char *data;
+    char *data, *end;
     struct json_value_s *value; /* the one to be filled next */
     size_t depth;
     struct cube_json_open open[JSON_MAX_RECURSION];
@@ -3324,10 +3370,11 @@ static void *cube_json_build_struct(struct cube_json_build *b, size_t size)
 }
 
 static void cube_json_build_start(struct cube_json_build *b, void *block,
-                                  size_t dom_size)
+                                  uint64_t dom_size, uint64_t data_size)
 {
     b->dom = block;
     b->data = (char *)block + dom_size;
+    b->end = b->data + data_size;
     b->depth = 0;
     b->value = cube_json_build_struct(b, sizeof *b->value);
 }
@@ -3430,6 +3477,32 @@ static void cube_json_build_word(struct cube_json_build *b, size_t type)
     b->value->payload = NULL;
 }
 
+/* Copies the plain bytes at `p` to `*text`; returns what is behind them.
+ * Where there is room, whole words are copied and the surplus is overwritten
+ * by what comes next. */
+static const unsigned char *cube_json_fill_plain(const unsigned char *p,
+                                                 const unsigned char *end,
+                                                 char **text,
+                                                 const char *text_end)
+{
+    size_t run;
+
+    while (end - p >= 8 && text_end - *text >= 8) {
+        uint64_t marks = cube_json_marks(cube_json_load(p));
+
+        memcpy(*text, p, 8);
+        run = marks ? cube_json_first(marks) : 8;
+        *text += run;
+        p += run;
+        if (marks)
+            return p;
+    }
+    run = cube_json_plain(p, (size_t)(end - p));
+    memcpy(*text, p, run);
+    *text += run;
+    return p + run;
+}
+
 /* The string at `p`, a quote; returns what is behind it. The text has been
  * checked: each run ends at a quote, an escape or a longer character. */
 static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
@@ -3441,11 +3514,7 @@ static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
 
     out->string = text;
     for (p++;;) {
-        size_t run = cube_json_plain(p, (size_t)(end - p));
-
-        memcpy(text, p, run);
-        text += run;
-        p += run;
+        p = cube_json_fill_plain(p, end, &text, b->end);
         if (*p == '"')
             break;
         if (*p == '\\') {
@@ -3487,8 +3556,8 @@ static const unsigned char *cube_json_fill_value(struct cube_json_build *b,
             cube_json_build_struct(b, sizeof(struct json_string_s));
         return cube_json_fill_string(b, p, end, b->value->payload);
     }
-    len = cube_json_word(p, (size_t)(end - p), &type);
-    if (len > 0) {
+    if (*p >= 'a') {
+        len = cube_json_word(p, (size_t)(end - p), &type);
         cube_json_build_word(b, type);
         return p + len;
     }
@@ -3577,7 +3646,7 @@ json_parse_ex(const void *src, size_t src_size, size_t flags_bitset,
         result->error = json_parse_error_allocator_failed;
         return NULL;
     }
-    cube_json_build_start(&build, block, (size_t)scan.dom_size);
+    cube_json_build_start(&build, block, scan.dom_size, scan.data_size);
     cube_json_fill(&build, src, scan.src + src_size);
     return block;
 }
@@ -3778,7 +3847,7 @@ json_extract_value_ex(const struct json_value_s *value,
     block = cube_json_block(dom_size, data_size, alloc_func_ptr, user_data);
     if (!block)
         return NULL;
-    cube_json_build_start(&build, block, (size_t)dom_size);
+    cube_json_build_start(&build, block, dom_size, data_size);
     cube_json_extract_fill(&build, value);
     return block;
 }
@@ -4227,32 +4296,19 @@ static bool cube_json_is_special(unsigned char c)
            c == '>' || c == '&';
 }
 
-/* Like cube_json_is_special for any of the eight bytes of `w`. */
-static bool cube_json_any_special(uint64_t w)
-{
-    const uint64_t ones = UINT64_C(0x0101010101010101), high = ones << 7;
-    const uint64_t wanted[] = {ones * '"', ones * '\\', ones * '&',
-                               ones * '<'};
-    uint64_t found = w | ((w - ones * 0x20) & ~w);
-
-    for (size_t i = 0; i < CUBE_COUNT(wanted); i++) {
-        /* '<' is 0x3c and '>' 0x3e: they differ in one bit */
-        uint64_t x = (i == 3 ? w & ~(ones * 2) : w) ^ wanted[i];
-
-        found |= (x - ones) & ~x;
-    }
-    return (found & high) != 0;
-}
-
+/* How many bytes at `p` are not special? */
 static size_t cube_json_harmless(const unsigned char *p, size_t left)
 {
     size_t n = 0;
-    uint64_t w;
 
-    for (; left - n >= sizeof w; n += sizeof w) {
-        memcpy(&w, p + n, sizeof w);
-        if (cube_json_any_special(w))
-            break;
+    for (; left - n >= 8; n += 8) {
+        uint64_t w = cube_json_load(p + n);
+        /* '<' is 0x3c and '>' 0x3e: they differ in one bit */
+        uint64_t marks = cube_json_marks(w) | cube_json_has(w, '&') |
+                         cube_json_has(w & ~(cube_json_ones * 2), '<');
+
+        if (marks)
+            return n + cube_json_first(marks);
     }
     while (n < left && !cube_json_is_special(p[n]))
         n++;
@@ -4296,19 +4352,23 @@ CUBE_UNUSED static void cube_json_put_str(struct cube_buf *b, const char *s,
 {
     const unsigned char *p = (const unsigned char *)s;
 
-    cube_buf_reserve(b, len + 2);
-    cube_buf_addc(b, '"');
-    while (len > 0) {
+    cube_buf_reserve(b, len + 3);
+    b->data[b->len++] = '"';
+    for (;;) {
         size_t n = cube_json_harmless(p, len);
 
+        cube_buf_reserve(b, len + 2);
         if (n > 0)
-            cube_buf_add(b, p, n);
-        else
-            n = cube_json_put_special(b, p, len);
+            memcpy(b->data + b->len, p, n);
+        b->len += n;
+        if (n == len)
+            break;
+        n += cube_json_put_special(b, p + n, len - n);
         p += n;
         len -= n;
     }
-    cube_buf_addc(b, '"');
+    b->data[b->len++] = '"';
+    b->data[b->len] = 0;
 }
 
 /* The same of a C string; NULL is written as "". */
@@ -4356,6 +4416,21 @@ static size_t cube_json_digits(double v, char digits[20], int *point)
     }
 }
 
+/* Three decimals, without the zeros at their end: most numbers of cores and
+ * loads. Of up to 15 digits, no two texts read as the same double, so this
+ * one is the shortest if it reads back. */
+static void cube_json_put_thousandths(struct cube_buf *b, int64_t v)
+{
+    char text[4] = {'.', (char)('0' + v / 100 % 10), (char)('0' + v / 10 % 10),
+                    (char)('0' + v % 10)};
+    size_t len = sizeof text;
+
+    cube_json_put_i64(b, v / 1000);
+    while (text[len - 1] == '0')
+        len--;
+    cube_buf_add(b, text, len);
+}
+
 /*
  * A number as the wire has it: the shortest text that reads back, with an
  * exponent only below 1e-6 and from 1e21 on: 0.000001, 1e-7, 1e+21. JSON has
@@ -4379,6 +4454,11 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
         cube_buf_addc(b, '-');
     if (v == 0) {
         cube_buf_addc(b, '0');
+        return;
+    }
+    if (size < 1e9 && size >= 1e-3 &&
+        (double)(int64_t)(size * 1e3) / 1e3 == size) {
+        cube_json_put_thousandths(b, (int64_t)(size * 1e3));
         return;
     }
     len = (int)cube_json_digits(size, digits, &point);
