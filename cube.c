@@ -7187,9 +7187,8 @@ CUBE_API void cube_runtime_free(struct cube_runtime *rt)
  *               Approach for Job Assignment in a Scalable Computing Cluster",
  *               IEEE Transactions on Parallel and Distributed Systems, 2000.
  *
- * E-PVM gives memory and CPU one currency. A node's cost is the sum of
- * n^load over its resources, n being the number of nodes, and a task goes
- * where it raises the cost least:
+ * E-PVM gives memory and CPU one currency. A node costs the sum of n^load over
+ * its resources, n being the number of nodes; a task goes where it adds least:
  *
  *    cost
  *     ^                          .   the same `added` costs more on a node
@@ -7221,8 +7220,8 @@ CUBE_API void cube_runtime_free(struct cube_runtime *rt)
  *
  * Naive on purpose: who shares a machine is found by comparing each node with
  * each (0.2 ms a decision for 100 nodes, 13 ms for 1,000, which want a map).
- * A machine with much other work can be promised more than it has, since that
- * work and the promises are not added up.
+ * A machine's other work and its promises are not added up, so it can be
+ * promised too much.
  */
 
 #define CUBE_SCHED_CPU 0.1            /* cores of a task that names none */

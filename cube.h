@@ -857,6 +857,8 @@ struct cube_scheduler {
  *   epvm         the node where it costs least (Amir et al. 2000)
  * NULL: there is none of that name. It remembers what it needs from one
  * decision to the next, so give each manager its own. The caller frees it.
+ * The `score` of greedy and epvm can be called from one of yours, with the
+ * scheduler's `ctx`.
  */
 CUBE_API struct cube_scheduler *cube_scheduler_new(const char *name,
                                                    struct cube_err *err);

@@ -1,0 +1,91 @@
+/*
+ * A scheduler of your own: tasks whose name begins with "db-" go to the node
+ * with the most free disk, all others to where they cost least.
+ *
+ *     cc -o scheduler examples/scheduler.c cube.c && ./scheduler
+ *
+ * A scheduler is three steps: candidates, score, pick. This one leaves two of
+ * them to Cube and writes the second. The nodes are made by hand here, so
+ * that the decision can be seen without a cluster; a manager is given the
+ * same `struct cube_scheduler` and calls it with the nodes that it knows.
+ */
+#include "../cube.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define GIB ((int64_t)1 << 30)
+
+/* Lower is better: the node with the most free disk has the lowest score.
+ * All others are left to E-PVM, which is kept in `ctx`. */
+static double score(void *ctx, const struct cube_placement *p,
+                    const struct cube_node *node)
+{
+    const struct cube_scheduler *epvm = ctx;
+
+    if (strncmp(p->task->name, "db-", 3) == 0)
+        return -(double)node->stats->disk.free;
+    return epvm->score(epvm->ctx, p, node);
+}
+
+/* A node that has said: so much memory and disk, so busy. */
+static void fill(struct cube_node *node, struct cube_stats *stats,
+                 const char *name, int64_t mem_gib, int64_t disk_gib,
+                 double cpu_use)
+{
+    memset(node, 0, sizeof *node);
+    memset(stats, 0, sizeof *stats);
+    stats->mem.mem_total = (uint64_t)mem_gib << 20; /* kB */
+    stats->mem.mem_available = stats->mem.mem_total;
+    stats->disk.all = stats->disk.free = (uint64_t)(disk_gib * GIB);
+    stats->cpus = 4;
+    stats->cpu_use = cpu_use;
+    node->name = name;
+    node->is_up = true;
+    node->stats = stats;
+}
+
+static void decide(const struct cube_scheduler *s, struct cube_node *nodes,
+                   size_t count, const char *name, int64_t mem_bytes)
+{
+    struct cube_task *task = cube_task_new();
+    struct cube_placement p = {task, nodes, count, NULL};
+    struct cube_buf why = {NULL, 0, 0};
+    const struct cube_node *where;
+
+    cube_task_set(&task->name, name);
+    cube_task_set(&task->image, "example");
+    task->mem_bytes = mem_bytes;
+    where = cube_schedule(s, &p, &why);
+    if (where) {
+        printf("%-9s goes to %s\n", name, where->name);
+        cube_node_promise(&nodes[where - nodes], task);
+    } else {
+        printf("%-9s waits: %s\n", name, why.data);
+    }
+    cube_buf_free(&why);
+    cube_task_free(task);
+}
+
+int main(void)
+{
+    struct cube_scheduler *epvm = cube_scheduler_new("epvm", NULL);
+    struct cube_scheduler mine = {"database", epvm, NULL, score, NULL};
+    struct cube_stats stats[3];
+    struct cube_node nodes[3];
+
+    fill(&nodes[0], &stats[0], "small:5556", 4, 100, 0.05);
+    fill(&nodes[1], &stats[1], "large:5556", 16, 200, 0.60);
+    fill(&nodes[2], &stats[2], "store:5556", 8, 2000, 0.90);
+
+    decide(&mine, nodes, 3, "web", 1 * GIB);
+    decide(&mine, nodes, 3, "db-users", 2 * GIB);
+    decide(&mine, nodes, 3, "db-orders", 2 * GIB);
+    decide(&mine, nodes, 3, "cache", 6 * GIB);
+    decide(&mine, nodes, 3, "huge", 64 * GIB);
+
+    for (size_t i = 0; i < 3; i++)
+        cube_node_clear(&nodes[i]);
+    cube_scheduler_free(epvm);
+    return 0;
+}
