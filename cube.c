@@ -4968,9 +4968,3052 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 }
 
 
-/* ==== Chapter 6. HTTP ==== uses: 1 2 5 ==== */
+/* ==== Chapter 6. HTTP ==== uses: 1 2 3 5 ==== */
+/*
+ * The problem. Client and manager, manager and worker, worker and engine: all
+ * of them speak HTTP/1.1, over TCP or a unix socket. The peers are slow,
+ * gone, or hostile; an answer may be due minutes after its question, or never
+ * end at all. One thread serves them, so nothing here may wait.
+ *
+ * The simplest thing that works is a parser that knows nothing of sockets:
+ * bytes in, events out, wherever the bytes were cut.
+ *
+ *     feed    "GET /tasks HT" | "TP/1.1\r\nHost: a\r\n\r\n"
+ *     events             MORE |                 HEAD, END, MORE
+ *
+ *     feed    "...chunked\r\n\r\n5\r\nhel" | "lo\r\n0\r\n\r\n"
+ *     events                HEAD, DATA hel | DATA lo, END, MORE
+ *
+ * A head is gathered line by line in one text, where each line is cut up in
+ * place; what is found is kept as offsets, since the text moves as it grows.
+ *
+ *     text    G E T 0 / t a s k s 0 H T T P / 1 . 1 0 0 H o s t 0   a 0 0
+ *             ^method ^target                           ^name     ^value
+ *
+ * Server and client are two users of that parser. Each has one function that
+ * looks at a connection as it is and does what comes next
+ * (cube_http_settle, cube_http_link_read); whatever happens, an event, a
+ * timer, an answer from elsewhere, changes the state and lets that function
+ * look. An answer given outside a turn of its connection therefore never
+ * calls back into its giver: errors are noted, and seen later in the turn.
+ *
+ * Smuggling. Two readers of one byte stream must agree where a message ends.
+ * Where RFC 9112 leaves a choice, this parser refuses: Content-Length beside
+ * Transfer-Encoding, two lengths, a chunk size with anything around it, a
+ * space before the colon, a folded line, a line that ends in a bare LF, and
+ * any coding but chunked. After a refusal the connection is closed, since
+ * nobody knows what its next byte means. Answers are read with the same
+ * rules but one: their heads may end lines with LF, as scripts write them,
+ * and the connection is then not used again.
+ *
+ * Invariants:
+ *   - of one connection one request is open at a time; further ones wait,
+ *     unparsed, and beyond CUBE_HTTP_MAX_AHEAD bytes the socket is not read;
+ *   - a request is freed when both its handler and its connection are done
+ *     with it, in whichever order;
+ *   - handlers and callbacks may answer, cancel, close and free anything;
+ *     whoever calls them is marked busy and looks again afterwards;
+ *   - every wait for a peer has a deadline, but that for a handler's answer
+ *     and for the next event of a stream.
+ *
+ * Interface:
+ *   cube_http_parse            bytes to events (pure)
+ *   cube_http_listen, _close   a server: routes, access, limits
+ *   cube_http_reply, _stream   answer a request, now or later
+ *   cube_http_client_new, cube_http_call, cube_http_call_cancel
+ *
+ * A typical sequence of a server, and of a client:
+ *
+ *   listen -> handler(req) -> ... commit ... -> reply(req, 201, ...)
+ *   listen -> handler(req) -> stream, write, write, on_gone
+ *   client_new -> call(GET /tasks) -> on_head -> on_data... -> on_done
+ *
+ * Naive on purpose: fields and routes are searched linearly, at most
+ * CUBE_HTTP_MAX_FIELDS and a dozen of them. There is no TLS, no compression,
+ * no proxying and no HTTP/2: whoever needs those puts a proxy in front.
+ */
 
+#include <arpa/inet.h>
 
+#define CUBE_HTTP_MAX_LINE 8192    /* request line; beyond it is a 414 */
+#define CUBE_HTTP_MAX_HEAD 32768   /* a head; chunk extensions and trailers */
+#define CUBE_HTTP_MAX_FIELDS 100
+#define CUBE_HTTP_MAX_CHUNK_LINE 256
+#define CUBE_HTTP_MAX_BLANKS 4     /* empty lines before a request */
+#define CUBE_HTTP_MAX_SEGMENTS 16  /* of a path */
+#define CUBE_HTTP_MAX_QUERY 32     /* parameters */
+#define CUBE_HTTP_MAX_AHEAD 65536  /* bytes of requests that wait */
+#ifndef CUBE_HTTP_MAX_BACKLOG
+#define CUBE_HTTP_MAX_BACKLOG (16 << 20) /* bytes of a stream unsent */
+#endif
+#define CUBE_HTTP_READ 16384       /* bytes taken from a socket at once */
+#define CUBE_HTTP_KEEP 16384       /* larger buffers are freed when idle */
+
+/* ---- Characters ---- */
+
+/* A token character of RFC 9110, section 5.6.2: letters, digits and
+ * !#$%&'*+-.^_`|~ as a bit for each of 0 .. 127. */
+static bool cube_http_is_token(char c)
+{
+    static const uint32_t bits[4] = {0, 0x03ff6cfa, 0xc7fffffe, 0x57ffffff};
+    unsigned char u = (unsigned char)c;
+
+    return u < 128 && (bits[u / 32] >> u % 32 & 1);
+}
+
+static bool cube_http_is_blank(char c)
+{
+    return c == ' ' || c == '\t';
+}
+
+static bool cube_http_is_digit(char c)
+{
+    return c >= '0' && c <= '9';
+}
+
+static bool cube_http_all(const char *p, size_t len, bool (*is)(char c))
+{
+    for (size_t i = 0; i < len; i++) {
+        if (!is(p[i]))
+            return false;
+    }
+    return true;
+}
+
+/* Visible ASCII: what a request target is made of. */
+static bool cube_http_is_visible(char c)
+{
+    return c > ' ' && c < 127;
+}
+
+/* What a field value may hold: no control but the tab. */
+static bool cube_http_is_text(char c)
+{
+    unsigned char u = (unsigned char)c;
+
+    return u == '\t' || (u >= ' ' && u != 127);
+}
+
+/* The next item of a comma-separated list, blanks cut off; NULL at the end.
+ * Empty items are passed over, RFC 9110, section 5.6.1. */
+static const char *cube_http_item(const char **list, size_t *len)
+{
+    const char *p = *list, *end;
+
+    while (*p == ',' || cube_http_is_blank(*p))
+        p++;
+    if (!*p)
+        return NULL;
+    end = p + strcspn(p, ",");
+    *list = end;
+    while (cube_http_is_blank(end[-1]))
+        end--;
+    *len = (size_t)(end - p);
+    return p;
+}
+
+/* ---- Heads ---- */
+
+/* Offsets into the head's text. */
+struct cube_http_field {
+    uint32_t name, value;
+};
+
+/* A request line or status line and the fields after it. */
+struct cube_http_head {
+    struct cube_buf text;
+    struct cube_http_field fields[CUBE_HTTP_MAX_FIELDS];
+    size_t field_count;
+    size_t target; /* of a request, an offset; its method is at 0 */
+    int status;    /* of an answer */
+    int minor;     /* HTTP/1.x; higher ones count as 1 */
+};
+
+CUBE_API int cube_http_head_status(const struct cube_http_head *head)
+{
+    return head->status;
+}
+
+CUBE_API const char *cube_http_head_get(const struct cube_http_head *head,
+                                        const char *name)
+{
+    const char *text = head->text.data;
+
+    for (size_t i = 0; i < head->field_count; i++) {
+        const char *found = text + head->fields[i].name;
+
+        if (cube_text_is_nocase(found, strlen(found), name))
+            return text + head->fields[i].value;
+    }
+    return NULL;
+}
+
+/* ---- The parser ---- */
+
+enum cube_http_event {
+    CUBE_HTTP_MORE,  /* all bytes are used up */
+    CUBE_HTTP_HEAD,  /* the head is complete */
+    CUBE_HTTP_DATA,  /* a piece of the body */
+    CUBE_HTTP_END,   /* the message is complete; again until reset */
+    CUBE_HTTP_ERROR, /* refused; again until reset */
+    CUBE_HTTP_GO_ON  /* inside the parser: look at the new state */
+};
+
+/*
+ *   START -> FIELDS -+-> SIZED -------------------------------+-> DONE
+ *    ^ blank line    +-> TO_CLOSE ------------- end of input -+
+ *                    +-> SIZE -> CHUNK -> CHUNK_END --+       |
+ *                    |    ^                           |       |
+ *                    |    +---------------------------+       |
+ *                    |   SIZE with 0 -> TRAILERS -------------+
+ *                    +-> (no body) ---------------------------+
+ *   any -> BAD
+ */
+enum cube_http_state {
+    CUBE_HTTP_START,
+    CUBE_HTTP_FIELDS,
+    CUBE_HTTP_SIZED,
+    CUBE_HTTP_TO_CLOSE,
+    CUBE_HTTP_SIZE,
+    CUBE_HTTP_CHUNK,
+    CUBE_HTTP_CHUNK_END,
+    CUBE_HTTP_TRAILERS,
+    CUBE_HTTP_DONE,
+    CUBE_HTTP_BAD
+};
+
+/* What is fed: the parser moves `data` and `len` on over what it has used. */
+struct cube_http_input {
+    const char *data;
+    size_t len;
+};
+
+/* Zeroed, and with the first two set, it is ready. Free its head's text. */
+struct cube_http_parser {
+    bool is_answer;         /* reads answers, else requests */
+    bool is_to_head;        /* the answer is to a HEAD: it has no body */
+    enum cube_http_state state;
+    struct cube_http_head head;
+    size_t line;            /* where in the text the open line begins */
+    size_t line_len;        /* of the line read last, without its end */
+    uint64_t left;          /* bytes of the body or of the chunk to come */
+    uint64_t length;        /* Content-Length */
+    size_t extra;           /* chunk extensions and trailers so far */
+    int blanks, hosts;
+    bool has_length, has_coding, is_chunked, has_other_coding;
+    bool says_close, says_keep, says_continue, says_other_expect;
+    bool has_bare_lf;
+    bool has_body;          /* after HEAD: bytes of a body will come */
+    bool is_kept;           /* after HEAD: the connection can be used again */
+    const char *piece;      /* DATA: borrowed from the input */
+    size_t piece_len;
+    int status;             /* ERROR: what to answer */
+    const char *words;      /* ERROR: why */
+};
+
+/* Ready for the next message; keeps the memory of a usual head. */
+static void cube_http_parser_reset(struct cube_http_parser *p)
+{
+    struct cube_buf text = p->head.text;
+    bool is_answer = p->is_answer;
+
+    memset(p, 0, sizeof *p);
+    p->is_answer = is_answer;
+    p->head.text = text;
+    if (text.cap > CUBE_HTTP_KEEP)
+        cube_buf_free(&p->head.text);
+    cube_buf_clear(&p->head.text);
+}
+
+static bool cube_http_parser_is_fresh(const struct cube_http_parser *p)
+{
+    return p->state == CUBE_HTTP_START && p->head.text.len == 0;
+}
+
+static enum cube_http_event cube_http_bad(struct cube_http_parser *p,
+                                          int status, const char *words)
+{
+    p->state = CUBE_HTTP_BAD;
+    p->status = status;
+    p->words = words;
+    p->is_kept = false;
+    return CUBE_HTTP_ERROR;
+}
+
+/* Gathers a line. MORE: it is not whole yet. GO_ON: it stands at the
+ * returned `line`, NUL-terminated, its end cut off, and the next line will
+ * begin behind it. ERROR: longer than `max`, or it ends in a bare LF. */
+static enum cube_http_event cube_http_line(struct cube_http_parser *p,
+                                           struct cube_http_input *in,
+                                           size_t max, char **line)
+{
+    struct cube_buf *text = &p->head.text;
+    const char *lf = in->len ? memchr(in->data, '\n', in->len) : NULL;
+    size_t n = lf ? (size_t)(lf - in->data) + 1 : in->len;
+    size_t end;
+
+    if (text->len - p->line + n > max)
+        return cube_http_bad(p, p->state == CUBE_HTTP_START ? 414
+                                : p->state == CUBE_HTTP_FIELDS ? 431 : 400,
+                             "a line is too long");
+    cube_buf_add(text, in->data, n);
+    in->data += n;
+    in->len -= n;
+    if (!lf)
+        return CUBE_HTTP_MORE;
+    end = text->len - 1;
+    if (end > p->line && text->data[end - 1] == '\r')
+        end--;
+    else if (p->is_answer && p->state <= CUBE_HTTP_FIELDS)
+        p->has_bare_lf = true;
+    else
+        return cube_http_bad(p, 400, "a line ends in a bare LF");
+    text->data[end] = 0;
+    *line = text->data + p->line;
+    p->line_len = end - p->line;
+    p->line = text->len;
+    return CUBE_HTTP_GO_ON;
+}
+
+/* Forgets the line that was read last: its text is not kept. */
+static void cube_http_forget_line(struct cube_http_parser *p, const char *line)
+{
+    p->line = p->head.text.len = (size_t)(line - p->head.text.data);
+}
+
+/* "HTTP/1.1": sets the minor version. 0, or the status to refuse it with. */
+static int cube_http_version(struct cube_http_parser *p, const char *text)
+{
+    if (strlen(text) != 8 || memcmp(text, "HTTP/", 5) != 0 ||
+        !cube_http_is_digit(text[5]) || text[6] != '.' ||
+        !cube_http_is_digit(text[7]))
+        return 400;
+    if (text[5] != '1')
+        return 505;
+    p->head.minor = text[7] != '0';
+    return 0;
+}
+
+/* "GET /tasks HTTP/1.1": single spaces, RFC 9112, section 3. */
+static enum cube_http_event cube_http_request_line(struct cube_http_parser *p,
+                                                   char *line)
+{
+    char *target = strchr(line, ' ');
+    char *version = target ? strchr(target + 1, ' ') : NULL;
+    int status;
+
+    if (!version || target == line || version == target + 1)
+        return cube_http_bad(p, 400, "the request line is not METHOD TARGET "
+                                     "VERSION");
+    *target++ = *version++ = 0;
+    if (!cube_http_all(line, strlen(line), cube_http_is_token))
+        return cube_http_bad(p, 400, "the method is not a token");
+    if (!cube_http_all(target, strlen(target), cube_http_is_visible))
+        return cube_http_bad(p, 400, "the target holds a character that must "
+                                     "be percent-encoded");
+    status = cube_http_version(p, version);
+    if (status)
+        return cube_http_bad(p, status, status == 505
+                             ? "this server speaks HTTP/1.1"
+                             : "the request line does not end in HTTP/1.1");
+    p->head.target = (size_t)(target - line);
+    return CUBE_HTTP_GO_ON;
+}
+
+/* "HTTP/1.1 200 OK"; the words, and the space before them, may be missing. */
+static enum cube_http_event cube_http_status_line(struct cube_http_parser *p,
+                                                  char *line)
+{
+    const char *code = line + 9;
+
+    if (strlen(line) < 12 || line[8] != ' ' ||
+        !cube_http_all(code, 3, cube_http_is_digit) || code[0] == '0' ||
+        (code[3] && code[3] != ' '))
+        return cube_http_bad(p, 400, "the status line is not VERSION STATUS "
+                                     "WORDS");
+    line[8] = 0;
+    if (cube_http_version(p, line) != 0)
+        return cube_http_bad(p, 400, "the answer is not of HTTP/1.1");
+    p->head.status = (code[0] - '0') * 100 + (code[1] - '0') * 10 +
+                     (code[2] - '0');
+    return CUBE_HTTP_GO_ON;
+}
+
+static enum cube_http_event cube_http_step_start(struct cube_http_parser *p,
+                                                 struct cube_http_input *in)
+{
+    char *line;
+    enum cube_http_event e;
+
+    /* Whoever speaks TLS here should hear so at once, not in ten seconds. */
+    if (p->head.text.len == 0 && in->len > 0 && in->data[0] != '\r' &&
+        in->data[0] != '\n' && !cube_http_is_token(in->data[0]))
+        return cube_http_bad(p, 400, "this is not HTTP");
+    e = cube_http_line(p, in, CUBE_HTTP_MAX_LINE, &line);
+    if (e != CUBE_HTTP_GO_ON)
+        return e;
+    if (!*line && !p->is_answer && ++p->blanks <= CUBE_HTTP_MAX_BLANKS) {
+        cube_http_forget_line(p, line);
+        return CUBE_HTTP_GO_ON;
+    }
+    if (strlen(line) != p->line_len)
+        return cube_http_bad(p, 400, "the first line holds a NUL");
+    p->state = CUBE_HTTP_FIELDS;
+    return p->is_answer ? cube_http_status_line(p, line)
+                        : cube_http_request_line(p, line);
+}
+
+/* ---- Fields that decide where a message ends ---- */
+
+/* Digits, or a list of the same digits (RFC 9110, section 8.6). A number
+ * beyond 64 bits is a number all the same: the largest. */
+static const char *cube_http_on_length(struct cube_http_parser *p,
+                                       const char *value)
+{
+    const char *item;
+    size_t len, count = 0;
+
+    while ((item = cube_http_item(&value, &len))) {
+        uint64_t n;
+
+        if (!cube_http_all(item, len, cube_http_is_digit))
+            return "Content-Length is not a number";
+        if (cube_text_u64(item, len, INT64_MAX, &n) < 0)
+            n = INT64_MAX;
+        if (p->has_length && p->length != n)
+            return "there are two lengths";
+        p->length = n;
+        p->has_length = true;
+        count++;
+    }
+    return count ? NULL : "Content-Length is empty";
+}
+
+static const char *cube_http_on_coding(struct cube_http_parser *p,
+                                       const char *value)
+{
+    const char *item;
+    size_t len;
+
+    p->has_coding = true;
+    while ((item = cube_http_item(&value, &len))) {
+        if (p->is_chunked)
+            return "chunked is not the last transfer coding";
+        if (cube_text_is_nocase(item, len, "chunked"))
+            p->is_chunked = true;
+        else
+            p->has_other_coding = true;
+    }
+    return p->is_chunked || p->has_other_coding
+               ? NULL : "Transfer-Encoding is empty";
+}
+
+static const char *cube_http_on_connection(struct cube_http_parser *p,
+                                           const char *value)
+{
+    const char *item;
+    size_t len;
+
+    while ((item = cube_http_item(&value, &len))) {
+        if (cube_text_is_nocase(item, len, "close"))
+            p->says_close = true;
+        else if (cube_text_is_nocase(item, len, "keep-alive"))
+            p->says_keep = true;
+    }
+    return NULL;
+}
+
+static const char *cube_http_on_host(struct cube_http_parser *p,
+                                     const char *value)
+{
+    if (!cube_http_all(value, strlen(value), cube_http_is_visible))
+        return "Host is not a host";
+    return ++p->hosts > 1 ? "there are two Host fields" : NULL;
+}
+
+static const char *cube_http_on_expect(struct cube_http_parser *p,
+                                       const char *value)
+{
+    if (cube_text_is_nocase(value, strlen(value), "100-continue"))
+        p->says_continue = true;
+    else
+        p->says_other_expect = true;
+    return NULL;
+}
+
+static const struct {
+    const char *name;
+    size_t len;
+    const char *(*fn)(struct cube_http_parser *p, const char *value);
+} cube_http_framing[] = {
+    {"content-length", 14, cube_http_on_length},
+    {"transfer-encoding", 17, cube_http_on_coding},
+    {"connection", 10, cube_http_on_connection},
+    {"host", 4, cube_http_on_host},
+    {"expect", 6, cube_http_on_expect},
+};
+
+/* Cuts "Name: value", of `len` bytes, in two; returns what is wrong with it
+ * or NULL. */
+static const char *cube_http_cut_field(char *line, size_t len, char **value)
+{
+    size_t n = 0;
+
+    if (cube_http_is_blank(line[0]))
+        return "a field is folded over two lines";
+    while (cube_http_is_token(line[n]))
+        n++;
+    if (n == 0 || line[n] != ':')
+        return cube_http_is_blank(line[n]) ? "space before a colon"
+                                           : "a field is not NAME: VALUE";
+    line[n++] = 0;
+    while (cube_http_is_blank(line[n]))
+        n++;
+    *value = line + n;
+    if (!cube_http_all(line + n, len - n, cube_http_is_text))
+        return "a field holds a control character";
+    while (len > n && cube_http_is_blank(line[len - 1]))
+        line[--len] = 0;
+    return NULL;
+}
+
+static enum cube_http_event cube_http_field(struct cube_http_parser *p,
+                                            char *line)
+{
+    struct cube_http_head *h = &p->head;
+    const char *words;
+    char *value;
+    size_t len;
+
+    if (h->field_count == CUBE_HTTP_MAX_FIELDS)
+        return cube_http_bad(p, 431, "there are too many fields");
+    words = cube_http_cut_field(line, p->line_len, &value);
+    if (words)
+        return cube_http_bad(p, 400, words);
+    h->fields[h->field_count].name = (uint32_t)(line - h->text.data);
+    h->fields[h->field_count++].value = (uint32_t)(value - h->text.data);
+    len = strlen(line);
+    for (size_t i = 0; i < CUBE_COUNT(cube_http_framing) && !words; i++) {
+        if (len == cube_http_framing[i].len &&
+            cube_text_is_nocase(line, len, cube_http_framing[i].name))
+            words = cube_http_framing[i].fn(p, value);
+    }
+    return words ? cube_http_bad(p, 400, words) : CUBE_HTTP_GO_ON;
+}
+
+/* The state after a head: RFC 9112, section 6.3, where it is read strictly. */
+static enum cube_http_event cube_http_frame(struct cube_http_parser *p)
+{
+    bool has_none = p->is_answer &&
+                    (p->is_to_head || p->head.status < 200 ||
+                     p->head.status == 204 || p->head.status == 304);
+
+    p->left = p->length;
+    if (has_none)
+        p->state = CUBE_HTTP_DONE;
+    else if (p->is_chunked)
+        p->state = CUBE_HTTP_SIZE;
+    else if (p->has_length || !p->is_answer)
+        p->state = p->left ? CUBE_HTTP_SIZED : CUBE_HTTP_DONE;
+    else
+        p->state = CUBE_HTTP_TO_CLOSE;
+    p->has_body = p->state != CUBE_HTTP_DONE;
+    p->is_kept = p->state != CUBE_HTTP_TO_CLOSE && !p->has_bare_lf &&
+                 (p->head.minor ? !p->says_close : p->says_keep);
+    return CUBE_HTTP_HEAD;
+}
+
+static enum cube_http_event cube_http_judge(struct cube_http_parser *p)
+{
+    if (!p->is_answer && p->head.minor > 0 && p->hosts == 0)
+        return cube_http_bad(p, 400, "there is no Host");
+    if (p->has_coding && p->has_length)
+        return cube_http_bad(p, 400, "there are Content-Length and "
+                                     "Transfer-Encoding");
+    if (p->has_coding && p->head.minor == 0)
+        return cube_http_bad(p, 400, "HTTP/1.0 has no Transfer-Encoding");
+    if (p->has_other_coding)
+        return cube_http_bad(p, 501, "no transfer coding but chunked is "
+                                     "known here");
+    return cube_http_frame(p);
+}
+
+static enum cube_http_event cube_http_step_fields(struct cube_http_parser *p,
+                                                  struct cube_http_input *in)
+{
+    char *line;
+    enum cube_http_event e =
+        cube_http_line(p, in, CUBE_HTTP_MAX_HEAD - p->line, &line);
+
+    if (e != CUBE_HTTP_GO_ON)
+        return e;
+    if (p->line_len > 0)
+        return cube_http_field(p, line);
+    return cube_http_judge(p);
+}
+
+/* ---- Bodies ---- */
+
+/* SIZED, CHUNK and TO_CLOSE: hands over what there is, at most `left`. */
+static enum cube_http_event cube_http_step_data(struct cube_http_parser *p,
+                                                struct cube_http_input *in)
+{
+    size_t n = in->len;
+
+    if (p->state != CUBE_HTTP_TO_CLOSE) {
+        if (p->left == 0) {
+            p->state = p->state == CUBE_HTTP_CHUNK ? CUBE_HTTP_CHUNK_END
+                                                   : CUBE_HTTP_DONE;
+            return CUBE_HTTP_GO_ON;
+        }
+        if (n > p->left)
+            n = (size_t)p->left;
+        p->left -= n;
+    }
+    if (n == 0)
+        return CUBE_HTTP_MORE;
+    p->piece = in->data;
+    p->piece_len = n;
+    in->data += n;
+    in->len -= n;
+    return CUBE_HTTP_DATA;
+}
+
+/* "1a2b" or "1a2b;name=value": the size, or -1. */
+static int64_t cube_http_chunk_size(const char *line, size_t len)
+{
+    int64_t size = 0;
+    size_t n = 0;
+
+    for (; n < len && cube_hex_digit(line[n]) >= 0; n++) {
+        if (size > INT64_MAX >> 4)
+            return -1;
+        size = size << 4 | cube_hex_digit(line[n]);
+    }
+    if (n == 0 || (n < len && line[n] != ';') ||
+        !cube_http_all(line + n, len - n, cube_http_is_text))
+        return -1;
+    return size;
+}
+
+static enum cube_http_event cube_http_step_size(struct cube_http_parser *p,
+                                                struct cube_http_input *in)
+{
+    char *line;
+    enum cube_http_event e =
+        cube_http_line(p, in, CUBE_HTTP_MAX_CHUNK_LINE, &line);
+    int64_t size;
+
+    if (e != CUBE_HTTP_GO_ON)
+        return e;
+    size = cube_http_chunk_size(line, p->line_len);
+    if (size < 0)
+        return cube_http_bad(p, 400, "a chunk size is not a hexadecimal "
+                                     "number");
+    p->extra += strchr(line, ';') ? p->line_len : 0;
+    if (p->extra > CUBE_HTTP_MAX_HEAD)
+        return cube_http_bad(p, 400, "there are too many chunk extensions");
+    cube_http_forget_line(p, line);
+    p->left = (uint64_t)size;
+    p->state = size ? CUBE_HTTP_CHUNK : CUBE_HTTP_TRAILERS;
+    return CUBE_HTTP_GO_ON;
+}
+
+static enum cube_http_event cube_http_step_end(struct cube_http_parser *p,
+                                               struct cube_http_input *in)
+{
+    char *line;
+    enum cube_http_event e = cube_http_line(p, in, 2, &line);
+
+    if (e == CUBE_HTTP_ERROR || (e == CUBE_HTTP_GO_ON && *line) ||
+        (p->head.text.len > p->line && p->head.text.data[p->line] != '\r'))
+        return cube_http_bad(p, 400, "a chunk does not end where it should");
+    if (e != CUBE_HTTP_GO_ON)
+        return e;
+    cube_http_forget_line(p, line);
+    p->state = CUBE_HTTP_SIZE;
+    return CUBE_HTTP_GO_ON;
+}
+
+/* Fields after the last chunk: they must be well formed, and are dropped. */
+static enum cube_http_event cube_http_step_trailers(struct cube_http_parser *p,
+                                                    struct cube_http_input *in)
+{
+    char *line, *value;
+    const char *words;
+    enum cube_http_event e =
+        cube_http_line(p, in, CUBE_HTTP_MAX_HEAD, &line);
+
+    if (e != CUBE_HTTP_GO_ON)
+        return e;
+    p->extra += p->line_len;
+    if (p->extra > CUBE_HTTP_MAX_HEAD)
+        return cube_http_bad(p, 431, "the trailers are too long");
+    if (p->line_len == 0) {
+        p->state = CUBE_HTTP_DONE;
+        return CUBE_HTTP_GO_ON;
+    }
+    words = cube_http_cut_field(line, p->line_len, &value);
+    if (words)
+        return cube_http_bad(p, 400, words);
+    cube_http_forget_line(p, line);
+    return CUBE_HTTP_GO_ON;
+}
+
+static enum cube_http_event cube_http_step_done(struct cube_http_parser *p,
+                                                struct cube_http_input *in)
+{
+    (void)in;
+    return p->state == CUBE_HTTP_DONE ? CUBE_HTTP_END : CUBE_HTTP_ERROR;
+}
+
+/* Takes bytes from `in` until something is to be said. */
+static enum cube_http_event cube_http_parse(struct cube_http_parser *p,
+                                            struct cube_http_input *in)
+{
+    static enum cube_http_event (*const steps[])(
+        struct cube_http_parser *, struct cube_http_input *) = {
+        [CUBE_HTTP_START] = cube_http_step_start,
+        [CUBE_HTTP_FIELDS] = cube_http_step_fields,
+        [CUBE_HTTP_SIZED] = cube_http_step_data,
+        [CUBE_HTTP_TO_CLOSE] = cube_http_step_data,
+        [CUBE_HTTP_SIZE] = cube_http_step_size,
+        [CUBE_HTTP_CHUNK] = cube_http_step_data,
+        [CUBE_HTTP_CHUNK_END] = cube_http_step_end,
+        [CUBE_HTTP_TRAILERS] = cube_http_step_trailers,
+        [CUBE_HTTP_DONE] = cube_http_step_done,
+        [CUBE_HTTP_BAD] = cube_http_step_done,
+    };
+    enum cube_http_event e;
+
+    do
+        e = steps[p->state](p, in);
+    while (e == CUBE_HTTP_GO_ON);
+    return e;
+}
+
+/* The input has ended: END if that ends the message, else ERROR. */
+static enum cube_http_event cube_http_parse_eof(struct cube_http_parser *p)
+{
+    if (p->state == CUBE_HTTP_TO_CLOSE || p->state == CUBE_HTTP_DONE) {
+        p->state = CUBE_HTTP_DONE;
+        return CUBE_HTTP_END;
+    }
+    return cube_http_bad(p, 400, "it ends early");
+}
+
+/* ---- Addresses as text ---- */
+
+/* "10.0.0.1:80", "[::1]:80", "/run/x.sock". */
+static void cube_http_addr_text(const struct cube_addr *a, char *out,
+                                size_t size)
+{
+    char ip[INET6_ADDRSTRLEN] = "";
+
+    if (a->kind == CUBE_ADDR_UNIX) {
+        (void)snprintf(out, size, "%s", a->path);
+        return;
+    }
+    (void)inet_ntop(a->kind == CUBE_ADDR_IP6 ? AF_INET6 : AF_INET, a->ip, ip,
+                    sizeof ip);
+    (void)snprintf(out, size, a->kind == CUBE_ADDR_IP6 ? "[%s]:%u" : "%s:%u",
+                   ip, (unsigned)a->port);
+}
+
+static struct cube_addr cube_http_ip4(unsigned char first, unsigned char last)
+{
+    struct cube_addr a;
+
+    memset(&a, 0, sizeof a);
+    a.kind = CUBE_ADDR_IP4;
+    a.ip[0] = first;
+    a.ip[3] = last;
+    return a;
+}
+
+static struct cube_addr cube_http_ip6(unsigned char last)
+{
+    struct cube_addr a;
+
+    memset(&a, 0, sizeof a);
+    a.kind = CUBE_ADDR_IP6;
+    a.ip[15] = last;
+    return a;
+}
+
+/* Reads an address written in digits; false when it is anything else. */
+static bool cube_http_ip(const char *host, struct cube_addr *out)
+{
+    *out = cube_http_ip4(0, 0);
+    if (inet_pton(AF_INET, host, out->ip) == 1)
+        return true;
+    *out = cube_http_ip6(0);
+    return inet_pton(AF_INET6, host, out->ip) == 1;
+}
+
+/* Where to listen or to connect. */
+struct cube_http_place {
+    bool is_unix;
+    char host[256]; /* without brackets; of a unix socket, its path */
+    uint16_t port;
+};
+
+/* Splits "host:port", "[::1]:port", ":port"; the port may be missing. */
+static int cube_http_split_place(const char *text,
+                                 struct cube_http_place *out)
+{
+    bool is_bracketed = text[0] == '[';
+    const char *end = is_bracketed ? strchr(text, ']') : strchr(text, ':');
+    const char *rest;
+    size_t len;
+    uint64_t port;
+
+    if (is_bracketed)
+        text++;
+    if (!end)
+        end = text + strlen(text);
+    len = (size_t)(end - text);
+    rest = is_bracketed && *end ? end + 1 : end;
+    if (len >= sizeof out->host || (is_bracketed && !*end) ||
+        !cube_http_all(text, len, cube_http_is_visible) ||
+        strcspn(text, "/?#@") < len)
+        return -1;
+    memcpy(out->host, text, len);
+    out->host[len] = 0;
+    if (!*rest)
+        return 0;
+    if (*rest != ':' ||
+        cube_text_u64(rest + 1, strlen(rest + 1), 65535, &port) < 0)
+        return -1;
+    out->port = (uint16_t)port;
+    return 0;
+}
+
+/* Reads all forms that cube.h lists for this chapter. */
+static int cube_http_place_parse(const char *text,
+                                 struct cube_http_place *out,
+                                 struct cube_err *err)
+{
+    const char *path = cube_text_starts(text, "unix://") ? text + 7
+                       : cube_text_starts(text, "unix:") ? text + 5 : NULL;
+    const char *rest = cube_text_starts(text, "http://") ? text + 7
+                       : cube_text_starts(text, "tcp://") ? text + 6 : text;
+    char host[300];
+    struct cube_addr a;
+
+    memset(out, 0, sizeof *out);
+    if (path) {
+        if (strlen(path) == 0 || strlen(path) >= sizeof a.path)
+            return cube_fail(err, CUBE_EINVAL, "the path of a unix socket "
+                             "has 1 to %zu bytes: %s", sizeof a.path - 1,
+                             text);
+        out->is_unix = true;
+        (void)snprintf(out->host, sizeof out->host, "%s", path);
+        return 0;
+    }
+    (void)snprintf(host, sizeof host, "%s", rest);
+    if (rest != text) {
+        out->port = cube_text_starts(text, "http://") ? 80 : 2375;
+        if (*host && host[strlen(host) - 1] == '/')
+            host[strlen(host) - 1] = 0;
+    }
+    if (strlen(rest) >= sizeof host || cube_http_split_place(host, out) < 0)
+        return cube_fail(err, CUBE_EINVAL, "not HOST:PORT or unix:PATH: %s",
+                         text);
+    return 0;
+}
+
+/* The addresses that need no name server; 0 for a name that does. Of no
+ * host those to listen on, everywhere. */
+static int cube_http_place_known(const struct cube_http_place *place,
+                                 struct cube_addr out[CUBE_JOB_ADDRS])
+{
+    const char *host = place->host;
+    int count = 1;
+
+    if (place->is_unix) {
+        memset(&out[0], 0, sizeof out[0]);
+        out[0].kind = CUBE_ADDR_UNIX;
+        memcpy(out[0].path, host, strlen(host) + 1);
+    } else if (!*host || strcmp(host, "*") == 0) {
+        out[0] = cube_http_ip4(0, 0);
+        out[1] = cube_http_ip6(0);
+        count = 2;
+    } else if (cube_text_is_nocase(host, strlen(host), "localhost")) {
+        out[0] = cube_http_ip4(127, 1);
+        out[1] = cube_http_ip6(1);
+        count = 2;
+    } else if (!cube_http_ip(host, &out[0])) {
+        count = 0;
+    }
+    for (int i = 0; i < count; i++)
+        out[i].port = place->port;
+    return count;
+}
+
+/* ---- Percent-encoding ---- */
+
+/* Means itself everywhere in a URI: RFC 3986, section 2.3. */
+static bool cube_http_is_unreserved(char c)
+{
+    return cube_http_is_digit(c) ||
+           (cube_lower(c) >= 'a' && cube_lower(c) <= 'z') || c == '-' ||
+           c == '.' || c == '_' || c == '~';
+}
+
+CUBE_API void cube_http_encode(struct cube_buf *out, const char *text)
+{
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        char hex[3];
+
+        cube_hex(&c, 1, hex);
+        if (cube_http_is_unreserved(*text))
+            cube_buf_addc(out, *text);
+        else
+            cube_buf_printf(out, "%%%s", hex);
+    }
+}
+
+/* Appends the decoded text and a NUL. -1: a broken escape, or a NUL. */
+static int cube_http_decode(struct cube_buf *out, const char *p, size_t len,
+                            bool is_query)
+{
+    for (size_t i = 0; i < len; i++) {
+        char c = p[i];
+
+        if (c == '%') {
+            int high = i + 2 < len ? cube_hex_digit(p[i + 1]) : -1;
+            int low = high >= 0 ? cube_hex_digit(p[i + 2]) : -1;
+
+            if (low < 0 || (high == 0 && low == 0))
+                return -1;
+            c = (char)(high << 4 | low);
+            i += 2;
+        } else if (c == '+' && is_query) {
+            c = ' ';
+        }
+        cube_buf_addc(out, c);
+    }
+    cube_buf_addc(out, 0);
+    return 0;
+}
+
+/* ---- The server: its types ---- */
+
+/*
+ * A connection, as it is seen between two events:
+ *
+ *    READING --request complete--> HANDLING --stream--> STREAMING
+ *      ^  |                          |                     |
+ *      |  | refused                  | reply               | end
+ *      |  +------------------------->+<--------------------+
+ *      |                             |
+ *      +----- kept alive ------------+---- not kept --> CLOSING
+ *                                                         | all is sent
+ *                               (closed) <-- end, time -- LINGERING
+ *
+ * LINGERING has shut its own direction and reads on for a moment: closing a
+ * socket with unread bytes resets it, and takes the answer along.
+ * OVER: the handler is done, and so is the connection.
+ */
+enum cube_http_phase {
+    CUBE_HTTP_READING,
+    CUBE_HTTP_HANDLING,
+    CUBE_HTTP_STREAMING,
+    CUBE_HTTP_CLOSING,
+    CUBE_HTTP_LINGERING,
+    CUBE_HTTP_OVER
+};
+
+/* What a connection waits for, and so which deadline holds. */
+enum cube_http_wait {
+    CUBE_HTTP_WAIT_UNSET, /* something moved: count anew */
+    CUBE_HTTP_WAIT_IDLE,  /* for the first byte of a request */
+    CUBE_HTTP_WAIT_HEAD,
+    CUBE_HTTP_WAIT_BODY,
+    CUBE_HTTP_WAIT_SEND,  /* for the peer to read */
+    CUBE_HTTP_WAIT_LINGER,
+    CUBE_HTTP_WAIT_NOTHING
+};
+
+#define CUBE_HTTP_LINGER_MS 2000
+#define CUBE_HTTP_ACCEPT_PAUSE_MS 100
+#define CUBE_HTTP_ACCEPT_BATCH 64
+
+struct cube_http_listener {
+    struct cube_http_server *server;
+    struct cube_watch watch;
+    struct cube_addr addr;
+    int fd;
+};
+
+/* An object; ends with cube_http_close. */
+struct cube_http_server {
+    struct cube_loop *loop;
+    const struct cube_world *world;
+    const struct cube_http_route *routes;
+    void *arg;
+    struct cube_http_options options; /* its texts are our own */
+    char **host_names;                /* ends with NULL */
+    struct cube_http_listener listeners[CUBE_JOB_ADDRS];
+    int listener_count;
+    struct cube_list conns;  /* of struct cube_http_req; idle longest first */
+    int conn_count;
+    struct cube_timer pause; /* set: accepting waits */
+    bool is_paused;
+    int64_t date_sec;        /* of the text below */
+    char date[40];
+};
+
+/*
+ * A connection and the request that it is about: one object, since a
+ * connection has one open request at a time. It is freed when the socket is
+ * closed (fd -1), no handler has it (phase OVER), and nobody on the stack
+ * works on it (is_busy).
+ */
+struct cube_http_req {
+    struct cube_http_server *server; /* NULL once the socket is closed */
+    struct cube_list link;
+    struct cube_watch watch;
+    struct cube_timer timer;
+    struct cube_defer defer;
+    int fd;
+    enum cube_http_phase phase;
+    enum cube_http_wait wait;
+    int64_t deadline_ms;
+    bool is_unix;
+    bool is_busy;
+    bool is_eof;       /* the peer sends no more */
+    bool is_broken;    /* reading or writing failed */
+    bool must_close;   /* after this answer */
+    bool is_chunked;   /* the answer is */
+    bool is_drain_due; /* bytes were written since on_drain ran */
+
+    struct cube_http_parser parser;
+    struct cube_buf ahead;  /* read, not parsed */
+    struct cube_buf out;    /* to be sent from out_at on */
+    size_t out_at;
+    struct cube_buf body;
+    struct cube_buf extra;  /* fields for the answer */
+
+    const struct cube_http_route *route;
+    struct cube_buf words;  /* path, its segments, the query: NUL-ended */
+    uint32_t segments[CUBE_HTTP_MAX_SEGMENTS];
+    size_t segment_count;
+    struct cube_http_field query[CUBE_HTTP_MAX_QUERY];
+    size_t query_count;
+
+    cube_call_fn *on_gone, *on_drain;
+    void *gone_arg, *drain_arg;
+};
+
+/* ---- Sending ---- */
+
+static size_t cube_http_pending(const struct cube_http_req *req)
+{
+    return req->out.len - req->out_at;
+}
+
+/* Sends what can be sent now. Failure is noted and seen by settle. */
+static void cube_http_flush(struct cube_http_req *req)
+{
+    const struct cube_world *w;
+
+    if (req->fd < 0 || req->is_broken)
+        return;
+    w = req->server->world;
+    while (cube_http_pending(req) > 0) {
+        int n = w->send(w->ctx, req->fd, req->out.data + req->out_at,
+                        cube_http_pending(req));
+
+        if (n <= 0) {
+            req->is_broken = n != -EAGAIN;
+            break;
+        }
+        req->out_at += (size_t)n;
+        req->wait = CUBE_HTTP_WAIT_UNSET;
+    }
+    if (cube_http_pending(req) == 0) {
+        req->out_at = 0;
+        cube_buf_clear(&req->out);
+        if (req->out.cap > CUBE_HTTP_KEEP)
+            cube_buf_free(&req->out);
+    } else if (req->out_at > req->out.len / 2) {
+        cube_buf_drop(&req->out, req->out_at);
+        req->out_at = 0;
+    }
+}
+
+/* Sends or queues. What is large, and can go at once, is not copied. */
+static void cube_http_push(struct cube_http_req *req, const char *data,
+                           size_t len)
+{
+    if (req->fd < 0 || req->is_broken)
+        return;
+    if (len >= CUBE_HTTP_KEEP) {
+        const struct cube_world *w = req->server->world;
+        int n = 0;
+
+        cube_http_flush(req);
+        if (cube_http_pending(req) == 0 && !req->is_broken)
+            n = w->send(w->ctx, req->fd, data, len);
+        if (n > 0) {
+            data += n;
+            len -= (size_t)n;
+            req->wait = CUBE_HTTP_WAIT_UNSET;
+        }
+    }
+    cube_buf_add(&req->out, data, len);
+}
+
+static void cube_http_put_u64(struct cube_buf *b, uint64_t v, unsigned base)
+{
+    char text[24], *p = text + sizeof text;
+
+    do
+        *--p = "0123456789abcdef"[v % base];
+    while (v /= base);
+    cube_buf_add(b, p, (size_t)(text + sizeof text - p));
+}
+
+/* "Sun, 06 Nov 1994 08:49:37 GMT" (RFC 9110, section 5.6.7), made once a
+ * second. */
+static const char *cube_http_date(struct cube_http_server *s)
+{
+    static const char days[] = "MonTueWedThuFriSatSun";
+    static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    int64_t sec = s->world->wall_ns(s->world->ctx) / 1000000000 +
+                  CUBE_SEC_TO_1970;
+    int64_t day_number = sec / 86400, year;
+    int month, day, at = (int)(sec % 86400);
+
+    if (sec == s->date_sec || sec < 0)
+        return s->date;
+    s->date_sec = sec;
+    cube_date_of(day_number, &year, &month, &day);
+    (void)snprintf(s->date, sizeof s->date,
+                   "%.3s, %02d %.3s %04d %02d:%02d:%02d GMT",
+                   days + 3 * (day_number % 7), day, months + 3 * (month - 1),
+                   (int)(year % 10000), at / 3600, at / 60 % 60, at % 60);
+    return s->date;
+}
+
+static const char *cube_http_reason(int status)
+{
+    static const struct {
+        int status;
+        const char *words;
+    } reasons[] = {
+        {200, "OK"}, {201, "Created"}, {202, "Accepted"},
+        {204, "No Content"}, {206, "Partial Content"}, {304, "Not Modified"},
+        {400, "Bad Request"}, {401, "Unauthorized"}, {403, "Forbidden"},
+        {404, "Not Found"}, {405, "Method Not Allowed"},
+        {408, "Request Timeout"}, {409, "Conflict"}, {410, "Gone"},
+        {411, "Length Required"}, {413, "Content Too Large"},
+        {414, "URI Too Long"}, {417, "Expectation Failed"},
+        {429, "Too Many Requests"},
+        {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"}, {501, "Not Implemented"},
+        {502, "Bad Gateway"}, {503, "Service Unavailable"},
+        {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"},
+        {507, "Insufficient Storage"},
+    };
+
+    for (size_t i = 0; i < CUBE_COUNT(reasons); i++) {
+        if (reasons[i].status == status)
+            return reasons[i].words;
+    }
+    return "Unknown";
+}
+
+static bool cube_http_is_head(const struct cube_http_req *req)
+{
+    return strcmp(cube_http_method(req), "HEAD") == 0;
+}
+
+/* May this status have a body at all? RFC 9112, section 6.3. */
+static bool cube_http_has_content(int status)
+{
+    return status >= 200 && status != 204 && status != 304;
+}
+
+static void cube_http_put_field(struct cube_buf *b, const char *name,
+                                const char *value)
+{
+    cube_buf_puts(b, name);
+    cube_buf_add(b, ": ", 2);
+    cube_buf_puts(b, value);
+    cube_buf_add(b, "\r\n", 2);
+}
+
+/* The head of an answer; `len` -1: it is a stream. */
+static void cube_http_put_head(struct cube_http_req *req, int status,
+                               const char *type, int64_t len)
+{
+    struct cube_buf *b = &req->out;
+    bool is_old = req->parser.head.minor == 0;
+
+    if (req->fd < 0)
+        return;
+    cube_buf_puts(b, "HTTP/1.1 ");
+    cube_http_put_u64(b, (uint64_t)status, 10);
+    cube_buf_addc(b, ' ');
+    cube_buf_puts(b, cube_http_reason(status));
+    cube_buf_add(b, "\r\n", 2);
+    cube_http_put_field(b, "Date", cube_http_date(req->server));
+    if (type)
+        cube_http_put_field(b, "Content-Type", type);
+    if (len >= 0 && cube_http_has_content(status)) {
+        cube_buf_puts(b, "Content-Length: ");
+        cube_http_put_u64(b, (uint64_t)len, 10);
+        cube_buf_add(b, "\r\n", 2);
+    }
+    if (req->is_chunked)
+        cube_http_put_field(b, "Transfer-Encoding", "chunked");
+    if (!req->parser.is_kept || req->must_close)
+        cube_http_put_field(b, "Connection", "close");
+    else if (is_old)
+        cube_http_put_field(b, "Connection", "keep-alive");
+    cube_buf_add(b, req->extra.data ? req->extra.data : "", req->extra.len);
+    cube_buf_add(b, "\r\n", 2);
+}
+
+/* ---- The life of a connection ---- */
+
+static void cube_http_free_req(struct cube_http_req *req)
+{
+    cube_buf_free(&req->parser.head.text);
+    cube_buf_free(&req->ahead);
+    cube_buf_free(&req->out);
+    cube_buf_free(&req->body);
+    cube_buf_free(&req->extra);
+    cube_buf_free(&req->words);
+    cube_free(req);
+}
+
+static bool cube_http_is_open(const struct cube_http_req *req)
+{
+    return req->phase == CUBE_HTTP_HANDLING ||
+           req->phase == CUBE_HTTP_STREAMING;
+}
+
+/* Frees it, if neither its socket, nor a handler, nor the stack needs it. */
+static void cube_http_release(struct cube_http_req *req)
+{
+    if (req->fd < 0 && !req->is_busy && !cube_http_is_open(req))
+        cube_http_free_req(req);
+}
+
+/* Mutual recursion: a listener accepts connections, and one that ends lets
+ * its listener accept again; an answer lets settle look, which runs handlers,
+ * which answer. */
+static void cube_http_listen_on(struct cube_http_server *s, bool is_on);
+static void cube_http_settle(void *arg);
+
+/* Closes the socket, and tells the handler of an open request. */
+static void cube_http_drop(struct cube_http_req *req)
+{
+    struct cube_http_server *s = req->server;
+    bool was_busy = req->is_busy;
+
+    cube_watch_clear(s->loop, &req->watch);
+    cube_timer_clear(s->loop, &req->timer);
+    cube_defer_clear(s->loop, &req->defer);
+    cube_list_remove(&req->link);
+    s->conn_count--;
+    s->world->close(s->world->ctx, req->fd);
+    req->fd = -1;
+    req->server = NULL;
+    if (s->is_paused && !cube_timer_is_set(&s->pause))
+        cube_http_listen_on(s, true);
+    if (cube_http_is_open(req) && req->on_gone) {
+        req->phase = CUBE_HTTP_OVER;
+        req->is_busy = true;
+        req->on_gone(req->gone_arg);
+        req->is_busy = was_busy;
+    }
+    cube_http_release(req);
+}
+
+/* After a change from outside: send what can be sent, look again later in
+ * the turn. While we are busy with the connection we look anyway. */
+static void cube_http_touch(struct cube_http_req *req)
+{
+    if (req->fd < 0 || req->is_busy)
+        return;
+    cube_http_flush(req);
+    cube_defer_set(req->server->loop, &req->defer, cube_http_settle, req);
+}
+
+/* The answer is complete: on to the next request, or to the end. A request
+ * whose peer has gone is freed by this. */
+static void cube_http_finish(struct cube_http_req *req)
+{
+    bool is_kept = req->parser.is_kept && !req->must_close;
+
+    req->wait = CUBE_HTTP_WAIT_UNSET;
+    req->on_gone = req->on_drain = NULL;
+    req->is_chunked = false;
+    if (req->fd < 0) {
+        req->phase = CUBE_HTTP_OVER;
+        cube_http_release(req);
+        return;
+    }
+    req->phase = is_kept ? CUBE_HTTP_READING : CUBE_HTTP_CLOSING;
+    cube_list_remove(&req->link);
+    cube_list_add(&req->server->conns, &req->link);
+    if (is_kept) {
+        cube_http_parser_reset(&req->parser);
+        cube_buf_clear(&req->extra);
+        cube_buf_clear(&req->words);
+        cube_buf_clear(&req->body);
+        if (req->body.cap > CUBE_HTTP_KEEP)
+            cube_buf_free(&req->body);
+    }
+    cube_http_touch(req);
+}
+
+/* ---- What handlers call ---- */
+
+CUBE_API const char *cube_http_method(const struct cube_http_req *req)
+{
+    return req->parser.head.text.data;
+}
+
+CUBE_API const char *cube_http_path(const struct cube_http_req *req)
+{
+    return req->words.data;
+}
+
+/* `{name}` of this length is that name. */
+static bool cube_http_is_variable(const char *segment, size_t len,
+                                  const char *name)
+{
+    return len >= 2 && segment[0] == '{' &&
+           (!name || cube_text_is(segment + 1, len - 2, name));
+}
+
+CUBE_API const char *cube_http_param(const struct cube_http_req *req,
+                                     const char *name)
+{
+    const char *p = req->route->path;
+
+    for (size_t i = 0; *p == '/'; i++) {
+        size_t len = strcspn(++p, "/");
+
+        if (cube_http_is_variable(p, len, name))
+            return req->words.data + req->segments[i];
+        p += len;
+    }
+    return NULL;
+}
+
+CUBE_API const char *cube_http_query(const struct cube_http_req *req,
+                                     const char *name)
+{
+    for (size_t i = 0; i < req->query_count; i++) {
+        if (strcmp(req->words.data + req->query[i].name, name) == 0)
+            return req->words.data + req->query[i].value;
+    }
+    return NULL;
+}
+
+CUBE_API const char *cube_http_header(const struct cube_http_req *req,
+                                      const char *name)
+{
+    return cube_http_head_get(&req->parser.head, name);
+}
+
+CUBE_API const char *cube_http_body(const struct cube_http_req *req,
+                                    size_t *len)
+{
+    if (len)
+        *len = req->body.len;
+    return req->body.data ? req->body.data : "";
+}
+
+CUBE_API void cube_http_on_gone(struct cube_http_req *req, cube_call_fn *fn,
+                                void *arg)
+{
+    req->on_gone = fn;
+    req->gone_arg = arg;
+}
+
+/* A value may come from outside: a line end in it must not begin a line. */
+CUBE_API void cube_http_reply_header(struct cube_http_req *req,
+                                     const char *name, const char *value)
+{
+    size_t at;
+
+    cube_buf_puts(&req->extra, name);
+    cube_buf_add(&req->extra, ": ", 2);
+    at = req->extra.len;
+    cube_buf_puts(&req->extra, value);
+    for (; at < req->extra.len; at++) {
+        if (!cube_http_is_text(req->extra.data[at]))
+            req->extra.data[at] = ' ';
+    }
+    cube_buf_add(&req->extra, "\r\n", 2);
+}
+
+CUBE_API void cube_http_reply(struct cube_http_req *req, int status,
+                              const char *type, const void *body, size_t len)
+{
+    CUBE_ASSERT(req->phase == CUBE_HTTP_HANDLING);
+    cube_http_put_head(req, status, type, (int64_t)len);
+    if (!cube_http_is_head(req) && cube_http_has_content(status))
+        cube_http_push(req, body, len);
+    cube_http_finish(req);
+}
+
+CUBE_API void cube_http_reply_error(struct cube_http_req *req, int status,
+                                    const char *format, ...)
+{
+    struct cube_buf body = {0};
+    char words[1000];
+    va_list args;
+
+    va_start(args, format);
+    (void)vsnprintf(words, sizeof words, format, args);
+    va_end(args);
+    cube_buf_printf(&body, "{\"HTTPStatusCode\":%d,\"Message\":", status);
+    cube_json_put_text(&body, words);
+    cube_buf_puts(&body, "}\n");
+    cube_http_reply(req, status, "application/json", body.data, body.len);
+    cube_buf_free(&body);
+}
+
+/* An HTTP/1.0 peer knows no chunks: for it the end is the end of the
+ * connection. To a HEAD there is nothing after the head; the connection ends
+ * there, since the handler does not know and might stream for hours. */
+CUBE_API void cube_http_stream(struct cube_http_req *req, int status,
+                               const char *type)
+{
+    bool is_head = cube_http_is_head(req);
+
+    CUBE_ASSERT(req->phase == CUBE_HTTP_HANDLING);
+    req->is_chunked = req->parser.head.minor > 0 && !is_head;
+    if (!req->is_chunked)
+        req->must_close = true;
+    cube_http_put_head(req, status, type, -1);
+    req->phase = CUBE_HTTP_STREAMING;
+    cube_http_touch(req);
+}
+
+CUBE_API void cube_http_stream_write(struct cube_http_req *req,
+                                     const void *data, size_t len)
+{
+    CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
+    if (req->fd < 0 || req->is_broken || len == 0 || cube_http_is_head(req))
+        return;
+    if (cube_http_pending(req) + len > CUBE_HTTP_MAX_BACKLOG) {
+        req->is_broken = true;
+    } else {
+        req->is_drain_due = true;
+        if (req->is_chunked) {
+            cube_http_put_u64(&req->out, len, 16);
+            cube_buf_add(&req->out, "\r\n", 2);
+        }
+        cube_http_push(req, data, len);
+        if (req->is_chunked)
+            cube_buf_add(&req->out, "\r\n", 2);
+    }
+    if (!req->is_busy)
+        cube_defer_set(req->server->loop, &req->defer, cube_http_settle, req);
+}
+
+CUBE_API size_t cube_http_stream_backlog(const struct cube_http_req *req)
+{
+    return cube_http_pending(req);
+}
+
+CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
+                                        cube_call_fn *fn, void *arg)
+{
+    req->on_drain = fn;
+    req->drain_arg = arg;
+}
+
+CUBE_API void cube_http_stream_end(struct cube_http_req *req)
+{
+    CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
+    if (req->is_chunked && req->fd >= 0)
+        cube_buf_add(&req->out, "0\r\n\r\n", 5);
+    cube_http_finish(req);
+}
+
+CUBE_API void cube_http_stream_abort(struct cube_http_req *req)
+{
+    CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
+    req->must_close = true;
+    cube_http_finish(req);
+}
+
+/* ---- What a request asks for ---- */
+
+/* Refuses: answers, and closes if the peer may still be sending a body.
+ * False, for who asks whether to go on. */
+__attribute__((format(printf, 3, 4))) static bool
+cube_http_refuse(struct cube_http_req *req, int status, const char *format,
+                 ...)
+{
+    char words[600];
+    va_list args;
+
+    va_start(args, format);
+    (void)vsnprintf(words, sizeof words, format, args);
+    va_end(args);
+    if (req->parser.state != CUBE_HTTP_DONE)
+        req->must_close = true;
+    req->phase = CUBE_HTTP_HANDLING;
+    cube_http_reply_error(req, status, "%s", words);
+    return false;
+}
+
+/* "a%20b=c&d": decoded pairs into `words`. */
+static int cube_http_cut_query(struct cube_http_req *req, const char *p)
+{
+    for (; *p; p += *p == '&') {
+        size_t len = strcspn(p, "&"), name_len = strcspn(p, "&=");
+        struct cube_http_field *q = &req->query[req->query_count];
+
+        if (len == 0)
+            continue;
+        if (req->query_count++ == CUBE_HTTP_MAX_QUERY)
+            return -1;
+        q->name = (uint32_t)req->words.len;
+        if (cube_http_decode(&req->words, p, name_len, true) < 0)
+            return -1;
+        p += name_len + (name_len < len);
+        len -= name_len + (name_len < len);
+        q->value = (uint32_t)req->words.len;
+        if (cube_http_decode(&req->words, p, len, true) < 0)
+            return -1;
+        p += len;
+    }
+    return 0;
+}
+
+/* Cuts the target into path, segments and query. A slash at the end of the
+ * path makes no segment. `p` begins with the path. */
+static int cube_http_cut_target(struct cube_http_req *req, const char *p)
+{
+    const char *end = p + strcspn(p, "?");
+
+    req->segment_count = req->query_count = 0;
+    cube_buf_clear(&req->words);
+    cube_buf_add(&req->words, p, (size_t)(end - p));
+    cube_buf_addc(&req->words, 0);
+    while (p < end && p + 1 < end) {
+        size_t len = strcspn(++p, "/?");
+
+        if (req->segment_count == CUBE_HTTP_MAX_SEGMENTS)
+            return -1;
+        req->segments[req->segment_count++] = (uint32_t)req->words.len;
+        if (cube_http_decode(&req->words, p, len, false) < 0)
+            return -1;
+        p += len;
+    }
+    return *end ? cube_http_cut_query(req, end + 1) : 0;
+}
+
+static bool cube_http_route_fits(const struct cube_http_req *req,
+                                 const struct cube_http_route *route)
+{
+    const char *p = route->path;
+    size_t i = 0;
+
+    for (; *p == '/' && p[1]; i++) {
+        size_t len = strcspn(++p, "/");
+        const char *segment;
+
+        if (i == req->segment_count)
+            return false;
+        segment = req->words.data + req->segments[i];
+        if (cube_http_is_variable(p, len, NULL) ? !*segment
+                                                : !cube_text_is(p, len,
+                                                                segment))
+            return false;
+        p += len;
+    }
+    return i == req->segment_count;
+}
+
+/* Does that route's method serve this request's? */
+static bool cube_http_route_serves(const struct cube_http_req *req,
+                                   const struct cube_http_route *route)
+{
+    const char *method = cube_http_method(req);
+
+    return strcmp(route->method, method) == 0 ||
+           (strcmp(method, "HEAD") == 0 && strcmp(route->method, "GET") == 0);
+}
+
+/* Refuses what no route serves, with 404 or 405. */
+static bool cube_http_refuse_path(struct cube_http_req *req)
+{
+    const struct cube_http_route *r = req->server->routes;
+    struct cube_buf allow = {0};
+
+    for (; r->method; r++) {
+        if (cube_http_route_fits(req, r))
+            cube_buf_printf(&allow, "%s%s%s", allow.len ? ", " : "",
+                            r->method,
+                            strcmp(r->method, "GET") ? "" : ", HEAD");
+    }
+    if (allow.len > 0) {
+        cube_http_reply_header(req, "Allow", allow.data);
+        cube_http_refuse(req, 405, "%s is not done to %s, but %s",
+                         cube_http_method(req), cube_http_path(req),
+                         allow.data);
+    } else {
+        cube_http_refuse(req, 404, "there is no %s here",
+                         cube_http_path(req));
+    }
+    cube_buf_free(&allow);
+    return false;
+}
+
+static bool cube_http_find_route(struct cube_http_req *req)
+{
+    const struct cube_http_route *r = req->server->routes;
+
+    for (; r->method; r++) {
+        if (cube_http_route_serves(req, r) && cube_http_route_fits(req, r)) {
+            req->route = r;
+            return true;
+        }
+    }
+    return cube_http_refuse_path(req);
+}
+
+/* ---- Access ---- */
+
+/* A Host that no web page can have: an address, localhost, a known name. */
+static bool cube_http_host_is_known(const struct cube_http_server *s,
+                                    const char *text)
+{
+    struct cube_http_place place = {0};
+    struct cube_addr addr;
+
+    if (cube_http_split_place(text, &place) < 0)
+        return false;
+    if (text[0] == '[' || cube_http_ip(place.host, &addr))
+        return cube_http_ip(place.host, &addr);
+    for (size_t i = 0; s->host_names[i]; i++) {
+        if (cube_text_is_nocase(place.host, strlen(place.host),
+                                s->host_names[i]))
+            return true;
+    }
+    return false;
+}
+
+static bool cube_http_has_token(const struct cube_http_req *req)
+{
+    const struct cube_http_options *o = &req->server->options;
+    const char *field = cube_http_header(req, "Authorization");
+    bool is_first, is_second;
+
+    if (!o->tokens[0] && !o->tokens[1])
+        return true;
+    if (!field || strlen(field) < 7 ||
+        !cube_text_is_nocase(field, 7, "Bearer "))
+        return false;
+    field += 7 + strspn(field + 7, " ");
+    is_first = o->tokens[0] &&
+               cube_secret_is(field, strlen(field), o->tokens[0]);
+    is_second = o->tokens[1] &&
+                cube_secret_is(field, strlen(field), o->tokens[1]);
+    return is_first || is_second;
+}
+
+/* GET /healthz, where that needs no token. */
+static bool cube_http_is_health(const struct cube_http_req *req)
+{
+    return req->server->options.is_open_health && req->segment_count == 1 &&
+           strcmp(req->words.data + req->segments[0], "healthz") == 0 &&
+           (strcmp(cube_http_method(req), "GET") == 0 ||
+            cube_http_is_head(req));
+}
+
+/* Refuses with 403 or 401 who may not ask. `host` is NULL for none. */
+static bool cube_http_check_access(struct cube_http_req *req,
+                                   const char *host)
+{
+    const char *token = cube_http_header(req, "Authorization");
+
+    if (cube_http_header(req, "Origin"))
+        return cube_http_refuse(req, 403, "requests of web pages (with an "
+                                          "Origin) are not served");
+    if (host && !req->is_unix && !cube_http_host_is_known(req->server, host))
+        return cube_http_refuse(req, 403, "this server is not known as "
+                                "'%.200s': use its address, or add the name "
+                                "to its host names", host);
+    if (cube_http_is_health(req) || cube_http_has_token(req))
+        return true;
+    cube_http_reply_header(req, "WWW-Authenticate", "Bearer");
+    return cube_http_refuse(req, 401, "%s", token
+                            ? "the token is not the one of this server"
+                            : "this server wants a token");
+}
+
+/* ---- From bytes to handlers ---- */
+
+/* The path of the target: what follows http://authority of the absolute
+ * form, whose authority then stands for Host (RFC 9112, section 3.2.2). */
+static const char *cube_http_origin(const char *target, char *host,
+                                    size_t size)
+{
+    size_t len;
+
+    if (strncmp(target, "http://", 7) != 0)
+        return target;
+    target += 7;
+    len = strcspn(target, "/?");
+    (void)snprintf(host, size, "%.*s", (int)(len < size ? len : 0), target);
+    return target[len] ? target + len : "/";
+}
+
+/* The head is here: refuses what can be refused before the body comes. */
+static bool cube_http_on_head(struct cube_http_req *req)
+{
+    struct cube_http_parser *p = &req->parser;
+    const char *target = p->head.text.data + p->head.target;
+    size_t max_body = req->server->options.max_body;
+    char authority[300] = "";
+
+    target = cube_http_origin(target, authority, sizeof authority);
+    if (*target != '/' || cube_http_cut_target(req, target) < 0)
+        return cube_http_refuse(req, 400, "the target is no path with a "
+                                          "query: %.300s", target);
+    if (!cube_http_check_access(req, *authority ? authority
+                                     : cube_http_header(req, "Host")) ||
+        !cube_http_find_route(req))
+        return false;
+    if (p->says_other_expect)
+        return cube_http_refuse(req, 417, "Expect: only 100-continue");
+    if (p->has_length && p->length > max_body)
+        return cube_http_refuse(req, 413, "a body has at most %zu bytes here",
+                                max_body);
+    if (p->has_body && p->says_continue && p->head.minor > 0)
+        cube_buf_puts(&req->out, "HTTP/1.1 100 Continue\r\n\r\n");
+    return true;
+}
+
+static bool cube_http_on_data(struct cube_http_req *req)
+{
+    size_t max_body = req->server->options.max_body;
+
+    if (req->body.len + req->parser.piece_len > max_body)
+        return cube_http_refuse(req, 413, "a body has at most %zu bytes here",
+                                max_body);
+    cube_buf_add(&req->body, req->parser.piece, req->parser.piece_len);
+    return true;
+}
+
+/* Feeds the parser and runs handlers, until the input is used up, a handler
+ * wants time, or the peer does not read its answers. */
+static void cube_http_pump(struct cube_http_req *req,
+                           struct cube_http_input *in)
+{
+    req->is_busy = true;
+    while (req->phase == CUBE_HTTP_READING && req->fd >= 0 &&
+           cube_http_pending(req) < CUBE_HTTP_MAX_AHEAD) {
+        switch (cube_http_parse(&req->parser, in)) {
+        case CUBE_HTTP_HEAD:
+            cube_http_on_head(req);
+            break;
+        case CUBE_HTTP_DATA:
+            cube_http_on_data(req);
+            break;
+        case CUBE_HTTP_END:
+            req->phase = CUBE_HTTP_HANDLING;
+            req->route->fn(req->server->arg, req);
+            break;
+        case CUBE_HTTP_ERROR:
+            cube_http_refuse(req, req->parser.status, "%s",
+                             req->parser.words);
+            break;
+        case CUBE_HTTP_MORE:
+        case CUBE_HTTP_GO_ON:
+            req->is_busy = false;
+            return;
+        }
+    }
+    req->is_busy = false;
+}
+
+/* New bytes: those before them first, if any wait. */
+static void cube_http_take(struct cube_http_req *req, const char *data,
+                           size_t len)
+{
+    struct cube_http_input in = {data, len};
+
+    if (req->phase == CUBE_HTTP_CLOSING || req->phase == CUBE_HTTP_LINGERING)
+        return;
+    if (req->ahead.len > 0 || req->phase != CUBE_HTTP_READING) {
+        cube_buf_add(&req->ahead, data, len);
+        return;
+    }
+    cube_http_pump(req, &in);
+    if (in.len > 0 && req->fd >= 0)
+        cube_buf_add(&req->ahead, in.data, in.len);
+}
+
+static void cube_http_pump_ahead(struct cube_http_req *req)
+{
+    struct cube_http_input in = {req->ahead.data, req->ahead.len};
+
+    cube_http_pump(req, &in);
+    cube_buf_drop(&req->ahead, req->ahead.len - in.len);
+    if (req->ahead.len == 0 && req->ahead.cap > 0)
+        cube_buf_free(&req->ahead);
+}
+
+static void cube_http_read(struct cube_http_req *req)
+{
+    const struct cube_world *w = req->server->world;
+    char bytes[CUBE_HTTP_READ];
+    int n = w->recv(w->ctx, req->fd, bytes, sizeof bytes);
+
+    if (n == 0)
+        req->is_eof = true;
+    else if (n < 0)
+        req->is_broken = n != -EAGAIN;
+    else
+        cube_http_take(req, bytes, (size_t)n);
+}
+
+/* ---- What comes next ---- */
+
+/* What the peer owes us, with the time that it has for it. */
+static enum cube_http_wait cube_http_waits_for(const struct cube_http_req *req)
+{
+    if (req->phase == CUBE_HTTP_LINGERING)
+        return CUBE_HTTP_WAIT_LINGER;
+    if (cube_http_pending(req) > 0)
+        return CUBE_HTTP_WAIT_SEND;
+    if (req->phase != CUBE_HTTP_READING)
+        return CUBE_HTTP_WAIT_NOTHING;
+    if (cube_http_parser_is_fresh(&req->parser))
+        return CUBE_HTTP_WAIT_IDLE;
+    return req->parser.state <= CUBE_HTTP_FIELDS ? CUBE_HTTP_WAIT_HEAD
+                                                 : CUBE_HTTP_WAIT_BODY;
+}
+
+static int64_t cube_http_patience(const struct cube_http_options *o,
+                                  enum cube_http_wait wait)
+{
+    switch (wait) {
+    case CUBE_HTTP_WAIT_IDLE:
+        return o->idle_timeout_ms;
+    case CUBE_HTTP_WAIT_HEAD:
+        return o->head_timeout_ms;
+    case CUBE_HTTP_WAIT_BODY:
+    case CUBE_HTTP_WAIT_SEND:
+        return o->body_timeout_ms;
+    case CUBE_HTTP_WAIT_LINGER:
+        return CUBE_HTTP_LINGER_MS;
+    case CUBE_HTTP_WAIT_UNSET:
+    case CUBE_HTTP_WAIT_NOTHING:
+        break;
+    }
+    return -1;
+}
+
+/* The timer. It is not moved at each request, only the deadline is: when it
+ * comes too early it is set again. */
+static void cube_http_on_time(void *arg)
+{
+    struct cube_http_req *req = arg;
+    struct cube_http_server *s = req->server;
+    int64_t left = req->deadline_ms - cube_loop_now_ms(s->loop);
+
+    if (req->wait == CUBE_HTTP_WAIT_NOTHING)
+        return;
+    if (left > 0) {
+        cube_timer_set(s->loop, &req->timer, left, cube_http_on_time, req);
+        return;
+    }
+    if (req->wait == CUBE_HTTP_WAIT_HEAD || req->wait == CUBE_HTTP_WAIT_BODY)
+        cube_http_refuse(req, 408, "the request took too long to come");
+    else
+        req->is_broken = true;
+    cube_http_settle(req);
+}
+
+static void cube_http_set_deadline(struct cube_http_req *req)
+{
+    struct cube_http_server *s = req->server;
+    enum cube_http_wait wait = cube_http_waits_for(req);
+    int64_t patience = cube_http_patience(&s->options, wait);
+
+    if (wait == req->wait)
+        return;
+    req->wait = wait;
+    if (patience < 0)
+        return;
+    req->deadline_ms = cube_loop_now_ms(s->loop) + patience;
+    if (!cube_timer_is_set(&req->timer) ||
+        req->timer.at_ms > req->deadline_ms)
+        cube_timer_set(s->loop, &req->timer, patience, cube_http_on_time,
+                       req);
+}
+
+static void cube_http_on_ready(void *arg, unsigned events);
+
+/* Reads while there is room, writes while there is something to write. A
+ * descriptor at its end stays readable: it is not watched for that then. */
+static void cube_http_set_watch(struct cube_http_req *req)
+{
+    bool is_full = req->ahead.len >= CUBE_HTTP_MAX_AHEAD &&
+                   req->phase != CUBE_HTTP_LINGERING;
+    unsigned events = (req->is_eof || is_full ? 0 : CUBE_READ) |
+                      (cube_http_pending(req) > 0 ? CUBE_WRITE : 0);
+
+    if (cube_watch_set(req->server->loop, &req->watch, req->fd, events,
+                       cube_http_on_ready, req) < 0)
+        req->is_broken = true;
+}
+
+/* The end of what the peer says, seen by each phase. A peer that has only
+ * shut its own direction still gets its answer, unless the handler asked to
+ * hear when it goes: then it has gone. True: nothing more to do here. */
+static bool cube_http_is_at_end(struct cube_http_req *req)
+{
+    switch (req->phase) {
+    case CUBE_HTTP_READING:
+        if (req->ahead.len > 0)
+            return false;
+        if (cube_http_parser_is_fresh(&req->parser))
+            return cube_http_pending(req) == 0;
+        cube_http_refuse(req, 400, "the request ends early");
+        return false;
+    case CUBE_HTTP_HANDLING:
+        return req->on_gone != NULL;
+    case CUBE_HTTP_STREAMING:
+    case CUBE_HTTP_LINGERING:
+        return true;
+    case CUBE_HTTP_CLOSING:
+        return cube_http_pending(req) == 0;
+    case CUBE_HTTP_OVER:
+        break;
+    }
+    return true;
+}
+
+/* All is sent: tells the stream, ends what is to be ended. */
+static void cube_http_on_sent(struct cube_http_req *req)
+{
+    const struct cube_world *w = req->server->world;
+
+    if (req->phase == CUBE_HTTP_STREAMING && cube_http_is_head(req)) {
+        req->is_broken = true;
+    } else if (req->phase == CUBE_HTTP_STREAMING && req->is_drain_due) {
+        req->is_drain_due = false;
+        if (!req->on_drain)
+            return;
+        req->is_busy = true;
+        req->on_drain(req->drain_arg);
+        req->is_busy = false;
+        if (cube_http_pending(req) > 0 || req->phase != CUBE_HTTP_STREAMING)
+            cube_http_touch(req);
+    } else if (req->phase == CUBE_HTTP_CLOSING && !req->is_eof) {
+        w->shut(w->ctx, req->fd);
+        req->phase = CUBE_HTTP_LINGERING;
+    } else if (req->phase == CUBE_HTTP_CLOSING) {
+        req->is_broken = true;
+    }
+}
+
+/* Looks at the connection as it is, and does what comes next. */
+static void cube_http_settle(void *arg)
+{
+    struct cube_http_req *req = arg;
+
+    if (req->ahead.len > 0 && !req->is_broken)
+        cube_http_pump_ahead(req);
+    cube_http_flush(req);
+    if (req->fd >= 0 && req->is_eof && !req->is_broken)
+        req->is_broken = cube_http_is_at_end(req);
+    if (req->fd >= 0 && !req->is_broken && cube_http_pending(req) == 0)
+        cube_http_on_sent(req);
+    if (req->fd < 0) {
+        cube_http_release(req);
+        return;
+    }
+    if (!req->is_broken)
+        cube_http_set_watch(req);
+    if (req->is_broken) {
+        cube_http_drop(req);
+        return;
+    }
+    cube_http_set_deadline(req);
+    if (req->phase == CUBE_HTTP_READING && req->ahead.len > 0 &&
+        cube_http_pending(req) < CUBE_HTTP_MAX_AHEAD)
+        cube_http_touch(req);
+}
+
+static void cube_http_on_ready(void *arg, unsigned events)
+{
+    struct cube_http_req *req = arg;
+
+    if (events & CUBE_READ)
+        cube_http_read(req);
+    else if (events & CUBE_HANGUP)
+        req->is_broken = true;
+    cube_http_settle(req);
+}
+/* ---- Accepting ---- */
+
+static void cube_http_add_conn(struct cube_http_server *s, int fd,
+                               const struct cube_addr *peer)
+{
+    struct cube_http_req *req = cube_alloc(sizeof *req);
+
+    req->server = s;
+    req->fd = fd;
+    req->is_unix = peer->kind == CUBE_ADDR_UNIX;
+    cube_list_add(&s->conns, &req->link);
+    s->conn_count++;
+    cube_http_settle(req);
+}
+
+/* Closes the connection that has been idle longest; false if none is. */
+static bool cube_http_make_room(struct cube_http_server *s)
+{
+    struct cube_list *at;
+
+    for (at = s->conns.next; at != &s->conns; at = at->next) {
+        struct cube_http_req *req = CUBE_OF(at, struct cube_http_req, link);
+
+        if (!req->is_busy &&
+            cube_http_waits_for(req) == CUBE_HTTP_WAIT_IDLE) {
+            cube_http_drop(req);
+            return true;
+        }
+    }
+    return false;
+}
+
+static void cube_http_resume(void *arg)
+{
+    cube_http_listen_on(arg, true);
+}
+
+/* One connection; false when there is none, or no room for it. Without
+ * descriptors the kernel would report the listener ready for ever: it is left
+ * alone for a moment. */
+static bool cube_http_accept_one(struct cube_http_listener *l)
+{
+    struct cube_http_server *s = l->server;
+    struct cube_addr peer;
+    int fd;
+
+    if (s->conn_count >= s->options.max_connections &&
+        !cube_http_make_room(s)) {
+        cube_http_listen_on(s, false);
+        return false;
+    }
+    fd = s->world->accept(s->world->ctx, l->fd, &peer);
+    if (fd >= 0) {
+        cube_http_add_conn(s, fd, &peer);
+        return true;
+    }
+    if (fd == -EAGAIN || (fd != -EMFILE && fd != -ENFILE && fd != -ENOBUFS &&
+                          fd != -ENOMEM))
+        return false;
+    if (cube_http_make_room(s))
+        return true;
+    cube_log(s->loop, CUBE_WARN, "accept a connection: %s",
+             cube_errno_text(fd));
+    cube_http_listen_on(s, false);
+    cube_timer_set(s->loop, &s->pause, CUBE_HTTP_ACCEPT_PAUSE_MS,
+                   cube_http_resume, s);
+    return false;
+}
+
+static void cube_http_on_accept(void *arg, unsigned events)
+{
+    (void)events;
+    for (int i = 0; i < CUBE_HTTP_ACCEPT_BATCH; i++) {
+        if (!cube_http_accept_one(arg))
+            break;
+    }
+}
+
+static void cube_http_listen_on(struct cube_http_server *s, bool is_on)
+{
+    s->is_paused = !is_on;
+    for (int i = 0; i < s->listener_count; i++) {
+        struct cube_http_listener *l = &s->listeners[i];
+
+        if (!is_on)
+            cube_watch_clear(s->loop, &l->watch);
+        else if (cube_watch_set(s->loop, &l->watch, l->fd, CUBE_READ,
+                                cube_http_on_accept, l) < 0)
+            cube_timer_set(s->loop, &s->pause, CUBE_HTTP_ACCEPT_PAUSE_MS,
+                           cube_http_resume, s);
+    }
+}
+
+/* ---- Listening ---- */
+
+/* A socket file stays when its server dies. If nobody answers there it is
+ * removed; anything else in its place is left alone. True: try again. */
+static bool cube_http_remove_stale(const struct cube_world *w,
+                                   const struct cube_addr *addr)
+{
+    int fd = w->open(w->ctx, addr->path, 0);
+
+    if (fd != -ENXIO) { /* a socket cannot be opened, all else can */
+        if (fd >= 0)
+            w->close(w->ctx, fd);
+        return false;
+    }
+    fd = w->connect(w->ctx, addr);
+    if (fd >= 0)
+        w->close(w->ctx, fd);
+    return fd == -ECONNREFUSED && w->unlink(w->ctx, addr->path) >= 0;
+}
+
+static int cube_http_add_listener(struct cube_http_server *s,
+                                  const struct cube_addr *addr)
+{
+    struct cube_http_listener *l = &s->listeners[s->listener_count];
+    const struct cube_world *w = s->world;
+    int fd = w->listen(w->ctx, addr);
+
+    if (fd == -EADDRINUSE && addr->kind == CUBE_ADDR_UNIX &&
+        cube_http_remove_stale(w, addr))
+        fd = w->listen(w->ctx, addr);
+    if (fd < 0)
+        return fd;
+    l->server = s;
+    l->fd = fd;
+    l->addr = *addr;
+    if (addr->kind != CUBE_ADDR_UNIX)
+        (void)w->local_addr(w->ctx, fd, &l->addr);
+    s->listener_count++;
+    return 0;
+}
+
+static void cube_http_close_listeners(struct cube_http_server *s)
+{
+    const struct cube_world *w = s->world;
+
+    for (int i = 0; i < s->listener_count; i++) {
+        struct cube_http_listener *l = &s->listeners[i];
+
+        cube_watch_clear(s->loop, &l->watch);
+        w->close(w->ctx, l->fd);
+        if (l->addr.kind == CUBE_ADDR_UNIX)
+            w->unlink(w->ctx, l->addr.path);
+    }
+    s->listener_count = 0;
+}
+
+/* Listens on all of them, on one port. A machine without IPv6 has none of
+ * those addresses: they are passed over as long as one is left. A port that
+ * the kernel chose for the first can be taken for the second: -EADDRINUSE. */
+static int cube_http_listen_all(struct cube_http_server *s,
+                                const struct cube_addr *addrs, int count,
+                                const struct cube_addr **failed)
+{
+    int first = 0;
+
+    for (int i = 0; i < count; i++) {
+        struct cube_addr addr = addrs[i];
+        int r;
+
+        if (addr.port == 0 && s->listener_count > 0)
+            addr.port = s->listeners[0].addr.port;
+        r = cube_http_add_listener(s, &addr);
+        if (r == -EADDRNOTAVAIL || r == -EAFNOSUPPORT) {
+            first = first ? first : r;
+        } else if (r < 0) {
+            cube_http_close_listeners(s);
+            *failed = &addrs[i];
+            return r;
+        }
+    }
+    *failed = &addrs[0];
+    return s->listener_count > 0 ? 0 : first;
+}
+
+#define CUBE_HTTP_RESOLVE_MS 10000
+#define CUBE_HTTP_PORT_TRIES 16
+
+/* Asks for the addresses of a name and waits for them. A server that starts
+ * has nothing else to do; on a loop that runs, names are asked for by
+ * cube_resolve_start. */
+static int cube_http_resolve(const struct cube_world *w,
+                             struct cube_job *job, const char *host)
+{
+    struct cube_poll *p = w->poll_open(w->ctx);
+    int64_t until = w->now_ms(w->ctx) + CUBE_HTTP_RESOLVE_MS;
+    struct cube_ready ready = {0, 0, NULL};
+    int r;
+
+    if (!p)
+        return -EMFILE;
+    memset(job, 0, sizeof *job);
+    job->kind = CUBE_JOB_RESOLVE;
+    (void)snprintf(job->host, sizeof job->host, "%s", host);
+    r = w->job_start(w->ctx, p, job);
+    while (r >= 0 && !ready.job && w->now_ms(w->ctx) < until)
+        r = w->poll_wait(w->ctx, p, &ready, 1, 1000);
+    if (r >= 0)
+        r = ready.job ? job->result : -ETIMEDOUT;
+    if (!ready.job)
+        w->job_cancel(w->ctx, p, job);
+    w->poll_close(w->ctx, p);
+    return r;
+}
+
+static int cube_http_bind(struct cube_http_server *s,
+                          const struct cube_http_place *place,
+                          const char *where, struct cube_err *err)
+{
+    struct cube_job job;
+    struct cube_addr known[CUBE_JOB_ADDRS], *addrs = known;
+    const struct cube_addr *failed = NULL;
+    int count = cube_http_place_known(place, known);
+    char text[128] = "";
+    int r = 0;
+
+    if (count == 0) {
+        r = cube_http_resolve(s->world, &job, place->host);
+        if (r < 0)
+            return cube_fail(err, cube_errno_code(r),
+                             "listen on %s: find its address: %s", where,
+                             cube_errno_text(r));
+        addrs = job.addrs;
+        count = job.addr_count;
+        for (int i = 0; i < count; i++)
+            addrs[i].port = place->port;
+    }
+    for (int i = 0; i < CUBE_HTTP_PORT_TRIES; i++) {
+        r = cube_http_listen_all(s, addrs, count, &failed);
+        if (r != -EADDRINUSE || place->port != 0 || place->is_unix)
+            break;
+    }
+    if (r >= 0)
+        return 0;
+    cube_http_addr_text(failed, text, sizeof text);
+    if (r == -EADDRINUSE)
+        return cube_fail(err, CUBE_EBUSY, "listen on %s: %s is in use by "
+                         "another program", where, text);
+    return cube_fail(err, cube_errno_code(r), "listen on %s: %s: %s", where,
+                     text, cube_errno_text(r));
+}
+
+/* Copies what the caller may free, and puts the defaults in. */
+static void cube_http_set_options(struct cube_http_server *s,
+                                  const struct cube_http_options *from,
+                                  const char *own_host)
+{
+    struct cube_http_options *o = &s->options;
+    size_t count = 0, n = 0;
+
+    if (from)
+        *o = *from;
+    for (int i = 0; i < 2; i++)
+        o->tokens[i] = cube_text_dup(o->tokens[i]);
+    while (o->host_names && o->host_names[count])
+        count++;
+    s->host_names = cube_alloc((count + 3) * sizeof *s->host_names);
+    s->host_names[n++] = cube_text_dup("localhost");
+    if (*own_host)
+        s->host_names[n++] = cube_text_dup(own_host);
+    for (size_t i = 0; i < count; i++)
+        s->host_names[n++] = cube_text_dup(o->host_names[i]);
+    o->host_names = NULL;
+    o->max_body = o->max_body ? o->max_body : 1 << 20;
+    o->idle_timeout_ms = o->idle_timeout_ms ? o->idle_timeout_ms : 120000;
+    o->head_timeout_ms = o->head_timeout_ms ? o->head_timeout_ms : 10000;
+    o->body_timeout_ms = o->body_timeout_ms ? o->body_timeout_ms : 30000;
+    o->max_connections = o->max_connections ? o->max_connections : 1000;
+}
+
+CUBE_API void cube_http_close(struct cube_http_server *s)
+{
+    if (!s)
+        return;
+    cube_timer_clear(s->loop, &s->pause);
+    cube_http_close_listeners(s);
+    s->is_paused = false;
+    while (!cube_list_is_empty(&s->conns))
+        cube_http_drop(CUBE_OF(s->conns.next, struct cube_http_req, link));
+    for (size_t i = 0; s->host_names[i]; i++)
+        cube_free(s->host_names[i]);
+    cube_free(s->host_names);
+    for (int i = 0; i < 2; i++)
+        cube_free((char *)(uintptr_t)s->options.tokens[i]);
+    cube_free(s);
+}
+
+CUBE_API struct cube_http_server *
+cube_http_listen(struct cube_loop *l, const char *where,
+                 const struct cube_http_route *routes, void *arg,
+                 const struct cube_http_options *options,
+                 struct cube_err *err)
+{
+    struct cube_http_server *s;
+    struct cube_http_place place;
+
+    if (cube_http_place_parse(where, &place, err) < 0)
+        return NULL;
+    s = cube_alloc(sizeof *s);
+    s->loop = l;
+    s->world = cube_loop_world(l);
+    s->routes = routes;
+    s->arg = arg;
+    cube_list_init(&s->conns);
+    cube_http_set_options(s, options, place.is_unix ? "" : place.host);
+    if (cube_http_bind(s, &place, where, err) < 0) {
+        cube_http_close(s);
+        return NULL;
+    }
+    cube_http_listen_on(s, true);
+    return s;
+}
+
+CUBE_API uint16_t cube_http_port(const struct cube_http_server *s)
+{
+    return s->listeners[0].addr.port;
+}
+
+/* ---- The client: its types ---- */
+
+#define CUBE_HTTP_MAX_IDLE 8        /* kept connections of one client */
+#define CUBE_HTTP_IDLE_MS 60000     /* less than servers keep theirs */
+#define CUBE_HTTP_CONNECT_MS 3000   /* before the next address is tried */
+#define CUBE_HTTP_AGAIN_MS 10       /* a unix socket's queue was full */
+#define CUBE_HTTP_MAX_ANSWER (16 << 20)
+
+/* An object; ends with cube_http_client_free. */
+struct cube_http_client {
+    struct cube_loop *loop;
+    const struct cube_world *world;
+    struct cube_http_place place;
+    char *base;              /* as it was given, for words */
+    char *host;              /* the Host field */
+    char *token;             /* or NULL */
+    struct cube_list calls;  /* of struct cube_http_call, in order of birth */
+    struct cube_list idle;   /* of struct cube_http_link; last used is last */
+    int idle_count;
+    bool is_closing;
+};
+
+/*
+ * One connection of a client, and while it has a call, that call's:
+ *
+ *    connecting -> call --answer complete--> idle --next call--> call
+ *         |          |                        |
+ *         +----------+------- closed ---------+
+ *
+ * Freed when it is closed and nobody on the stack works on it.
+ */
+struct cube_http_link {
+    struct cube_http_client *client;
+    struct cube_http_call *call;  /* NULL: idle, or closed */
+    struct cube_list link;        /* in client->idle */
+    struct cube_watch watch;
+    struct cube_timer timer;      /* connecting, or idle for too long */
+    int fd;                       /* -1: closed */
+    bool is_connecting;
+    bool is_busy;
+    struct cube_http_parser parser;
+};
+
+/* Ends with its on_done, or when it is cancelled. */
+struct cube_http_call {
+    struct cube_http_client *client;
+    struct cube_list link;         /* in client->calls; alone: it is done */
+    struct cube_http_link *conn;   /* NULL: none yet */
+    struct cube_http_request want; /* its callbacks and limits */
+    char *what;                    /* "GET http://...", for words */
+    struct cube_buf out;           /* the request; sent up to out_at */
+    size_t out_at;
+    struct cube_buf body;          /* of the answer, collected */
+    struct cube_http_head head;    /* of the answer, once it is done */
+    struct cube_defer defer;
+    struct cube_timer timer;       /* all of it */
+    struct cube_timer silence;     /* nothing comes, or goes */
+    struct cube_timer again;       /* until a connect is tried again */
+    struct cube_loop_job *job;     /* asks for the addresses */
+    struct cube_addr addrs[CUBE_JOB_ADDRS];
+    int addr_count, addr_next;
+    bool is_to_head;
+    bool is_repeatable;            /* RFC 9110, section 9.2.2 */
+    bool is_reused;                /* on a connection that had another call */
+    bool is_retried;
+    bool has_head;
+    struct cube_err err;           /* what went wrong last */
+};
+
+/* ---- Connections of a client ---- */
+
+static void cube_http_link_release(struct cube_http_link *k)
+{
+    if (k->fd >= 0 || k->is_busy)
+        return;
+    cube_buf_free(&k->parser.head.text);
+    cube_free(k);
+}
+
+/* Takes it out of the pool of idle ones, if it is there. */
+static void cube_http_link_wake(struct cube_http_link *k)
+{
+    if (k->call || cube_list_is_empty(&k->link))
+        return;
+    cube_list_remove(&k->link);
+    k->client->idle_count--;
+}
+
+static void cube_http_link_close(struct cube_http_link *k)
+{
+    struct cube_http_client *c = k->client;
+
+    if (k->fd < 0)
+        return;
+    cube_http_link_wake(k);
+    cube_watch_clear(c->loop, &k->watch);
+    cube_timer_clear(c->loop, &k->timer);
+    c->world->close(c->world->ctx, k->fd);
+    k->fd = -1;
+    if (k->call)
+        k->call->conn = NULL;
+    k->call = NULL;
+    cube_http_link_release(k);
+}
+
+static void cube_http_link_expire(void *arg)
+{
+    cube_http_link_close(arg);
+}
+
+/* An idle connection says nothing: if it does, it has ended. */
+static void cube_http_link_on_idle(void *arg, unsigned events)
+{
+    (void)events;
+    cube_http_link_close(arg);
+}
+
+/* After its call: to the pool, where the oldest may have to leave. */
+static void cube_http_link_keep(struct cube_http_link *k)
+{
+    struct cube_http_client *c = k->client;
+
+    k->call = NULL;
+    if (cube_watch_set(c->loop, &k->watch, k->fd, CUBE_READ,
+                       cube_http_link_on_idle, k) < 0) {
+        cube_http_link_close(k);
+        return;
+    }
+    cube_timer_set(c->loop, &k->timer, CUBE_HTTP_IDLE_MS,
+                   cube_http_link_expire, k);
+    cube_list_add(&c->idle, &k->link);
+    if (++c->idle_count > CUBE_HTTP_MAX_IDLE)
+        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
+                                     link));
+}
+
+/* A kept connection that still seems alive, the last used one first. */
+static struct cube_http_link *cube_http_link_take(struct cube_http_client *c)
+{
+    while (!cube_list_is_empty(&c->idle)) {
+        struct cube_http_link *k =
+            CUBE_OF(c->idle.prev, struct cube_http_link, link);
+        char byte;
+
+        if (c->world->recv(c->world->ctx, k->fd, &byte, 1) == -EAGAIN) {
+            cube_http_link_wake(k);
+            cube_timer_clear(c->loop, &k->timer);
+            cube_http_parser_reset(&k->parser);
+            return k;
+        }
+        cube_http_link_close(k);
+    }
+    return NULL;
+}
+
+/* ---- The end of a call ---- */
+
+/* Ends what the call has going on, its connection included. */
+static void cube_http_call_stop(struct cube_http_call *call)
+{
+    struct cube_loop *l = call->client->loop;
+
+    cube_list_remove(&call->link);
+    cube_defer_clear(l, &call->defer);
+    cube_timer_clear(l, &call->timer);
+    cube_timer_clear(l, &call->silence);
+    cube_timer_clear(l, &call->again);
+    if (call->job)
+        cube_loop_job_cancel(l, call->job);
+    cube_free(call->job);
+    call->job = NULL;
+    if (call->conn)
+        cube_http_link_close(call->conn);
+}
+
+static void cube_http_call_free(struct cube_http_call *call)
+{
+    cube_buf_free(&call->out);
+    cube_buf_free(&call->body);
+    cube_buf_free(&call->head.text);
+    cube_free(call->what);
+    cube_free(call);
+}
+
+CUBE_API void cube_http_call_cancel(struct cube_http_call *call)
+{
+    if (cube_list_is_empty(&call->link))
+        return; /* its on_done is running */
+    cube_http_call_stop(call);
+    cube_http_call_free(call);
+}
+
+/* Tells the caller how it went; `err` NULL: well. The head is taken from the
+ * connection, so that what becomes of that does not matter. */
+static void cube_http_call_done(struct cube_http_call *call,
+                                const struct cube_err *err)
+{
+    struct cube_http_answer answer;
+
+    if (call->has_head && call->conn) {
+        call->head = call->conn->parser.head;
+        memset(&call->conn->parser.head, 0, sizeof call->head);
+    }
+    if (!err && call->conn && call->conn->parser.is_kept &&
+        call->out_at == call->out.len) {
+        struct cube_http_link *k = call->conn;
+
+        call->conn = NULL;
+        cube_http_link_keep(k);
+    }
+    cube_http_call_stop(call);
+    memset(&answer, 0, sizeof answer);
+    answer.status = call->has_head ? call->head.status : 0;
+    answer.head = call->has_head ? &call->head : NULL;
+    answer.body = call->body.data ? call->body.data : "";
+    answer.body_len = call->body.len;
+    answer.err = err;
+    if (call->want.on_done)
+        call->want.on_done(call->want.arg, &answer);
+    cube_http_call_free(call);
+}
+
+__attribute__((format(printf, 3, 4))) static void
+cube_http_call_fail(struct cube_http_call *call, enum cube_code code,
+                    const char *format, ...)
+{
+    struct cube_err err;
+    char words[300];
+    va_list args;
+
+    va_start(args, format);
+    (void)vsnprintf(words, sizeof words, format, args);
+    va_end(args);
+    (void)cube_fail(&err, code, "%s: %s", call->what, words);
+    cube_http_call_done(call, &err);
+}
+
+/* ---- Reading an answer ---- */
+
+/* Mutual recursion: a connection that is refused or lost leads to the next
+ * one, whose events lead back here. */
+static void cube_http_call_connect(struct cube_http_call *call);
+static void cube_http_call_try(void *arg);
+static void cube_http_link_on_ready(void *arg, unsigned events);
+
+/* The connection ended or failed before the answer was complete. If it was a
+ * kept one and nothing has come, its server had closed it before it saw this
+ * request: then another one may bring it, unless a POST could be done twice.
+ * `r` is a negative errno value, or 0 for an end. */
+static void cube_http_call_lost(struct cube_http_call *call, int r)
+{
+    bool is_first = !call->has_head &&
+                    cube_http_parser_is_fresh(&call->conn->parser);
+
+    if (call->is_reused && !call->is_retried && is_first &&
+        (call->is_repeatable || call->out_at == 0)) {
+        call->is_retried = true;
+        call->is_reused = false;
+        call->out_at = 0;
+        cube_http_link_close(call->conn);
+        cube_http_call_connect(call);
+    } else if (r < 0) {
+        cube_http_call_fail(call, cube_errno_code(r), "%s",
+                            cube_errno_text(r));
+    } else {
+        cube_http_call_fail(call, CUBE_ECONN, "the connection was closed %s",
+                            is_first ? "without an answer"
+                                     : "in the middle of the answer");
+    }
+}
+
+static void cube_http_call_on_data(struct cube_http_call *call,
+                                   const char *data, size_t len)
+{
+    if (call->want.on_data)
+        call->want.on_data(call->want.arg, data, len);
+    else if (call->body.len + len > call->want.max_body)
+        cube_http_call_fail(call, CUBE_ETOOBIG, "the answer has more than "
+                            "%zu bytes", call->want.max_body);
+    else
+        cube_buf_add(&call->body, data, len);
+}
+
+/* 1xx answers come before the one that counts; 101 would change the protocol,
+ * which nobody asked for. */
+static void cube_http_call_on_head(struct cube_http_call *call,
+                                   struct cube_http_parser *p)
+{
+    if (p->head.status == 101) {
+        cube_http_call_fail(call, CUBE_EPROTO, "the other side wants to "
+                                               "speak another protocol");
+    } else if (p->head.status < 200) {
+        cube_http_parser_reset(p);
+        p->is_to_head = call->is_to_head;
+    } else {
+        call->has_head = true;
+        if (call->want.on_head)
+            call->want.on_head(call->want.arg, &p->head);
+    }
+}
+
+/* Feeds the parser and calls back. Each callback may cancel its call: then
+ * the connection has none any more. */
+static void cube_http_link_feed(struct cube_http_link *k,
+                                struct cube_http_input *in)
+{
+    while (k->call) {
+        switch (cube_http_parse(&k->parser, in)) {
+        case CUBE_HTTP_HEAD:
+            cube_http_call_on_head(k->call, &k->parser);
+            break;
+        case CUBE_HTTP_DATA:
+            cube_http_call_on_data(k->call, k->parser.piece,
+                                   k->parser.piece_len);
+            break;
+        case CUBE_HTTP_END:
+            if (in->len > 0) /* nobody asked for that: not to be reused */
+                k->parser.is_kept = false;
+            cube_http_call_done(k->call, NULL);
+            return;
+        case CUBE_HTTP_ERROR:
+            cube_http_call_fail(k->call, CUBE_EPROTO, "the answer is not "
+                                "HTTP: %s", k->parser.words);
+            return;
+        case CUBE_HTTP_MORE:
+        case CUBE_HTTP_GO_ON:
+            return;
+        }
+    }
+}
+
+static void cube_http_call_on_silence(void *arg)
+{
+    struct cube_http_call *call = arg;
+
+    cube_http_call_fail(call, CUBE_ETIMEOUT, "nothing came for %d ms",
+                        call->want.idle_timeout_ms);
+}
+
+static void cube_http_call_hear(struct cube_http_call *call)
+{
+    if (call->want.idle_timeout_ms > 0)
+        cube_timer_set(call->client->loop, &call->silence,
+                       call->want.idle_timeout_ms, cube_http_call_on_silence,
+                       call);
+}
+
+static void cube_http_link_read(struct cube_http_link *k)
+{
+    const struct cube_world *w = k->client->world;
+    char bytes[CUBE_HTTP_READ];
+    int n = w->recv(w->ctx, k->fd, bytes, sizeof bytes);
+    struct cube_http_input in = {bytes, n > 0 ? (size_t)n : 0};
+
+    if (n == -EAGAIN)
+        return;
+    if (n > 0) {
+        cube_http_call_hear(k->call);
+        cube_http_link_feed(k, &in);
+    } else if (n == 0 && !cube_http_parser_is_fresh(&k->parser) &&
+               cube_http_parse_eof(&k->parser) == CUBE_HTTP_END) {
+        cube_http_call_done(k->call, NULL);
+    } else {
+        cube_http_call_lost(k->call, n);
+    }
+}
+
+/* ---- Sending a request ---- */
+
+/* Sends what can be sent. A server may answer, and close, without reading all
+ * of a request: so a failure to send is only noted here as the end of
+ * sending, and reading tells the outcome. */
+static void cube_http_link_send(struct cube_http_link *k)
+{
+    struct cube_http_call *call = k->call;
+    const struct cube_world *w = k->client->world;
+    unsigned events = CUBE_READ;
+
+    while (call->out_at < call->out.len) {
+        int n = w->send(w->ctx, k->fd, call->out.data + call->out_at,
+                        call->out.len - call->out_at);
+
+        if (n <= 0) {
+            events |= n == -EAGAIN ? CUBE_WRITE : 0;
+            break;
+        }
+        call->out_at += (size_t)n;
+    }
+    if (cube_watch_set(k->client->loop, &k->watch, k->fd, events,
+                       cube_http_link_on_ready, k) < 0)
+        cube_http_call_fail(call, CUBE_EIO, "watch its connection");
+}
+
+/* The connection is there: the request goes out on it. */
+static void cube_http_link_begin(struct cube_http_link *k)
+{
+    cube_timer_clear(k->client->loop, &k->timer);
+    k->is_connecting = false;
+    k->parser.is_answer = true;
+    k->parser.is_to_head = k->call->is_to_head;
+    cube_http_link_send(k);
+}
+
+/* ---- Connecting ---- */
+
+/* That address did not work: on to the next one. */
+static void cube_http_call_refused(struct cube_http_call *call, int r)
+{
+    char text[128];
+
+    cube_http_addr_text(&call->addrs[call->addr_next - 1], text, sizeof text);
+    (void)cube_fail(&call->err, cube_errno_code(r), "connect to %s: %s", text,
+                    cube_errno_text(r));
+    if (call->conn)
+        cube_http_link_close(call->conn);
+}
+
+static void cube_http_link_connected(struct cube_http_link *k,
+                                     unsigned events)
+{
+    const struct cube_world *w = k->client->world;
+    struct cube_http_call *call = k->call;
+    int r = events & (CUBE_WRITE | CUBE_HANGUP) ? w->connected(w->ctx, k->fd)
+                                                : -EAGAIN;
+
+    if (r == 0) {
+        cube_http_link_begin(k);
+    } else if (r != -EAGAIN) {
+        cube_http_call_refused(call, r);
+        cube_http_call_try(call);
+    }
+}
+
+static void cube_http_link_on_ready(void *arg, unsigned events)
+{
+    struct cube_http_link *k = arg;
+
+    k->is_busy = true;
+    if (k->is_connecting) {
+        cube_http_link_connected(k, events);
+    } else {
+        if (events & CUBE_WRITE)
+            cube_http_link_send(k);
+        if (k->call && events & (CUBE_READ | CUBE_HANGUP))
+            cube_http_link_read(k);
+    }
+    k->is_busy = false;
+    cube_http_link_release(k);
+}
+
+static void cube_http_link_too_slow(void *arg)
+{
+    struct cube_http_link *k = arg;
+    struct cube_http_call *call = k->call;
+
+    cube_http_call_refused(call, -ETIMEDOUT);
+    cube_http_call_try(call);
+}
+
+/* Waits for a connection in progress. While there are other addresses, one
+ * that does not answer is left after a moment. */
+static int cube_http_call_open(struct cube_http_call *call, int fd)
+{
+    struct cube_http_client *c = call->client;
+    struct cube_http_link *k = cube_alloc(sizeof *k);
+
+    cube_list_init(&k->link);
+    k->client = c;
+    k->call = call;
+    k->fd = fd;
+    k->is_connecting = true;
+    call->conn = k;
+    if (call->addr_next < call->addr_count)
+        cube_timer_set(c->loop, &k->timer, CUBE_HTTP_CONNECT_MS,
+                       cube_http_link_too_slow, k);
+    return cube_watch_set(c->loop, &k->watch, fd, CUBE_WRITE,
+                          cube_http_link_on_ready, k);
+}
+
+/* Connects to the next address; the call fails when none is left. */
+static void cube_http_call_try(void *arg)
+{
+    struct cube_http_call *call = arg;
+    const struct cube_world *w = call->client->world;
+
+    while (call->addr_next < call->addr_count) {
+        int fd = w->connect(w->ctx, &call->addrs[call->addr_next]);
+
+        if (fd == -EAGAIN) {
+            cube_timer_set(call->client->loop, &call->again,
+                           CUBE_HTTP_AGAIN_MS, cube_http_call_try, call);
+            return;
+        }
+        call->addr_next++;
+        if (fd >= 0 && cube_http_call_open(call, fd) == 0)
+            return;
+        cube_http_call_refused(call, fd < 0 ? fd : -ENOMEM);
+    }
+    cube_http_call_fail(call, call->err.code, "%s", call->err.text);
+}
+
+static void cube_http_call_on_resolved(void *arg, struct cube_job *job)
+{
+    struct cube_http_call *call = arg;
+
+    if (job->result < 0) {
+        cube_http_call_fail(call, CUBE_ECONN, "find the address of %s: %s",
+                            job->host, cube_errno_text(job->result));
+        return;
+    }
+    memcpy(call->addrs, job->addrs, sizeof call->addrs);
+    call->addr_count = job->addr_count;
+    for (int i = 0; i < call->addr_count; i++)
+        call->addrs[i].port = call->client->place.port;
+    cube_free(call->job);
+    call->job = NULL;
+    cube_http_call_try(call);
+}
+
+static void cube_http_call_connect(struct cube_http_call *call)
+{
+    struct cube_http_client *c = call->client;
+    int r;
+
+    call->addr_next = 0;
+    call->addr_count = cube_http_place_known(&c->place, call->addrs);
+    if (call->addr_count > 0) {
+        cube_http_call_try(call);
+        return;
+    }
+    call->job = cube_alloc(sizeof *call->job);
+    r = cube_resolve_start(c->loop, call->job, c->place.host,
+                           cube_http_call_on_resolved, call);
+    if (r < 0)
+        cube_http_call_fail(call, CUBE_EIO, "find the address of %s: %s",
+                            c->place.host, cube_errno_text(r));
+}
+
+/* ---- The client's interface ---- */
+
+static void cube_http_call_on_time(void *arg)
+{
+    struct cube_http_call *call = arg;
+
+    cube_http_call_fail(call, CUBE_ETIMEOUT, "no %sanswer within %d ms%s%s",
+                        call->has_head ? "complete " : "",
+                        call->want.timeout_ms, *call->err.text ? "; " : "",
+                        call->err.text);
+}
+
+/* The first step, in the turn after the call. */
+static void cube_http_call_start(void *arg)
+{
+    struct cube_http_call *call = arg;
+    struct cube_http_link *k;
+
+    if (call->err.code) {
+        cube_http_call_fail(call, call->err.code, "%s", call->err.text);
+        return;
+    }
+    cube_http_call_hear(call);
+    k = cube_http_link_take(call->client);
+    if (!k) {
+        cube_http_call_connect(call);
+        return;
+    }
+    k->call = call;
+    call->conn = k;
+    call->is_reused = true;
+    cube_http_link_begin(k);
+}
+
+static void cube_http_call_put_fields(struct cube_http_call *call,
+                                      const char *const *fields)
+{
+    bool has_type = false;
+
+    for (; fields && fields[0]; fields += 2) {
+        if (!cube_http_all(fields[0], strlen(fields[0]),
+                           cube_http_is_token) ||
+            !cube_http_all(fields[1], strlen(fields[1]), cube_http_is_text))
+            (void)cube_fail(&call->err, CUBE_EINVAL,
+                            "the field %s holds a control character",
+                            fields[0]);
+        cube_http_put_field(&call->out, fields[0], fields[1]);
+        has_type |= cube_text_is_nocase(fields[0], strlen(fields[0]),
+                                        "Content-Type");
+    }
+    if (call->want.body_len > 0 && !has_type)
+        cube_http_put_field(&call->out, "Content-Type", "application/json");
+}
+
+static void cube_http_call_put_request(struct cube_http_call *call,
+                                       const struct cube_http_request *r)
+{
+    struct cube_http_client *c = call->client;
+    const char *method = call->want.method;
+    bool has_body = r->body_len > 0 || strcmp(method, "POST") == 0 ||
+                    strcmp(method, "PUT") == 0 ||
+                    strcmp(method, "PATCH") == 0;
+
+    if (*call->want.target != '/' ||
+        !cube_http_all(call->want.target, strlen(call->want.target),
+                       cube_http_is_visible))
+        (void)cube_fail(&call->err, CUBE_EINVAL, "that is no target");
+    cube_buf_puts(&call->out, method);
+    cube_buf_addc(&call->out, ' ');
+    cube_buf_puts(&call->out, call->want.target);
+    cube_buf_puts(&call->out, " HTTP/1.1\r\n");
+    cube_http_put_field(&call->out, "Host", c->host);
+    if (c->token)
+        cube_buf_printf(&call->out, "Authorization: Bearer %s\r\n", c->token);
+    cube_http_call_put_fields(call, r->headers);
+    if (has_body)
+        cube_buf_printf(&call->out, "Content-Length: %zu\r\n", r->body_len);
+    cube_buf_puts(&call->out, "\r\n");
+    cube_buf_add(&call->out, r->body, r->body_len);
+}
+
+static bool cube_http_is_repeatable(const char *method)
+{
+    static const char *const methods[] = {"GET", "HEAD", "PUT", "DELETE",
+                                          "OPTIONS", "TRACE"};
+
+    for (size_t i = 0; i < CUBE_COUNT(methods); i++) {
+        if (strcmp(method, methods[i]) == 0)
+            return true;
+    }
+    return false;
+}
+
+CUBE_API struct cube_http_call *
+cube_http_call(struct cube_http_client *c, const struct cube_http_request *r)
+{
+    struct cube_http_call *call = cube_alloc(sizeof *call);
+    struct cube_buf what = {0};
+
+    CUBE_ASSERT(!c->is_closing);
+    call->client = c;
+    call->want = *r;
+    call->want.method = r->method ? r->method : "GET";
+    call->want.target = r->target ? r->target : "/";
+    if (r->max_body == 0)
+        call->want.max_body = CUBE_HTTP_MAX_ANSWER;
+    cube_buf_printf(&what, "%s %s%s%s", call->want.method, c->base,
+                    c->place.is_unix ? " " : "", call->want.target);
+    call->what = cube_buf_take(&what);
+    call->is_to_head = strcmp(call->want.method, "HEAD") == 0;
+    call->is_repeatable = cube_http_is_repeatable(call->want.method);
+    cube_http_call_put_request(call, r);
+    call->want.method = call->want.target = NULL; /* were borrowed */
+    call->want.headers = NULL;
+    call->want.body = NULL;
+    cube_list_add(&c->calls, &call->link);
+    if (r->timeout_ms > 0)
+        cube_timer_set(c->loop, &call->timer, r->timeout_ms,
+                       cube_http_call_on_time, call);
+    cube_defer_set(c->loop, &call->defer, cube_http_call_start, call);
+    return call;
+}
+
+/* The Host field: RFC 9110, section 7.2. */
+static char *cube_http_host_field(const struct cube_http_place *place)
+{
+    struct cube_buf b = {0};
+    bool is_ip6 = strchr(place->host, ':') != NULL;
+
+    if (place->is_unix) {
+        cube_buf_puts(&b, "localhost");
+    } else {
+        cube_buf_printf(&b, is_ip6 ? "[%s]" : "%s", place->host);
+        if (place->port != 80)
+            cube_buf_printf(&b, ":%u", (unsigned)place->port);
+    }
+    return cube_buf_take(&b);
+}
+
+CUBE_API struct cube_http_client *
+cube_http_client_new(struct cube_loop *l, const char *base,
+                     const char *token, struct cube_err *err)
+{
+    struct cube_http_client *c;
+    struct cube_http_place place;
+
+    if (cube_text_starts(base, "https://")) {
+        (void)cube_fail(err, CUBE_EINVAL, "%s: there is no TLS here", base);
+        return NULL;
+    }
+    if (cube_http_place_parse(base, &place, err) < 0)
+        return NULL;
+    if (!place.is_unix && (!*place.host || place.port == 0)) {
+        (void)cube_fail(err, CUBE_EINVAL, "%s names no host and port", base);
+        return NULL;
+    }
+    if (token && !cube_http_all(token, strlen(token), cube_http_is_visible)) {
+        (void)cube_fail(err, CUBE_EINVAL, "a token holds a character that is "
+                                          "not visible ASCII");
+        return NULL;
+    }
+    c = cube_alloc(sizeof *c);
+    c->loop = l;
+    c->world = cube_loop_world(l);
+    c->place = place;
+    c->base = cube_text_dup(base);
+    if (!place.is_unix && base[strlen(base) - 1] == '/')
+        c->base[strlen(base) - 1] = 0;
+    c->host = cube_http_host_field(&place);
+    c->token = cube_text_dup(token);
+    cube_list_init(&c->calls);
+    cube_list_init(&c->idle);
+    return c;
+}
+
+CUBE_API void cube_http_client_free(struct cube_http_client *c)
+{
+    if (!c)
+        return;
+    c->is_closing = true;
+    while (!cube_list_is_empty(&c->calls))
+        cube_http_call_fail(CUBE_OF(c->calls.next, struct cube_http_call,
+                                    link), CUBE_ECANCELED, "given up");
+    while (!cube_list_is_empty(&c->idle))
+        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
+                                     link));
+    cube_free(c->base);
+    cube_free(c->host);
+    cube_free(c->token);
+    cube_free(c);
+}
 
 
 /* ==== Chapter 7. Tasks ==== uses: 1 2 3 4 5 ==== */

@@ -323,6 +323,172 @@ CUBE_API void cube_defer_clear(struct cube_loop *l, struct cube_defer *defer);
 
 /* ==== Chapter 6. HTTP ==== */
 
+/*
+ * HTTP/1.1 (RFC 9110, RFC 9112) over TCP and unix sockets, server and client,
+ * both on a loop and without waiting.
+ *
+ * Where a server listens, or a client connects to, is a text:
+ *
+ *     127.0.0.1:5555   [::1]:5555   localhost:5555   host.example:5555
+ *     :5555 (all addresses)   unix:/run/cube.sock
+ *
+ * and for a client also http://HOST:PORT, tcp://HOST:PORT, unix:///PATH.
+ * Port 0 lets the kernel choose one to listen on.
+ */
+struct cube_http_server;
+struct cube_http_req;
+struct cube_http_client;
+struct cube_http_call;
+struct cube_http_head;
+
+/* Zero is the default of each field. */
+struct cube_http_options {
+    /* With one of these each request needs `Authorization: Bearer` and one of
+     * the two. They are copied, as all texts here. */
+    const char *tokens[2];
+    /* Names beside localhost, IP addresses and the one listened on that a
+     * Host field may hold; ends with NULL. Others get 403, as do requests
+     * with an Origin: no web page may drive this server. */
+    const char *const *host_names;
+    bool is_open_health;    /* GET /healthz needs no token */
+    size_t max_body;        /* of a request, in bytes; 1 MiB */
+    int idle_timeout_ms;    /* between two requests; 2 minutes */
+    int head_timeout_ms;    /* first to last byte of a head; 10 s */
+    int body_timeout_ms;    /* whole body, or a stalled reader; 30 s */
+    int max_connections;    /* 1000; further ones wait to be accepted */
+};
+
+typedef void cube_http_handler(void *arg, struct cube_http_req *req);
+
+/* `{id}` in a path stands for one segment, which is not empty. The first
+ * route that matches wins. A route for GET serves HEAD as well. */
+struct cube_http_route {
+    const char *method, *path;
+    cube_http_handler *fn;
+};
+
+/* Listens. `routes` ends with a NULL method and is borrowed until the server
+ * is closed; `arg` is handed to the handlers. When `where` holds a name other
+ * than localhost, this waits for the name server. CUBE_EBUSY: somebody has
+ * that port, or serves that unix socket. A socket file that nobody serves is
+ * replaced. */
+CUBE_API struct cube_http_server *
+cube_http_listen(struct cube_loop *l, const char *where,
+                 const struct cube_http_route *routes, void *arg,
+                 const struct cube_http_options *options,
+                 struct cube_err *err);
+/* Closes all connections. For each request that is still open its `on_gone`
+ * is called before this returns; those without one stay valid until they are
+ * answered. May be called by a handler. NULL is fine. */
+CUBE_API void cube_http_close(struct cube_http_server *s);
+CUBE_API uint16_t cube_http_port(const struct cube_http_server *s);
+
+/*
+ * A request belongs to its handler until it is answered, which can be now or
+ * at any later time, exactly once: cube_http_reply, cube_http_reply_error, or
+ * cube_http_stream and its end. Texts are borrowed until then.
+ */
+CUBE_API const char *cube_http_method(const struct cube_http_req *req);
+/* Without the query; still percent-encoded. */
+CUBE_API const char *cube_http_path(const struct cube_http_req *req);
+/* What stood for `{name}`, percent-decoded; NULL when the route has none. */
+CUBE_API const char *cube_http_param(const struct cube_http_req *req,
+                                     const char *name);
+/* The first `name=` of the query, decoded; "" for a bare `name`, else NULL. */
+CUBE_API const char *cube_http_query(const struct cube_http_req *req,
+                                     const char *name);
+/* The first field of that name, in any case; NULL when there is none. */
+CUBE_API const char *cube_http_header(const struct cube_http_req *req,
+                                      const char *name);
+/* Never NULL; a NUL follows. */
+CUBE_API const char *cube_http_body(const struct cube_http_req *req,
+                                    size_t *len);
+
+/* Calls once if the peer goes away, or the server is closed, before the
+ * answer is complete. After that call the request is gone. */
+CUBE_API void cube_http_on_gone(struct cube_http_req *req, cube_call_fn *fn,
+                                void *arg);
+/* Adds a field to the answer; before it is begun. */
+CUBE_API void cube_http_reply_header(struct cube_http_req *req,
+                                     const char *name, const char *value);
+/* The whole answer. `type` is its Content-Type or NULL; `body` is copied. */
+CUBE_API void cube_http_reply(struct cube_http_req *req, int status,
+                              const char *type, const void *body,
+                              size_t len);
+/* {"HTTPStatusCode":404,"Message":"..."} */
+CUBE_API void cube_http_reply_error(struct cube_http_req *req, int status,
+                                    const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Begins an answer of unknown length. Then any number of writes, each sent
+ * soon, and one end; an abort cuts the connection instead, so that the reader
+ * can tell. `on_drain` is called each time all that was written has left.
+ * A reader that lets CUBE_HTTP_MAX_BACKLOG bytes pile up is cut off. */
+CUBE_API void cube_http_stream(struct cube_http_req *req, int status,
+                               const char *type);
+CUBE_API void cube_http_stream_write(struct cube_http_req *req,
+                                     const void *data, size_t len);
+CUBE_API size_t cube_http_stream_backlog(const struct cube_http_req *req);
+CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
+                                        cube_call_fn *fn, void *arg);
+CUBE_API void cube_http_stream_end(struct cube_http_req *req);
+CUBE_API void cube_http_stream_abort(struct cube_http_req *req);
+
+/*
+ * A client of one server. It keeps idle connections for the next call, and
+ * finds addresses and connects anew by itself.
+ */
+
+/* `token` (may be NULL) is sent as `Authorization: Bearer`. NULL and
+ * CUBE_EINVAL: `base` makes no sense. Nothing is sent before the first call.
+ */
+CUBE_API struct cube_http_client *
+cube_http_client_new(struct cube_loop *l, const char *base,
+                     const char *token, struct cube_err *err);
+/* Open calls end with CUBE_ECANCELED before this returns; in those `on_done`
+ * do not call anew. May be called by a callback of a call. NULL is fine. */
+CUBE_API void cube_http_client_free(struct cube_http_client *c);
+
+struct cube_http_answer {
+    int status;                        /* 0: none came */
+    const char *body;                  /* collected; a NUL follows */
+    size_t body_len;
+    const struct cube_http_head *head; /* NULL: none came */
+    const struct cube_err *err;        /* NULL: the answer is complete */
+};
+
+/* Everything is copied but `arg`; zero is "none" or the default. */
+struct cube_http_request {
+    const char *method;  /* GET */
+    const char *target;  /* "/tasks?x=1", percent-encoded */
+    const char *const *headers; /* name, value, ..., NULL */
+    const void *body;    /* sent as application/json, unless headers say */
+    size_t body_len;
+    int timeout_ms;      /* for all of it */
+    int idle_timeout_ms; /* longest silence */
+    size_t max_body;     /* to collect; 16 MiB */
+    void (*on_head)(void *arg, const struct cube_http_head *head);
+    /* When set, the body is handed over as it comes and not collected. */
+    void (*on_data)(void *arg, const char *data, size_t len);
+    void (*on_done)(void *arg, const struct cube_http_answer *answer);
+    void *arg;
+};
+
+/* Sends a request. `on_done` runs exactly once, later. Never NULL; the call
+ * is gone when `on_done` has returned. A kept connection that turns out to be
+ * dead is replaced once, when that cannot do a thing twice. */
+CUBE_API struct cube_http_call *
+cube_http_call(struct cube_http_client *c,
+               const struct cube_http_request *request);
+/* Gives it up: no callback of it runs any more. */
+CUBE_API void cube_http_call_cancel(struct cube_http_call *call);
+
+CUBE_API int cube_http_head_status(const struct cube_http_head *head);
+/* The first field of that name; NULL when there is none. */
+CUBE_API const char *cube_http_head_get(const struct cube_http_head *head,
+                                        const char *name);
+/* Appends `text` percent-encoded, so that it fits any part of a target. */
+CUBE_API void cube_http_encode(struct cube_buf *out, const char *text);
 
 
 /* ==== Chapter 7. Tasks ==== */
