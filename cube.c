@@ -821,12 +821,19 @@ static int cube_world_rmdir(void *ctx, const char *path)
     return rmdir(path) < 0 ? -errno : 0;
 }
 
+/* By bytes: alphasort would follow the locale that a program has set. */
+static int cube_world_by_bytes(const struct dirent **a,
+                               const struct dirent **b)
+{
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
+
 static int cube_world_list(void *ctx, const char *dir,
                            void (*each)(void *arg, const char *name),
                            void *arg)
 {
     struct dirent **names;
-    int n = scandir(dir, &names, NULL, alphasort);
+    int n = scandir(dir, &names, NULL, cube_world_by_bytes);
 
     (void)ctx;
     if (n < 0)
