@@ -4488,6 +4488,3909 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
 /* ==== Chapter 4. Store ==== uses: 1 2 ==== */
 
 
+/* ---- Sizes ---- */
+
+#define CUBE_STORE_HEAD 64     /* bytes of the file's and a record's header */
+#define CUBE_STORE_ALIGN 16    /* records start at multiples of this */
+#define CUBE_STORE_PAGE 4096   /* bytes that a page is filled to */
+#define CUBE_STORE_PAGE_MAX 16384 /* bytes that no page ever has */
+#define CUBE_STORE_PAGE_HEAD 4
+#define CUBE_STORE_INLINE 1024 /* larger values never stand in a leaf */
+#define CUBE_STORE_SMALL 64    /* smaller ones always do */
+#define CUBE_STORE_DEPTH 32    /* levels of a tree */
+#define CUBE_STORE_GROUP 65536 /* bytes of pages that one record gathers */
+#define CUBE_STORE_EXTENT_MIN (64u << 10) /* zeros laid out ahead at once */
+#define CUBE_STORE_EXTENT_MAX (1u << 20)
+#define CUBE_STORE_SLACK (4u << 20)        /* garbage that bothers nobody */
+#define CUBE_STORE_SLACK_MEMORY (256u << 10)
+#define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
+#define CUBE_STORE_CACHE_MIN (256u << 10)
+#define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
+#define CUBE_STORE_TAIL_SMALL 65536        /* to replay at opening: fine */
+#define CUBE_STORE_DEBT (1u << 20)         /* background work put off */
+#define CUBE_STORE_LIMIT (6u << 20)        /* garbage that stops commits */
+#define CUBE_STORE_RECORD_MAX (CUBE_STORE_COMMIT_MAX + (64u << 20))
+
+_Static_assert(CUBE_STORE_PAGE * 2 + CUBE_STORE_KEY_MAX + CUBE_STORE_INLINE +
+               64 <= CUBE_STORE_PAGE_MAX, "an overfull page must be legal");
+_Static_assert(CUBE_STORE_PAGE_MAX < 65536, "offsets in a page have 16 bits");
+
+/* ---- Bytes ---- */
+
+static uint32_t cube_store_get16(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8;
+}
+
+static uint32_t cube_store_get32(const uint8_t *p)
+{
+    return cube_store_get16(p) | cube_store_get16(p + 2) << 16;
+}
+
+static uint64_t cube_store_get64(const uint8_t *p)
+{
+    return cube_store_get32(p) | (uint64_t)cube_store_get32(p + 4) << 32;
+}
+
+static void cube_store_put16(uint8_t *p, uint32_t v)
+{
+    p[0] = (uint8_t)v;
+    p[1] = (uint8_t)(v >> 8);
+}
+
+static void cube_store_put32(uint8_t *p, uint32_t v)
+{
+    cube_store_put16(p, v & 0xffff);
+    cube_store_put16(p + 2, v >> 16);
+}
+
+static void cube_store_put64(uint8_t *p, uint64_t v)
+{
+    cube_store_put32(p, (uint32_t)v);
+    cube_store_put32(p + 4, (uint32_t)(v >> 32));
+}
+
+/* Little numbers take one byte: 7 bits a byte, the lowest first, the top bit
+ * set on all but the last (LEB128). 300 = 0x12c is ac 02. */
+static size_t cube_store_put_var(uint8_t *p, uint32_t v)
+{
+    size_t n = 0;
+
+    while (v >= 0x80) {
+        p[n++] = (uint8_t)(v | 0x80);
+        v >>= 7;
+    }
+    p[n++] = (uint8_t)v;
+    return n;
+}
+
+static void cube_store_add_var(struct cube_buf *b, uint32_t v)
+{
+    uint8_t p[5];
+
+    cube_buf_add(b, p, cube_store_put_var(p, v));
+}
+
+/* Reads a number that is known to be whole; moves *p behind it. */
+static uint32_t cube_store_get_var(const uint8_t **p)
+{
+    uint32_t v = **p & 0x7f;
+
+    for (int shift = 7; *(*p)++ & 0x80; shift += 7)
+        v |= (uint32_t)(**p & 0x7f) << shift;
+    return v;
+}
+
+/* The same from bytes that nobody has checked; false if it runs past end or
+ * does not fit. */
+static bool cube_store_read_var(const uint8_t **p, const uint8_t *end,
+                                uint32_t *out)
+{
+    uint64_t v = 0;
+
+    for (int shift = 0; *p < end && shift < 35; shift += 7) {
+        uint8_t byte = *(*p)++;
+
+        v |= (uint64_t)(byte & 0x7f) << shift;
+        if (!(byte & 0x80)) {
+            *out = (uint32_t)v;
+            return v <= UINT32_MAX;
+        }
+    }
+    return false;
+}
+
+static uint64_t cube_store_align(uint64_t at)
+{
+    return (at + CUBE_STORE_ALIGN - 1) & ~(uint64_t)(CUBE_STORE_ALIGN - 1);
+}
+
+/* The order of keys: as memcmp has it, a prefix first. */
+static int cube_store_order(const uint8_t *a, size_t a_len, const uint8_t *b,
+                            size_t b_len)
+{
+    int r = memcmp(a, b, a_len < b_len ? a_len : b_len);
+
+    return r ? r : (a_len > b_len) - (a_len < b_len);
+}
+
+/* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005).
+ * The tables are a store's own, since nothing here outlives its owner. */
+struct cube_store_crc {
+    uint32_t t[8][256];
+};
+
+static void cube_store_crc_init(struct cube_store_crc *crc)
+{
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t v = i;
+
+        for (int bit = 0; bit < 8; bit++)
+            v = v >> 1 ^ (v & 1 ? 0x82f63b78u : 0);
+        crc->t[0][i] = v;
+    }
+    for (int k = 1; k < 8; k++) {
+        for (int i = 0; i < 256; i++) {
+            uint32_t v = crc->t[k - 1][i];
+
+            crc->t[k][i] = v >> 8 ^ crc->t[0][v & 0xff];
+        }
+    }
+}
+
+/* Continues a checksum; start with 0. */
+static uint32_t cube_store_crc(const struct cube_store_crc *crc,
+                               uint32_t seed, const void *data, size_t len)
+{
+    const uint8_t *p = data;
+    uint32_t v = ~seed;
+
+    for (; len >= 8; len -= 8, p += 8) {
+        uint32_t a = cube_store_get32(p) ^ v, b = cube_store_get32(p + 4);
+
+        v = crc->t[7][a & 0xff] ^ crc->t[6][a >> 8 & 0xff] ^
+            crc->t[5][a >> 16 & 0xff] ^ crc->t[4][a >> 24] ^
+            crc->t[3][b & 0xff] ^ crc->t[2][b >> 8 & 0xff] ^
+            crc->t[1][b >> 16 & 0xff] ^ crc->t[0][b >> 24];
+    }
+    while (len-- > 0)
+        v = v >> 8 ^ crc->t[0][(v ^ *p++) & 0xff];
+    return ~v;
+}
+
+/* ---- The file ----
+ *
+ * One file, or its twin in memory: bytes that are read anywhere and written
+ * at the end. An object with a count of holders, since a snapshot keeps the
+ * file of its time after a compaction has put another in its place. */
+struct cube_store_file {
+    int refs;
+    const struct cube_world *world;
+    const struct cube_store_crc *crc;
+    char *path;            /* for words */
+    int fd;                /* -1: in memory */
+    struct cube_buf bytes; /* in memory */
+    uint32_t number;       /* tells files apart in the cache */
+    uint8_t id[16];
+    uint64_t size;     /* bytes from end to here are zeros on disk */
+    uint64_t end;      /* where the next record goes */
+    uint32_t last_crc; /* the checksum of the last record's header */
+    uint64_t base;     /* offset of the newest root that is on disk, or 0 */
+    uint64_t synced;   /* all before this is on disk */
+};
+
+/* Where a page or a value stands, and what it must be. len 0: nowhere. */
+struct cube_store_ref {
+    uint64_t at;
+    uint32_t len, crc;
+};
+
+static void cube_store_file_drop(struct cube_store_file *f)
+{
+    if (!f || --f->refs > 0)
+        return;
+    if (f->fd >= 0)
+        f->world->close(f->world->ctx, f->fd);
+    cube_buf_free(&f->bytes);
+    cube_free(f->path);
+    cube_free(f);
+}
+
+static int cube_store_corrupt(const struct cube_store_file *f, uint64_t at,
+                              const char *what, struct cube_err *err)
+{
+    return cube_fail(err, CUBE_ECORRUPT, "%s: offset %llu: %s", f->path,
+                     (unsigned long long)at, what);
+}
+
+/* How many of these bytes the file has; a negative errno value. */
+static int64_t cube_store_pread(const struct cube_store_file *f, uint64_t at,
+                                void *data, size_t len)
+{
+    uint8_t *p = data;
+    size_t got = 0;
+
+    if (f->fd < 0) {
+        if (at >= f->bytes.len)
+            return 0;
+        if (len > f->bytes.len - at)
+            len = (size_t)(f->bytes.len - at);
+        memcpy(p, f->bytes.data + at, len);
+        return (int64_t)len;
+    }
+    while (got < len) {
+        int64_t n = f->world->pread(f->world->ctx, f->fd, p + got, len - got,
+                                    (int64_t)(at + got));
+
+        if (n == -EINTR)
+            continue;
+        if (n < 0)
+            return n;
+        if (n == 0)
+            break;
+        got += (size_t)n;
+    }
+    return (int64_t)got;
+}
+
+/* Reads all of it, or fails. */
+static int cube_store_read(const struct cube_store_file *f, uint64_t at,
+                           void *data, size_t len, struct cube_err *err)
+{
+    int64_t n = cube_store_pread(f, at, data, len);
+
+    if (n < 0)
+        return cube_fail(err, cube_errno_code(n), "read %s at %llu: %s",
+                         f->path, (unsigned long long)at, cube_errno_text(n));
+    if ((size_t)n < len)
+        return cube_store_corrupt(f, at + (uint64_t)n,
+                                  "the file ends too early", err);
+    return 0;
+}
+
+/* Writes all of it; a negative errno value when it cannot. */
+static int cube_store_write(struct cube_store_file *f, uint64_t at,
+                            const void *data, size_t len)
+{
+    const uint8_t *p = data;
+
+    if (f->fd < 0) {
+        CUBE_ASSERT(at <= f->bytes.len);
+        f->bytes.len = (size_t)at;
+        cube_buf_add(&f->bytes, data, len);
+        return 0;
+    }
+    while (len > 0) {
+        int64_t n = f->world->pwrite(f->world->ctx, f->fd, p, len,
+                                     (int64_t)at);
+
+        if (n == -EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? (int)n : -EIO;
+        p += n;
+        at += (uint64_t)n;
+        len -= (size_t)n;
+    }
+    return 0;
+}
+
+static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
+                                  uint64_t to)
+{
+    static const uint8_t zeros[4096];
+    int r = 0;
+
+    while (from < to && r == 0) {
+        size_t len = sizeof zeros - from % sizeof zeros;
+
+        if (len > to - from)
+            len = (size_t)(to - from);
+        r = cube_store_write(f, from, zeros, len);
+        from += len;
+    }
+    return r;
+}
+
+/* Lays out zeros ahead, so that syncing the next records has no new size and
+ * no new blocks to record: that costs as much again as the data. Where it
+ * cannot, the record itself may still fit. */
+static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
+{
+    uint64_t extent = f->end / 8, to;
+
+    if (f->fd < 0 || f->end + need <= f->size)
+        return;
+    if (extent < CUBE_STORE_EXTENT_MIN)
+        extent = CUBE_STORE_EXTENT_MIN;
+    if (extent > CUBE_STORE_EXTENT_MAX)
+        extent = CUBE_STORE_EXTENT_MAX;
+    if (need >= extent)
+        return;
+    to = (f->end + need + extent) & ~(uint64_t)4095;
+    if (cube_store_write_zeros(f, f->size, to) == 0)
+        f->size = to;
+}
+
+static int cube_store_sync(struct cube_store_file *f, struct cube_err *err)
+{
+    int r = f->fd < 0 ? 0 : f->world->sync(f->world->ctx, f->fd);
+
+    if (r < 0)
+        return cube_fail(err, CUBE_ESYNC, "sync %s: %s", f->path,
+                         cube_errno_text(r));
+    return 0;
+}
+
+/* The file's header, written once.
+ *
+ *     offset size
+ *          0   16  "cube store 1\n" and zeros; the 1 is the format's version
+ *         16   16  the file's ID, random: seeds every record's checksum, so
+ *                  that no record of another file, and no value that a user
+ *                  makes up, passes for a record of this one
+ *         32   28  zeros
+ *         60    4  CRC-32C of the 60 bytes before
+ */
+#define CUBE_STORE_MAGIC "cube store 1\n\0\0"
+
+static void cube_store_file_head(const struct cube_store_file *f,
+                                 uint8_t out[CUBE_STORE_HEAD])
+{
+    memset(out, 0, CUBE_STORE_HEAD);
+    memcpy(out, CUBE_STORE_MAGIC, 16);
+    memcpy(out + 16, f->id, 16);
+    cube_store_put32(out + 60, cube_store_crc(f->crc, 0, out, 60));
+}
+
+static int cube_store_file_read_head(struct cube_store_file *f,
+                                     struct cube_err *err)
+{
+    uint8_t p[CUBE_STORE_HEAD];
+    int64_t n = cube_store_pread(f, 0, p, sizeof p);
+
+    if (n < 0)
+        return cube_fail(err, cube_errno_code(n), "read %s: %s", f->path,
+                         cube_errno_text(n));
+    if (n < CUBE_STORE_HEAD || memcmp(p, CUBE_STORE_MAGIC, 16) != 0)
+        return cube_store_corrupt(f, 0, "this is no cube store of a version "
+                                  "that this program knows", err);
+    if (cube_store_get32(p + 60) != cube_store_crc(f->crc, 0, p, 60))
+        return cube_store_corrupt(f, 0, "the file's header is damaged", err);
+    memcpy(f->id, p + 16, 16);
+    return 0;
+}
+
+/* ---- Records ----
+ *
+ * After its header the file is a chain of records without a gap, each from a
+ * multiple of 16 on. A record's header:
+ *
+ *     offset size
+ *          0    3  "cur"
+ *          3    1  kind: 'B' a batch of changes (one commit), 'P' pages,
+ *                  'R' roots: the end of a checkpoint
+ *          4    4  bytes of the body, which follows the header
+ *          8    8  the record's own offset in the file
+ *         16    8  base: offset of the newest 'R' that was on disk when this
+ *                  was written; opening starts there
+ *         24    8  synced: all before this offset was on disk by then, so
+ *                  damage there is damage and not a torn commit
+ *         32    8  number of the commit that this record is, or that its
+ *                  roots are the state after
+ *         40    4  the checksum of the previous record's header (offset 60
+ *                  there; the file's header for the first)
+ *         44    4  CRC-32C of the body
+ *         48   12  zeros
+ *         60    4  CRC-32C of the file's ID and the 60 bytes before
+ *
+ * The body is padded with zeros to a multiple of 16. */
+struct cube_store_rec {
+    uint8_t kind;
+    uint32_t len;
+    uint64_t at, base, synced, commit;
+    uint32_t prev, body_crc, crc;
+};
+
+static uint32_t cube_store_rec_crc(const struct cube_store_file *f,
+                                   const uint8_t *head)
+{
+    uint32_t seed = cube_store_crc(f->crc, 0, f->id, 16);
+
+    return cube_store_crc(f->crc, seed, head, 60);
+}
+
+static uint64_t cube_store_rec_end(const struct cube_store_rec *r)
+{
+    return cube_store_align(r->at + CUBE_STORE_HEAD + r->len);
+}
+
+static void cube_store_rec_encode(const struct cube_store_file *f,
+                                  struct cube_store_rec *r, uint8_t *p)
+{
+    memset(p, 0, CUBE_STORE_HEAD);
+    memcpy(p, "cur", 3);
+    p[3] = r->kind;
+    cube_store_put32(p + 4, r->len);
+    cube_store_put64(p + 8, r->at);
+    cube_store_put64(p + 16, r->base);
+    cube_store_put64(p + 24, r->synced);
+    cube_store_put64(p + 32, r->commit);
+    cube_store_put32(p + 40, r->prev);
+    cube_store_put32(p + 44, r->body_crc);
+    r->crc = cube_store_rec_crc(f, p);
+    cube_store_put32(p + 60, r->crc);
+}
+
+/* Are these 64 bytes, which stand at this offset, a record's header? */
+static bool cube_store_rec_decode(const struct cube_store_file *f,
+                                  uint64_t at, const uint8_t *p,
+                                  struct cube_store_rec *r)
+{
+    if (memcmp(p, "cur", 3) != 0 || cube_store_get64(p + 8) != at)
+        return false;
+    r->kind = p[3];
+    r->len = cube_store_get32(p + 4);
+    r->at = at;
+    r->base = cube_store_get64(p + 16);
+    r->synced = cube_store_get64(p + 24);
+    r->commit = cube_store_get64(p + 32);
+    r->prev = cube_store_get32(p + 40);
+    r->body_crc = cube_store_get32(p + 44);
+    r->crc = cube_store_get32(p + 60);
+    return r->len <= CUBE_STORE_RECORD_MAX &&
+           r->crc == cube_store_rec_crc(f, p);
+}
+
+/* A record under construction: a buffer that begins with room for the
+ * header. */
+static void cube_store_rec_begin(struct cube_buf *b)
+{
+    cube_buf_clear(b);
+    cube_buf_reserve(b, CUBE_STORE_HEAD);
+    memset(b->data, 0, CUBE_STORE_HEAD);
+    b->len = CUBE_STORE_HEAD;
+}
+
+/* Writes a record at the end of the file, not yet synced. After a failure the
+ * file ends where it did; what was written of it will be written over. */
+static int cube_store_rec_append(struct cube_store_file *f, uint8_t kind,
+                                 struct cube_buf *b, uint64_t commit,
+                                 struct cube_err *err)
+{
+    static const uint8_t zeros[CUBE_STORE_ALIGN];
+    struct cube_store_rec r = {0};
+    size_t body = b->len - CUBE_STORE_HEAD;
+    int n;
+
+    r.kind = kind;
+    r.len = (uint32_t)body;
+    r.at = f->end;
+    r.base = f->base;
+    r.synced = f->synced;
+    r.commit = commit;
+    r.prev = f->last_crc;
+    r.body_crc = cube_store_crc(f->crc, 0, b->data + CUBE_STORE_HEAD, body);
+    cube_store_rec_encode(f, &r, (uint8_t *)b->data);
+    cube_buf_add(b, zeros, (size_t)(cube_store_rec_end(&r) - r.at) - b->len);
+    cube_store_make_room(f, b->len);
+    n = cube_store_write(f, f->end, b->data, b->len);
+    if (n < 0)
+        return cube_fail(err, cube_errno_code(n), "write %s at %llu: %s",
+                         f->path, (unsigned long long)f->end,
+                         cube_errno_text(n));
+    f->end += b->len;
+    if (f->size < f->end)
+        f->size = f->end;
+    f->last_crc = r.crc;
+    return 0;
+}
+
+/* Reads the header of the record at this offset: 1, or 0 if there is none, or
+ * -1. */
+static int cube_store_rec_head(const struct cube_store_file *f, uint64_t at,
+                               struct cube_store_rec *r, struct cube_err *err)
+{
+    uint8_t p[CUBE_STORE_HEAD];
+    int64_t n = cube_store_pread(f, at, p, sizeof p);
+
+    if (n < 0)
+        return cube_fail(err, cube_errno_code(n), "read %s at %llu: %s",
+                         f->path, (unsigned long long)at, cube_errno_text(n));
+    return n == CUBE_STORE_HEAD && cube_store_rec_decode(f, at, p, r);
+}
+
+/* Reads its body into out: 1, or 0 if it is not whole, or -1. */
+static int cube_store_rec_body(const struct cube_store_file *f,
+                               const struct cube_store_rec *r,
+                               struct cube_buf *out, struct cube_err *err)
+{
+    int64_t n;
+
+    cube_buf_clear(out);
+    if (r->at + CUBE_STORE_HEAD + r->len > f->size)
+        return 0;
+    cube_buf_reserve(out, r->len);
+    n = cube_store_pread(f, r->at + CUBE_STORE_HEAD, out->data, r->len);
+    if (n < 0)
+        return cube_fail(err, cube_errno_code(n), "read %s at %llu: %s",
+                         f->path, (unsigned long long)r->at,
+                         cube_errno_text(n));
+    out->len = (size_t)n;
+    return (uint64_t)n == r->len &&
+           cube_store_crc(f->crc, 0, out->data, out->len) == r->body_crc;
+}
+
+/* ---- Pages ----
+ *
+ * A page is as long as what is in it: nothing is padded, and the reference
+ * that leads to it (offset, length, checksum) stands in its parent, so that
+ * one checked root vouches for the whole tree.
+ *
+ *     offset size
+ *          0    1  level: 0 a leaf, else a branch with children of level-1
+ *          1    1  zero
+ *          2    2  n, the number of entries
+ *          4   2n  where each entry starts, in the order of their keys
+ *       4+2n       the entries
+ *
+ *     every entry:   length of the key (1 or 2 bytes, LEB128), the key, then
+ *     in a branch:   offset 8, length 4, checksum 4 of the child; the key is
+ *                    the least one that was in it when it was made
+ *     in a leaf:     twice the value's length (LEB128), then the value; or
+ *                    twice the length plus 1, then offset 8 and checksum 4 of
+ *                    the value, which stands somewhere before in the file
+ *
+ * A leaf that holds "a" = "1" and "bc" = "xyz":
+ *
+ *     00 00 02 00  08 00 0c 00  01 61 02 31  02 62 63 06 78 79 7a
+ *     level 0, n=2 at 8 and 12  1 a  2*1 1   2 b  c  2*3 x  y  z
+ */
+struct cube_store_item {
+    const uint8_t *key, *val; /* val: NULL unless it stands in the page */
+    uint32_t key_len, val_len;
+    struct cube_store_ref ref; /* of the child, or of the value */
+};
+
+static uint32_t cube_store_page_count(const uint8_t *page)
+{
+    return cube_store_get16(page + 2);
+}
+
+static const uint8_t *cube_store_page_key(const uint8_t *page, uint32_t i,
+                                          uint32_t *len)
+{
+    const uint8_t *p = page + cube_store_get16(page + CUBE_STORE_PAGE_HEAD +
+                                               2 * (size_t)i);
+
+    *len = cube_store_get_var(&p);
+    return p;
+}
+
+static void cube_store_page_item(const uint8_t *page, uint32_t i,
+                                 struct cube_store_item *out)
+{
+    const uint8_t *p;
+
+    out->key = cube_store_page_key(page, i, &out->key_len);
+    p = out->key + out->key_len;
+    out->val = NULL;
+    if (page[0] > 0) {
+        out->ref.at = cube_store_get64(p);
+        out->ref.len = cube_store_get32(p + 8);
+        out->ref.crc = cube_store_get32(p + 12);
+        return;
+    }
+    out->val_len = cube_store_get_var(&p);
+    if (out->val_len & 1) {
+        out->ref.at = cube_store_get64(p);
+        out->ref.len = out->val_len >> 1;
+        out->ref.crc = cube_store_get32(p + 8);
+    } else {
+        out->val = p;
+    }
+    out->val_len >>= 1;
+}
+
+/* The first entry whose key is not less than this one. */
+static uint32_t cube_store_page_find(const uint8_t *page, const uint8_t *key,
+                                     size_t key_len, bool *is_equal)
+{
+    uint32_t lo = 0, hi = cube_store_page_count(page);
+
+    *is_equal = false;
+    while (lo < hi) {
+        uint32_t mid = (lo + hi) / 2, len;
+        const uint8_t *k = cube_store_page_key(page, mid, &len);
+        int r = cube_store_order(k, len, key, key_len);
+
+        if (r < 0) {
+            lo = mid + 1;
+        } else {
+            hi = mid;
+            *is_equal = *is_equal || r == 0;
+        }
+    }
+    return lo;
+}
+
+/* The child that a key belongs to: the last one that begins at or before it,
+ * else the first. */
+static uint32_t cube_store_page_child(const uint8_t *page,
+                                      const uint8_t *key, size_t key_len)
+{
+    bool is_equal;
+    uint32_t i = cube_store_page_find(page, key, key_len, &is_equal);
+
+    return is_equal || i == 0 ? i : i - 1;
+}
+
+/* Is this entry whole, within the page? */
+static bool cube_store_page_entry_ok(const uint8_t *page, size_t len,
+                                     uint32_t i)
+{
+    const uint8_t *end = page + len, *p;
+    uint32_t at = cube_store_get16(page + CUBE_STORE_PAGE_HEAD +
+                                   2 * (size_t)i);
+    uint32_t key_len, val_len, rest = 16;
+
+    if (at >= len)
+        return false;
+    p = page + at;
+    if (!cube_store_read_var(&p, end, &key_len) || key_len == 0 ||
+        key_len > CUBE_STORE_KEY_MAX || key_len > (size_t)(end - p))
+        return false;
+    p += key_len;
+    if (page[0] == 0) {
+        if (!cube_store_read_var(&p, end, &val_len) ||
+            val_len >> 1 > CUBE_STORE_VALUE_MAX)
+            return false;
+        rest = val_len & 1 ? 12 : val_len >> 1;
+    }
+    return rest <= (size_t)(end - p);
+}
+
+/* Can the rest of this chapter trust the shape of these bytes? A checksum
+ * tells accidents; a file made up by somebody has right checksums. */
+static bool cube_store_page_ok(const uint8_t *page, size_t len)
+{
+    const uint8_t *last = NULL;
+    uint32_t count, last_len = 0;
+
+    if (len < CUBE_STORE_PAGE_HEAD || page[0] >= CUBE_STORE_DEPTH ||
+        page[1] != 0)
+        return false;
+    count = cube_store_page_count(page);
+    if (count == 0 || CUBE_STORE_PAGE_HEAD + 2 * (size_t)count > len)
+        return false;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint8_t *key;
+        uint32_t key_len;
+
+        if (!cube_store_page_entry_ok(page, len, i))
+            return false;
+        key = cube_store_page_key(page, i, &key_len);
+        if (last && cube_store_order(last, last_len, key, key_len) >= 0)
+            return false;
+        last = key;
+        last_len = key_len;
+    }
+    return true;
+}
+
+/* ---- The cache ----
+ *
+ * Pages and values that were read and found right, by file and offset; a hash
+ * table with chains. When it is over its size a hand goes round the table and
+ * frees what was not used since it last came by (the clock algorithm). What
+ * is pinned stays. */
+struct cube_store_ext {
+    struct cube_store_ext *next;
+    uint64_t at;
+    uint32_t file, len;
+    uint32_t pins;
+    bool is_hot;    /* used since the hand came by */
+    bool is_page;   /* and well formed */
+    bool is_cached; /* else freed with its last pin */
+    uint8_t data[];
+};
+
+struct cube_store_cache {
+    struct cube_store_ext **slots;
+    size_t slot_count, count, hand; /* slot_count: a power of two */
+    size_t bytes, max_bytes;
+};
+
+static size_t cube_store_ext_bytes(const struct cube_store_ext *e)
+{
+    return sizeof *e + e->len + 16; /* and what malloc keeps for itself */
+}
+
+static struct cube_store_ext **cube_store_cache_slot(
+        const struct cube_store_cache *c, uint32_t file, uint64_t at)
+{
+    uint64_t h = (at ^ (uint64_t)file << 48) * 0x9e3779b97f4a7c15u;
+
+    return &c->slots[(h >> 20) & (c->slot_count - 1)];
+}
+
+static void cube_store_cache_grow(struct cube_store_cache *c)
+{
+    struct cube_store_cache old = *c;
+
+    c->slot_count = old.slot_count ? old.slot_count * 2 : 64;
+    c->slots = cube_alloc(c->slot_count * sizeof *c->slots);
+    for (size_t i = 0; i < old.slot_count; i++) {
+        while (old.slots[i]) {
+            struct cube_store_ext *e = old.slots[i];
+            struct cube_store_ext **slot =
+                cube_store_cache_slot(c, e->file, e->at);
+
+            old.slots[i] = e->next;
+            e->next = *slot;
+            *slot = e;
+        }
+    }
+    c->bytes += (c->slot_count - old.slot_count) * sizeof *c->slots;
+    c->hand = 0;
+    cube_free(old.slots);
+}
+
+/* Takes *at out of its chain; freed now or with its last pin. */
+static void cube_store_cache_remove(struct cube_store_cache *c,
+                                    struct cube_store_ext **at)
+{
+    struct cube_store_ext *e = *at;
+
+    *at = e->next;
+    c->bytes -= cube_store_ext_bytes(e);
+    c->count--;
+    e->is_cached = false;
+    if (e->pins == 0)
+        cube_free(e);
+}
+
+/* Frees until the cache is within its size, or all that is left is pinned:
+ * two rounds of the hand find whatever can go. */
+static void cube_store_cache_shrink(struct cube_store_cache *c)
+{
+    for (size_t i = 0; c->bytes > c->max_bytes && c->count > 0 &&
+         i < 2 * c->slot_count; i++) {
+        struct cube_store_ext **at = &c->slots[c->hand];
+
+        c->hand = (c->hand + 1) & (c->slot_count - 1);
+        while (*at) {
+            if (!(*at)->is_hot && (*at)->pins == 0) {
+                cube_store_cache_remove(c, at);
+                continue;
+            }
+            (*at)->is_hot = false;
+            at = &(*at)->next;
+        }
+    }
+}
+
+/* Forgets what is of this file; of all files with number 0. */
+static void cube_store_cache_forget(struct cube_store_cache *c,
+                                    uint32_t file)
+{
+    for (size_t i = 0; i < c->slot_count; i++) {
+        struct cube_store_ext **at = &c->slots[i];
+
+        while (*at) {
+            if (file == 0 || (*at)->file == file)
+                cube_store_cache_remove(c, at);
+            else
+                at = &(*at)->next;
+        }
+    }
+}
+
+static void cube_store_unpin(struct cube_store_ext *e)
+{
+    if (e && --e->pins == 0 && !e->is_cached)
+        cube_free(e);
+}
+
+/* Reads what a reference names, past the cache; the caller unpins it. All of
+ * it must stand before limit, the place of what referred to it, so that no
+ * chain of references can go in a circle. */
+static struct cube_store_ext *cube_store_load(
+        const struct cube_store_file *f, struct cube_store_ref ref,
+        uint64_t limit, struct cube_err *err)
+{
+    struct cube_store_ext *e;
+
+    if (ref.at < CUBE_STORE_HEAD || ref.len > CUBE_STORE_VALUE_MAX ||
+        ref.at > limit || ref.len > limit - ref.at || limit > f->size) {
+        (void)cube_store_corrupt(f, limit, "a reference leads astray", err);
+        return NULL;
+    }
+    e = cube_alloc(sizeof *e + ref.len);
+    e->at = ref.at;
+    e->file = f->number;
+    e->len = ref.len;
+    e->pins = 1;
+    e->is_hot = true;
+    if (cube_store_read(f, ref.at, e->data, ref.len, err) < 0) {
+        cube_free(e);
+        return NULL;
+    }
+    if (cube_store_crc(f->crc, 0, e->data, e->len) != ref.crc) {
+        (void)cube_store_corrupt(f, ref.at, "the checksum does not match",
+                                 err);
+        cube_free(e);
+        return NULL;
+    }
+    return e;
+}
+
+/* The same through the cache. */
+static struct cube_store_ext *cube_store_fetch(
+        struct cube_store_cache *c, const struct cube_store_file *f,
+        struct cube_store_ref ref, uint64_t limit, struct cube_err *err)
+{
+    struct cube_store_ext *e = c->slot_count > 0
+        ? *cube_store_cache_slot(c, f->number, ref.at) : NULL;
+
+    while (e && (e->at != ref.at || e->file != f->number))
+        e = e->next;
+    if (e && e->len == ref.len) {
+        e->pins++;
+        e->is_hot = true;
+        return e;
+    }
+    e = cube_store_load(f, ref, limit, err);
+    if (!e || cube_store_ext_bytes(e) > c->max_bytes / 4)
+        return e;
+    if (c->count >= c->slot_count)
+        cube_store_cache_grow(c);
+    e->next = *cube_store_cache_slot(c, f->number, ref.at);
+    *cube_store_cache_slot(c, f->number, ref.at) = e;
+    e->is_cached = true;
+    c->count++;
+    c->bytes += cube_store_ext_bytes(e);
+    cube_store_cache_shrink(c);
+    return e;
+}
+
+/* A page of this level. Where cache is NULL, past it. */
+static struct cube_store_ext *cube_store_fetch_page(
+        struct cube_store_cache *c, const struct cube_store_file *f,
+        struct cube_store_ref ref, uint64_t limit, int level,
+        struct cube_err *err)
+{
+    struct cube_store_ext *e;
+
+    if (ref.len < CUBE_STORE_PAGE_HEAD || ref.len > CUBE_STORE_PAGE_MAX) {
+        (void)cube_store_corrupt(f, limit, "no page has such a size", err);
+        return NULL;
+    }
+    e = c ? cube_store_fetch(c, f, ref, limit, err)
+          : cube_store_load(f, ref, limit, err);
+    if (!e)
+        return NULL;
+    e->is_page = e->is_page || cube_store_page_ok(e->data, e->len);
+    if (e->is_page && e->data[0] == level)
+        return e;
+    (void)cube_store_corrupt(f, ref.at, "this is no page of its level", err);
+    cube_store_unpin(e);
+    return NULL;
+}
+
+/* ---- The overlay ----
+ *
+ * The changes since the last checkpoint, sorted by tree, key and commit: a
+ * skip list (Pugh 1990), whose nodes never move and live as long as the list.
+ * A key may be there several times, the latest commit first, so that a reader
+ * sees the commit that it pinned by leaving out what is later. */
+#define CUBE_STORE_TOWER 12
+
+struct cube_store_node {
+    uint64_t commit;
+    uint64_t place;       /* of the value in the file, or 0 */
+    const uint8_t *val;
+    uint32_t val_len;
+    uint16_t key_len;
+    uint8_t tree, height;
+    bool is_del;
+    struct cube_store_node *batch; /* the next one of the same commit */
+    struct cube_store_node *next[]; /* height of them, then the key */
+};
+
+struct cube_store_chunk {
+    struct cube_store_chunk *next;
+    size_t used, size;
+    _Alignas(8) uint8_t data[];
+};
+
+struct cube_store_mem {
+    int refs;
+    struct cube_store_chunk *chunks;
+    size_t bytes;          /* of memory */
+    uint64_t random;       /* decides heights; the same at each run */
+    uint64_t last_commit;  /* the latest one in it */
+    uint64_t upto;         /* frozen: where the records after it begin */
+    uint32_t upto_crc;     /* frozen: the checksum they continue from */
+    struct cube_store_node *head[CUBE_STORE_TOWER];
+};
+
+static struct cube_store_mem *cube_store_mem_new(void)
+{
+    struct cube_store_mem *m = cube_alloc(sizeof *m);
+
+    m->refs = 1;
+    m->random = 0x9e3779b97f4a7c15u;
+    m->bytes = sizeof *m;
+    return m;
+}
+
+static void cube_store_mem_drop(struct cube_store_mem *m)
+{
+    if (!m || --m->refs > 0)
+        return;
+    while (m->chunks) {
+        struct cube_store_chunk *c = m->chunks;
+
+        m->chunks = c->next;
+        cube_free(c);
+    }
+    cube_free(m);
+}
+
+/* Memory that lives as long as the overlay. The first chunk is small, for
+ * stores that hardly change. */
+static void *cube_store_mem_alloc(struct cube_store_mem *m, size_t len)
+{
+    struct cube_store_chunk *c = m->chunks;
+    uint8_t *p;
+
+    len = (len + 7) & ~(size_t)7;
+    if (!c || len > c->size - c->used) {
+        size_t size = c ? 32768 : 2048;
+
+        if (size < len)
+            size = len;
+        c = CUBE_MALLOC(sizeof *c + size);
+        if (!c)
+            CUBE_OOM();
+        c->next = m->chunks;
+        c->used = 0;
+        c->size = size;
+        m->chunks = c;
+        m->bytes += sizeof *c + size;
+    }
+    p = c->data + c->used;
+    c->used += len;
+    return p;
+}
+
+static const uint8_t *cube_store_node_key(const struct cube_store_node *n)
+{
+    return (const uint8_t *)(n->next + n->height);
+}
+
+/* Where (tree, key, commit) stands to a node: less than 0, before it. */
+static int cube_store_node_order(unsigned tree, const uint8_t *key,
+                                 size_t key_len, uint64_t commit,
+                                 const struct cube_store_node *n)
+{
+    int r = (tree > n->tree) - (tree < n->tree);
+
+    if (r == 0)
+        r = cube_store_order(key, key_len, cube_store_node_key(n),
+                             n->key_len);
+    return r ? r : (commit < n->commit) - (commit > n->commit);
+}
+
+/* Fills prev with the links that lead past the last node before the place;
+ * returns the node at or after it, or NULL. prev may be NULL. */
+static struct cube_store_node *cube_store_mem_find(
+        struct cube_store_mem *m, unsigned tree, const uint8_t *key,
+        size_t key_len, uint64_t commit, struct cube_store_node ***prev)
+{
+    struct cube_store_node **links = m->head;
+
+    for (int i = CUBE_STORE_TOWER - 1; i >= 0; i--) {
+        while (links[i] && cube_store_node_order(tree, key, key_len, commit,
+                                                 links[i]) > 0)
+            links = links[i]->next;
+        if (prev)
+            prev[i] = &links[i];
+    }
+    return links[0];
+}
+
+static int cube_store_mem_height(struct cube_store_mem *m)
+{
+    int height = 1;
+
+    m->random ^= m->random << 13;
+    m->random ^= m->random >> 7;
+    m->random ^= m->random << 17;
+    for (uint64_t r = m->random >> 8; (r & 3) == 0 &&
+         height < CUBE_STORE_TOWER; r >>= 2)
+        height++;
+    return height;
+}
+
+/* Puts a change in, or over what the same commit said of the key before; the
+ * bytes are copied. *is_new tells which. */
+static struct cube_store_node *cube_store_mem_put(
+        struct cube_store_mem *m, const struct cube_store_node *what,
+        const uint8_t *key, bool *is_new)
+{
+    struct cube_store_node **prev[CUBE_STORE_TOWER];
+    struct cube_store_node *n = cube_store_mem_find(
+        m, what->tree, key, what->key_len, what->commit, prev);
+    uint8_t *val = NULL;
+
+    if (what->val_len > 0) {
+        val = cube_store_mem_alloc(m, what->val_len);
+        memcpy(val, what->val, what->val_len);
+    }
+    *is_new = !n || cube_store_node_order(what->tree, key, what->key_len,
+                                          what->commit, n) != 0;
+    if (*is_new) {
+        int height = cube_store_mem_height(m);
+
+        n = cube_store_mem_alloc(m, sizeof *n + (size_t)height *
+                                 sizeof n->next[0] + what->key_len);
+        *n = *what;
+        n->height = (uint8_t)height;
+        memcpy(n->next + height, key, what->key_len);
+        for (int i = 0; i < height; i++) {
+            n->next[i] = *prev[i];
+            *prev[i] = n;
+        }
+    }
+    n->val = val;
+    n->val_len = what->val_len;
+    n->place = what->place;
+    n->is_del = what->is_del;
+    if (m->last_commit < what->commit)
+        m->last_commit = what->commit;
+    return n;
+}
+
+/* Takes a node out; whoever stands on it can still go on from it. */
+static void cube_store_mem_unlink(struct cube_store_mem *m,
+                                  const struct cube_store_node *n)
+{
+    struct cube_store_node **prev[CUBE_STORE_TOWER];
+
+    if (cube_store_mem_find(m, n->tree, cube_store_node_key(n), n->key_len,
+                            n->commit, prev) != n)
+        return;
+    for (int i = 0; i < n->height; i++)
+        *prev[i] = n->next[i];
+}
+
+/* The first node of the tree, at n or after it, that is the version of its
+ * key which this commit sees; NULL if none. */
+static struct cube_store_node *cube_store_mem_visible(
+        struct cube_store_node *n, unsigned tree, uint64_t commit)
+{
+    while (n && n->tree == tree && n->commit > commit)
+        n = n->next[0];
+    return n && n->tree == tree ? n : NULL;
+}
+
+/* The same for the keys after the one that n has. */
+static struct cube_store_node *cube_store_mem_next(
+        const struct cube_store_node *n, uint64_t commit)
+{
+    struct cube_store_node *m = n->next[0];
+
+    while (m && m->tree == n->tree && m->key_len == n->key_len &&
+           memcmp(cube_store_node_key(m), cube_store_node_key(n),
+                  n->key_len) == 0)
+        m = m->next[0];
+    return cube_store_mem_visible(m, n->tree, commit);
+}
+
+/* The same for the last key before this one; key NULL: the last of all. A
+ * list without links backwards searches once per step. */
+static struct cube_store_node *cube_store_mem_prev(
+        struct cube_store_mem *m, unsigned tree, const uint8_t *key,
+        size_t key_len, uint64_t commit)
+{
+    for (;;) {
+        struct cube_store_node **prev[CUBE_STORE_TOWER], *n;
+        static const uint8_t none[1];
+
+        (void)cube_store_mem_find(m, key ? tree : tree + 1,
+                                  key ? key : none, key_len, UINT64_MAX,
+                                  prev);
+        if (prev[0] == &m->head[0])
+            return NULL;
+        n = CUBE_OF(prev[0], struct cube_store_node, next);
+        if (n->tree != tree)
+            return NULL;
+        key = cube_store_node_key(n);
+        key_len = n->key_len;
+        n = cube_store_mem_find(m, tree, key, key_len, commit, NULL);
+        if (n && n->tree == tree && n->key_len == key_len &&
+            memcmp(cube_store_node_key(n), key, key_len) == 0)
+            return n;
+    }
+}
+
+/* ---- Roots ----
+ *
+ * What a checkpoint leaves: for each tree its root page, and where the
+ * records begin that came after it. The body of an 'R' record:
+ *
+ *     offset size
+ *          0    8  offset of the first record to replay over these trees
+ *          8    4  the checksum that this record continues from
+ *         12    4  number of trees; then for each of them, by its number:
+ *
+ *          0   32  name, padded with zeros
+ *         32    8  offset of its root page    \
+ *         40    4  length of that page         | all zero: an empty tree
+ *         44    4  CRC-32C of that page       /
+ *         48    4  levels
+ *         52    4  zeros
+ *         56    8  number of keys
+ *         64    8  bytes of keys and values
+ */
+#define CUBE_STORE_ROOT_HEAD 16
+#define CUBE_STORE_ROOT_TREE 72
+
+struct cube_store_tree {
+    char name[CUBE_STORE_NAME_MAX + 1];
+    struct cube_store_ref root;
+    int levels;
+    uint64_t count, bytes;
+};
+
+struct cube_store_roots {
+    int refs;
+    struct cube_store_file *file;
+    uint64_t at;      /* of the record; the pages stand before it */
+    uint64_t commit;  /* the trees are the state after this one */
+    uint64_t replay;  /* the records from here on come on top */
+    uint32_t replay_crc;
+    int count;
+    struct cube_store_tree trees[CUBE_STORE_TREES_MAX];
+};
+
+static struct cube_store_roots *cube_store_roots_new(
+        struct cube_store_file *file)
+{
+    struct cube_store_roots *r = cube_alloc(sizeof *r);
+
+    r->refs = 1;
+    r->file = file;
+    file->refs++;
+    return r;
+}
+
+static void cube_store_roots_drop(struct cube_store_roots *r)
+{
+    if (!r || --r->refs > 0)
+        return;
+    cube_store_file_drop(r->file);
+    cube_free(r);
+}
+
+static void cube_store_roots_encode(const struct cube_store_roots *r,
+                                    struct cube_buf *b)
+{
+    cube_store_rec_begin(b);
+    cube_buf_reserve(b, CUBE_STORE_ROOT_HEAD +
+                     (size_t)r->count * CUBE_STORE_ROOT_TREE);
+    for (int i = -1; i < r->count; i++) {
+        uint8_t p[CUBE_STORE_ROOT_TREE] = {0};
+
+        if (i < 0) {
+            cube_store_put64(p, r->replay);
+            cube_store_put32(p + 8, r->replay_crc);
+            cube_store_put32(p + 12, (uint32_t)r->count);
+            cube_buf_add(b, p, CUBE_STORE_ROOT_HEAD);
+            continue;
+        }
+        memcpy(p, r->trees[i].name, CUBE_STORE_NAME_MAX);
+        cube_store_put64(p + 32, r->trees[i].root.at);
+        cube_store_put32(p + 40, r->trees[i].root.len);
+        cube_store_put32(p + 44, r->trees[i].root.crc);
+        cube_store_put32(p + 48, (uint32_t)r->trees[i].levels);
+        cube_store_put64(p + 56, r->trees[i].count);
+        cube_store_put64(p + 64, r->trees[i].bytes);
+        cube_buf_add(b, p, sizeof p);
+    }
+}
+
+static bool cube_store_roots_decode(struct cube_store_roots *r,
+                                    const struct cube_buf *b)
+{
+    const uint8_t *p = (const uint8_t *)b->data;
+
+    if (b->len < CUBE_STORE_ROOT_HEAD ||
+        cube_store_get32(p + 12) > CUBE_STORE_TREES_MAX)
+        return false;
+    r->replay = cube_store_get64(p);
+    r->replay_crc = cube_store_get32(p + 8);
+    r->count = (int)cube_store_get32(p + 12);
+    if (b->len != CUBE_STORE_ROOT_HEAD +
+                  (size_t)r->count * CUBE_STORE_ROOT_TREE)
+        return false;
+    p += CUBE_STORE_ROOT_HEAD;
+    for (int i = 0; i < r->count; i++, p += CUBE_STORE_ROOT_TREE) {
+        struct cube_store_tree *t = &r->trees[i];
+
+        memcpy(t->name, p, CUBE_STORE_NAME_MAX);
+        t->root.at = cube_store_get64(p + 32);
+        t->root.len = cube_store_get32(p + 40);
+        t->root.crc = cube_store_get32(p + 44);
+        t->levels = (int)cube_store_get32(p + 48);
+        t->count = cube_store_get64(p + 56);
+        t->bytes = cube_store_get64(p + 64);
+        if (t->levels < 0 || t->levels > CUBE_STORE_DEPTH ||
+            (t->levels == 0) != (t->root.len == 0))
+            return false;
+    }
+    return true;
+}
+
+/* Bytes of keys and values in all trees, and their number. */
+static uint64_t cube_store_roots_sum(const struct cube_store_roots *r,
+                                     uint64_t *count)
+{
+    uint64_t bytes = 0;
+
+    *count = 0;
+    for (int i = 0; i < r->count; i++) {
+        bytes += r->trees[i].bytes;
+        *count += r->trees[i].count;
+    }
+    return bytes;
+}
+
+/* ---- Walking a tree ----
+ *
+ * The way from the root to an entry of a leaf, every page on it pinned. No
+ * leaf knows its neighbour, since a copied leaf would have to tell it: next
+ * goes up until there is something to the right, and down again. */
+struct cube_store_step {
+    struct cube_store_ext *page;
+    uint32_t i; /* the entry of the page that the way goes through */
+};
+
+struct cube_store_path {
+    struct cube_store_cache *cache; /* NULL: past the cache */
+    struct cube_store_roots *roots; /* borrowed */
+    struct cube_store_step steps[CUBE_STORE_DEPTH];
+    int depth; /* 0: it stands nowhere */
+};
+
+enum cube_store_aim { CUBE_STORE_FIRST, CUBE_STORE_LAST, CUBE_STORE_SEEK };
+
+static void cube_store_path_clear(struct cube_store_path *p)
+{
+    while (p->depth > 0)
+        cube_store_unpin(p->steps[--p->depth].page);
+}
+
+/* Puts a page below the way so far. */
+static int cube_store_path_push(struct cube_store_path *p,
+                                struct cube_store_ref ref, int level,
+                                struct cube_err *err)
+{
+    uint64_t limit = p->depth > 0 ? p->steps[p->depth - 1].page->at
+                                  : p->roots->at;
+    struct cube_store_ext *page = cube_store_fetch_page(
+        p->cache, p->roots->file, ref, limit, level, err);
+
+    if (!page)
+        return -1;
+    p->steps[p->depth].page = page;
+    p->steps[p->depth++].i = 0;
+    return 0;
+}
+
+/* From the page that was pushed last down to a leaf: to its first or last
+ * entry, or to where the key is or would be, which may be behind the last. */
+static int cube_store_path_down(struct cube_store_path *p,
+                                enum cube_store_aim aim, const uint8_t *key,
+                                size_t key_len, struct cube_err *err)
+{
+    for (;;) {
+        struct cube_store_step *s = &p->steps[p->depth - 1];
+        const uint8_t *page = s->page->data;
+        struct cube_store_item item;
+        bool is_equal;
+
+        if (aim == CUBE_STORE_FIRST)
+            s->i = 0;
+        else if (aim == CUBE_STORE_LAST)
+            s->i = cube_store_page_count(page) - 1;
+        else if (page[0] > 0)
+            s->i = cube_store_page_child(page, key, key_len);
+        else
+            s->i = cube_store_page_find(page, key, key_len, &is_equal);
+        if (page[0] == 0)
+            return 0;
+        cube_store_page_item(page, s->i, &item);
+        if (cube_store_path_push(p, item.ref, page[0] - 1, err) < 0)
+            return -1;
+    }
+}
+
+/* From the root down; 1, or 0 for an empty tree. */
+static int cube_store_path_start(struct cube_store_path *p, int tree,
+                                 enum cube_store_aim aim, const uint8_t *key,
+                                 size_t key_len, struct cube_err *err)
+{
+    const struct cube_store_tree *t = &p->roots->trees[tree];
+
+    cube_store_path_clear(p);
+    if (tree >= p->roots->count || t->levels == 0)
+        return 0;
+    if (cube_store_path_push(p, t->root, t->levels - 1, err) < 0 ||
+        cube_store_path_down(p, aim, key, key_len, err) < 0)
+        return -1;
+    return 1;
+}
+
+/* One entry on (by is +1) or back (-1): 1, or 0 and the way is cleared. */
+static int cube_store_path_move(struct cube_store_path *p, int by,
+                                struct cube_err *err)
+{
+    while (p->depth > 0) {
+        struct cube_store_step *s = &p->steps[p->depth - 1];
+        const uint8_t *page = s->page->data;
+        struct cube_store_item item;
+
+        if (by > 0 ? s->i + 1 >= cube_store_page_count(page) : s->i == 0) {
+            cube_store_unpin(s->page);
+            p->depth--;
+            continue;
+        }
+        s->i += (uint32_t)by;
+        if (page[0] == 0)
+            return 1;
+        cube_store_page_item(page, s->i, &item);
+        if (cube_store_path_push(p, item.ref, page[0] - 1, err) < 0 ||
+            cube_store_path_down(p, by > 0 ? CUBE_STORE_FIRST
+                                           : CUBE_STORE_LAST, NULL, 0,
+                                 err) < 0)
+            return -1;
+        return 1;
+    }
+    return 0;
+}
+
+/* To the first entry at or after the key (by +1), or the last one before it
+ * (by -1). */
+static int cube_store_path_seek(struct cube_store_path *p, int tree,
+                                const uint8_t *key, size_t key_len, int by,
+                                struct cube_err *err)
+{
+    int r = cube_store_path_start(p, tree, CUBE_STORE_SEEK, key, key_len,
+                                  err);
+    struct cube_store_step *s = &p->steps[p->depth > 0 ? p->depth - 1 : 0];
+
+    if (r <= 0)
+        return r;
+    if (by > 0 && s->i < cube_store_page_count(s->page->data))
+        return 1;
+    if (by > 0)
+        s->i--;
+    return cube_store_path_move(p, by, err);
+}
+
+static void cube_store_path_item(const struct cube_store_path *p,
+                                 struct cube_store_item *out)
+{
+    const struct cube_store_step *s = &p->steps[p->depth - 1];
+
+    cube_store_page_item(s->page->data, s->i, out);
+}
+
+/* The offset of the leaf, before which its values stand. */
+static uint64_t cube_store_path_at(const struct cube_store_path *p)
+{
+    return p->steps[p->depth - 1].page->at;
+}
+
+/* ---- Views ----
+ *
+ * What a reader reads: trees, the overlays on top of them, and the last
+ * commit that it sees. */
+struct cube_store_view {
+    struct cube_store_roots *roots;
+    struct cube_store_mem *mem[2]; /* the newer one first; the other or NULL */
+    uint64_t commit;
+};
+
+static struct cube_store_view cube_store_view_hold(
+        const struct cube_store_view *v)
+{
+    v->roots->refs++;
+    v->mem[0]->refs++;
+    if (v->mem[1])
+        v->mem[1]->refs++;
+    return *v;
+}
+
+static void cube_store_view_drop(struct cube_store_view *v)
+{
+    cube_store_roots_drop(v->roots);
+    cube_store_mem_drop(v->mem[0]);
+    cube_store_mem_drop(v->mem[1]);
+    memset(v, 0, sizeof *v);
+}
+
+/* The node that decides about the key, if an overlay does. */
+static const struct cube_store_node *cube_store_view_node(
+        const struct cube_store_view *v, int tree, const uint8_t *key,
+        size_t key_len)
+{
+    for (int i = 0; i < 2; i++) {
+        const struct cube_store_node *n;
+
+        if (!v->mem[i] || !v->mem[i]->head[0])
+            continue;
+        n = cube_store_mem_find(v->mem[i], (unsigned)tree, key, key_len,
+                                v->commit, NULL);
+        if (n && n->tree == tree && n->key_len == key_len &&
+            memcmp(cube_store_node_key(n), key, key_len) == 0)
+            return n;
+    }
+    return NULL;
+}
+
+/* The entry of a tree, copied to out: 1, 0, -1. */
+static int cube_store_view_lookup(const struct cube_store_view *v,
+                                  struct cube_store_cache *cache, int tree,
+                                  const uint8_t *key, size_t key_len,
+                                  struct cube_buf *out, struct cube_err *err)
+{
+    struct cube_store_path path;
+    struct cube_store_step *s;
+    struct cube_store_item item;
+    struct cube_store_ext *e;
+    int r;
+
+    path.cache = cache;
+    path.roots = v->roots;
+    path.depth = 0;
+    r = cube_store_path_start(&path, tree, CUBE_STORE_SEEK, key, key_len,
+                              err);
+    if (r <= 0)
+        goto out;
+    s = &path.steps[path.depth - 1];
+    r = 0;
+    if (s->i >= cube_store_page_count(s->page->data))
+        goto out;
+    cube_store_path_item(&path, &item);
+    if (item.key_len != key_len || memcmp(item.key, key, key_len) != 0)
+        goto out;
+    r = 1;
+    if (item.val) {
+        cube_buf_add(out, item.val, item.val_len);
+        goto out;
+    }
+    e = cube_store_fetch(cache, v->roots->file, item.ref,
+                         cube_store_path_at(&path), err);
+    if (e)
+        cube_buf_add(out, e->data, e->len);
+    r = e ? 1 : -1;
+    cube_store_unpin(e);
+out:
+    cube_store_path_clear(&path);
+    return r;
+}
+
+static int cube_store_view_get(const struct cube_store_view *v,
+                               struct cube_store_cache *cache, int tree,
+                               const uint8_t *key, size_t key_len,
+                               struct cube_buf *out, struct cube_err *err)
+{
+    const struct cube_store_node *n =
+        cube_store_view_node(v, tree, key, key_len);
+
+    cube_buf_clear(out);
+    if (n && n->is_del)
+        return 0;
+    if (n) {
+        cube_buf_add(out, n->val, n->val_len);
+        return 1;
+    }
+    return cube_store_view_lookup(v, cache, tree, key, key_len, out, err);
+}
+
+/* ---- Writing trees ----
+ *
+ * One walk does both a checkpoint and a compaction: it goes through the old
+ * tree from left to right, together with the sorted changes, and fills new
+ * pages from left to right, a pack of entries for each level. What no change
+ * falls into is taken over by its reference, whole subtrees at once; a
+ * compaction takes nothing over and so packs all of it.
+ *
+ *     old:        [a e k]            changes: f=1, g deleted
+ *               /    |    \
+ *         [a b c] [e g h] [k l]
+ *
+ *     [a b c] is taken over; [e g h] is merged to e f h; then, since no
+ *     change is left, the pack is flushed as a page, [k l] taken over, and
+ *     in the end the pack of level 1 becomes the new root:
+ *
+ *     new:        [a e k]'
+ *               /    |    \
+ *         [a b c] [e f h]' [k l]
+ *
+ * A pack gives a full page away when it holds two; at a flush, what is more
+ * than one page is cut into halves. So keys that come in order fill pages,
+ * and no page is made of one left-over entry. A page never takes anything
+ * from a neighbour that is not being rewritten, but one that would be small
+ * pulls its right neighbour in. */
+struct cube_store_pack {
+    struct cube_buf data; /* entries, one after another */
+    uint32_t count;
+    uint16_t at[4096];
+};
+
+struct cube_store_walk {
+    struct cube_store_cache *cache;
+    struct cube_store_roots *from, *to; /* held; to->file is written */
+    struct cube_store_mem *ops;         /* held, or NULL */
+    bool is_copy;                       /* take nothing over */
+    bool is_in_tree;
+    int tree;
+    const struct cube_store_node *op; /* the next change */
+    struct cube_store_path path;
+    struct cube_store_pack *packs[CUBE_STORE_DEPTH];
+    struct cube_buf group; /* the 'P' record that is being filled */
+    uint64_t done_bytes;   /* written by the last step */
+};
+
+/* Enough entries for any pack: it is emptied beyond two pages, and an entry
+ * takes at least 3 bytes and its offset 2. */
+_Static_assert((2 * CUBE_STORE_PAGE + CUBE_STORE_PAGE) / 5 < 4096,
+               "a pack has places for all of its entries");
+
+static struct cube_store_walk *cube_store_walk_new(
+        struct cube_store_cache *cache, struct cube_store_roots *from,
+        struct cube_store_file *out, struct cube_store_mem *ops,
+        bool is_copy)
+{
+    struct cube_store_walk *w = cube_alloc(sizeof *w);
+
+    w->cache = cache;
+    w->from = from;
+    from->refs++;
+    w->to = cube_store_roots_new(out);
+    w->ops = ops;
+    if (ops)
+        ops->refs++;
+    w->is_copy = is_copy;
+    w->path.cache = is_copy ? NULL : cache;
+    w->path.roots = from;
+    cube_store_rec_begin(&w->group);
+    return w;
+}
+
+static void cube_store_walk_free(struct cube_store_walk *w)
+{
+    if (!w)
+        return;
+    cube_store_path_clear(&w->path);
+    for (int i = 0; i < CUBE_STORE_DEPTH; i++) {
+        if (w->packs[i])
+            cube_buf_free(&w->packs[i]->data);
+        cube_free(w->packs[i]);
+    }
+    cube_buf_free(&w->group);
+    cube_store_roots_drop(w->from);
+    cube_store_roots_drop(w->to);
+    cube_store_mem_drop(w->ops);
+    cube_free(w);
+}
+
+static struct cube_store_pack *cube_store_walk_pack(
+        struct cube_store_walk *w, int level)
+{
+    CUBE_ASSERT(level < CUBE_STORE_DEPTH);
+    if (!w->packs[level])
+        w->packs[level] = cube_alloc(sizeof *w->packs[level]);
+    return w->packs[level];
+}
+
+/* Bytes of a page with the entries from .. to-1 of a pack. */
+static size_t cube_store_pack_bytes(const struct cube_store_pack *p,
+                                    uint32_t from, uint32_t to)
+{
+    size_t end = to < p->count ? p->at[to] : p->data.len;
+    size_t start = from < p->count ? p->at[from] : p->data.len;
+
+    return CUBE_STORE_PAGE_HEAD + 2 * (size_t)(to - from) + end - start;
+}
+
+/* Where the next byte that is put into the group will stand in the file. */
+static uint64_t cube_store_walk_at(const struct cube_store_walk *w)
+{
+    return w->to->file->end + w->group.len;
+}
+
+/* Writes the first n entries of a pack as a page; leaves in entry what its
+ * parent says of it. Returns the length of that. */
+static size_t cube_store_walk_emit(struct cube_store_walk *w, int level,
+                                   uint32_t n,
+                                   uint8_t entry[CUBE_STORE_KEY_MAX + 32])
+{
+    struct cube_store_pack *p = cube_store_walk_pack(w, level);
+    size_t table = CUBE_STORE_PAGE_HEAD + 2 * (size_t)n;
+    size_t len = cube_store_pack_bytes(p, 0, n), start = w->group.len;
+    const uint8_t *first = (const uint8_t *)p->data.data, *key = first;
+    uint8_t word[4] = {(uint8_t)level, 0, 0, 0};
+    uint64_t at = cube_store_walk_at(w);
+    uint32_t key_len = cube_store_get_var(&key);
+    size_t head = (size_t)(key - first) + key_len;
+
+    cube_store_put16(word + 2, n);
+    cube_buf_add(&w->group, word, 4);
+    for (uint32_t i = 0; i < n; i++) {
+        cube_store_put16(word, (uint32_t)table + p->at[i]);
+        cube_buf_add(&w->group, word, 2);
+    }
+    cube_buf_add(&w->group, p->data.data, len - table);
+    memcpy(entry, first, head);
+    cube_store_put64(entry + head, at);
+    cube_store_put32(entry + head + 8, (uint32_t)len);
+    cube_store_put32(entry + head + 12,
+                     cube_store_crc(w->to->file->crc, 0,
+                                    w->group.data + start, len));
+    cube_buf_drop(&p->data, len - table);
+    p->count -= n;
+    for (uint32_t i = 0; i < p->count; i++)
+        p->at[i] = (uint16_t)(p->at[i + n] - (len - table));
+    return head + 16;
+}
+
+/* Adds an entry to the pack of a level. A pack that holds two pages gives one
+ * away, whose entry then goes to the level above. */
+static void cube_store_walk_add(struct cube_store_walk *w, int level,
+                                const uint8_t *entry, size_t len)
+{
+    uint8_t above[CUBE_STORE_KEY_MAX + 32];
+
+    for (;; level++) {
+        struct cube_store_pack *p = cube_store_walk_pack(w, level);
+        uint32_t n = 1;
+
+        p->at[p->count++] = (uint16_t)p->data.len;
+        cube_buf_add(&p->data, entry, len);
+        if (cube_store_pack_bytes(p, 0, p->count) <= 2 * CUBE_STORE_PAGE)
+            return;
+        while (cube_store_pack_bytes(p, 0, n + 1) <= CUBE_STORE_PAGE)
+            n++;
+        len = cube_store_walk_emit(w, level, n, above);
+        entry = above;
+    }
+}
+
+/* Empties a pack into one page, or two halves. */
+static void cube_store_walk_flush(struct cube_store_walk *w, int level)
+{
+    struct cube_store_pack *p = cube_store_walk_pack(w, level);
+    uint8_t above[CUBE_STORE_KEY_MAX + 32];
+
+    while (p->count > 0) {
+        size_t all = cube_store_pack_bytes(p, 0, p->count), len;
+        uint32_t n = 1;
+
+        if (all <= CUBE_STORE_PAGE)
+            n = p->count;
+        while (n < p->count && cube_store_pack_bytes(p, 0, n) < all / 2)
+            n++;
+        len = cube_store_walk_emit(w, level, n, above);
+        cube_store_walk_add(w, level + 1, above, len);
+    }
+}
+
+/* Adds a key with its value to the leaves. The value stays where it is (at
+ * place, if it stands in this file), or goes into the leaf, or before it. */
+static void cube_store_walk_put(struct cube_store_walk *w,
+                                const uint8_t *key, uint32_t key_len,
+                                const uint8_t *val, uint32_t val_len,
+                                uint64_t place)
+{
+    uint8_t e[CUBE_STORE_KEY_MAX + CUBE_STORE_INLINE + 32];
+    size_t n = cube_store_put_var(e, key_len);
+
+    memcpy(e + n, key, key_len);
+    n += key_len;
+    if (val_len <= (place > 0 ? CUBE_STORE_SMALL : CUBE_STORE_INLINE)) {
+        n += cube_store_put_var(e + n, val_len << 1);
+        if (val_len > 0)
+            memcpy(e + n, val, val_len);
+        cube_store_walk_add(w, 0, e, n + val_len);
+        return;
+    }
+    if (place == 0) {
+        place = cube_store_walk_at(w);
+        cube_buf_add(&w->group, val, val_len);
+    }
+    n += cube_store_put_var(e + n, val_len << 1 | 1);
+    cube_store_put64(e + n, place);
+    cube_store_put32(e + n + 8,
+                     cube_store_crc(w->to->file->crc, 0, val, val_len));
+    cube_store_walk_add(w, 0, e, n + 12);
+}
+
+/* Takes an entry of an old leaf over. In the same file its value stays where
+ * it is: the bytes of a page that no tree has any more are still there. */
+static int cube_store_walk_keep(struct cube_store_walk *w,
+                                const struct cube_store_ext *page,
+                                const struct cube_store_item *i,
+                                struct cube_err *err)
+{
+    bool is_same = w->from->file == w->to->file;
+    struct cube_store_ext *e;
+    uint8_t entry[CUBE_STORE_KEY_MAX + 32];
+    size_t n;
+
+    if (i->val) {
+        cube_store_walk_put(w, i->key, i->key_len, i->val, i->val_len,
+                            is_same && !w->is_copy
+                            ? page->at + (uint64_t)(i->val - page->data)
+                            : 0);
+        return 0;
+    }
+    if (is_same && !w->is_copy) {
+        n = cube_store_put_var(entry, i->key_len);
+        memcpy(entry + n, i->key, i->key_len);
+        n += i->key_len;
+        n += cube_store_put_var(entry + n, i->val_len << 1 | 1);
+        cube_store_put64(entry + n, i->ref.at);
+        cube_store_put32(entry + n + 8, i->ref.crc);
+        cube_store_walk_add(w, 0, entry, n + 12);
+        return 0;
+    }
+    e = cube_store_load(w->from->file, i->ref, page->at, err);
+    if (!e)
+        return -1;
+    cube_store_walk_put(w, i->key, i->key_len, e->data, e->len, 0);
+    cube_store_unpin(e);
+    return 0;
+}
+
+/* Applies the next change; old is the entry that it replaces, or NULL. */
+static void cube_store_walk_change(struct cube_store_walk *w,
+                                   const struct cube_store_item *old)
+{
+    struct cube_store_tree *t = &w->to->trees[w->tree];
+    const struct cube_store_node *n = w->op;
+
+    if (old) {
+        t->count--;
+        t->bytes -= old->key_len + old->val_len;
+    }
+    if (!n->is_del) {
+        t->count++;
+        t->bytes += (uint64_t)n->key_len + n->val_len;
+        cube_store_walk_put(w, cube_store_node_key(n), n->key_len, n->val,
+                            n->val_len, n->place);
+    }
+    w->op = cube_store_mem_next(n, UINT64_MAX);
+}
+
+/* Where what is below step d ends: the key of the next entry there or
+ * further up. NULL: it has no end. */
+static const uint8_t *cube_store_walk_bound(const struct cube_store_walk *w,
+                                            int d, uint32_t *len)
+{
+    for (; d >= 0; d--) {
+        const struct cube_store_step *s = &w->path.steps[d];
+
+        if (s->i + 1 < cube_store_page_count(s->page->data))
+            return cube_store_page_key(s->page->data, s->i + 1, len);
+    }
+    return NULL;
+}
+
+/* Does the next change fall before this bound? */
+static bool cube_store_walk_is_due(const struct cube_store_walk *w,
+                                   const uint8_t *bound, uint32_t len)
+{
+    return w->op && (!bound ||
+                     cube_store_order(cube_store_node_key(w->op),
+                                      w->op->key_len, bound, len) < 0);
+}
+
+/* Goes back to the parent, to its next child. */
+static void cube_store_walk_up(struct cube_store_walk *w)
+{
+    cube_store_unpin(w->path.steps[--w->path.depth].page);
+    if (w->path.depth > 0)
+        w->path.steps[w->path.depth - 1].i++;
+}
+
+/* Merges some entries of the leaf with the changes that fall into it. */
+static int cube_store_walk_leaf(struct cube_store_walk *w,
+                                struct cube_err *err)
+{
+    struct cube_store_step *s = &w->path.steps[w->path.depth - 1];
+    uint32_t n = cube_store_page_count(s->page->data), len = 0;
+    const uint8_t *bound = cube_store_walk_bound(w, w->path.depth - 2, &len);
+
+    for (int i = 0; i < 128 && w->group.len < CUBE_STORE_GROUP; i++) {
+        bool is_due = cube_store_walk_is_due(w, bound, len);
+        struct cube_store_item item;
+        int r = -1;
+
+        if (s->i >= n && !is_due) {
+            cube_store_walk_up(w);
+            return 0;
+        }
+        if (s->i < n) {
+            cube_store_page_item(s->page->data, s->i, &item);
+            r = is_due ? cube_store_order(cube_store_node_key(w->op),
+                                          w->op->key_len, item.key,
+                                          item.key_len) : 1;
+        }
+        if (r > 0 && cube_store_walk_keep(w, s->page, &item, err) < 0)
+            return -1;
+        if (r <= 0)
+            cube_store_walk_change(w, r == 0 ? &item : NULL);
+        if (r >= 0)
+            s->i++;
+    }
+    return 0;
+}
+
+/* Takes children over until one has to be gone into, or none is left. */
+static int cube_store_walk_branch(struct cube_store_walk *w,
+                                  struct cube_err *err)
+{
+    struct cube_store_step *s = &w->path.steps[w->path.depth - 1];
+    const uint8_t *page = s->page->data;
+    int level = page[0];
+    struct cube_store_pack *below = cube_store_walk_pack(w, level - 1);
+
+    for (; s->i < cube_store_page_count(page); s->i++) {
+        uint8_t entry[CUBE_STORE_KEY_MAX + 32];
+        struct cube_store_item item;
+        uint32_t len = 0;
+        const uint8_t *bound = cube_store_walk_bound(w, w->path.depth - 1,
+                                                     &len);
+        size_t n;
+
+        cube_store_page_item(page, s->i, &item);
+        if (w->is_copy || cube_store_walk_is_due(w, bound, len) ||
+            (below->count > 0 && cube_store_pack_bytes(below, 0, below->count)
+             < CUBE_STORE_PAGE / 4))
+            return cube_store_path_push(&w->path, item.ref, level - 1, err);
+        for (int i = 0; i < level; i++)
+            cube_store_walk_flush(w, i);
+        n = cube_store_put_var(entry, item.key_len);
+        memcpy(entry + n, item.key, item.key_len);
+        n += item.key_len;
+        cube_store_put64(entry + n, item.ref.at);
+        cube_store_put32(entry + n + 8, item.ref.len);
+        cube_store_put32(entry + n + 12, item.ref.crc);
+        cube_store_walk_add(w, level, entry, n + 16);
+    }
+    cube_store_walk_up(w);
+    return 0;
+}
+
+/* Begins with the next tree; one without changes is taken over. */
+static int cube_store_walk_start(struct cube_store_walk *w,
+                                 struct cube_err *err)
+{
+    struct cube_store_tree *to = &w->to->trees[w->tree];
+    static const struct cube_store_tree none;
+    const struct cube_store_tree *t = w->tree < w->from->count
+        ? &w->from->trees[w->tree] : &none;
+
+    to->count = t->count;
+    to->bytes = t->bytes;
+    w->op = NULL;
+    if (w->ops)
+        w->op = cube_store_mem_visible(
+            cube_store_mem_find(w->ops, (unsigned)w->tree,
+                                (const uint8_t *)"", 0, UINT64_MAX, NULL),
+            (unsigned)w->tree, UINT64_MAX);
+    if (!w->op && !w->is_copy) {
+        to->root = t->root;
+        to->levels = t->levels;
+        w->tree++;
+        return 0;
+    }
+    w->is_in_tree = true;
+    if (t->levels == 0)
+        return 0;
+    return cube_store_path_push(&w->path, t->root, t->levels - 1, err);
+}
+
+/* The highest level whose pack holds something; -1 if none does. */
+static int cube_store_walk_top(const struct cube_store_walk *w)
+{
+    int top = CUBE_STORE_DEPTH - 1;
+
+    while (top >= 0 && (!w->packs[top] || w->packs[top]->count == 0))
+        top--;
+    return top;
+}
+
+/* Writes the packs that are left, from the leaves up, until one entry alone
+ * is at the top: that is the root. */
+static void cube_store_walk_finish(struct cube_store_walk *w)
+{
+    struct cube_store_tree *t = &w->to->trees[w->tree];
+    int top, level = 0;
+
+    t->levels = 0;
+    memset(&t->root, 0, sizeof t->root);
+    while ((top = cube_store_walk_top(w)) >= 0) {
+        struct cube_store_pack *p = w->packs[top];
+
+        if (top > 0 && level >= top && p->count == 1) {
+            const uint8_t *e = (const uint8_t *)p->data.data;
+            uint32_t key_len = cube_store_get_var(&e);
+
+            e += key_len;
+            t->levels = top;
+            t->root.at = cube_store_get64(e);
+            t->root.len = cube_store_get32(e + 8);
+            t->root.crc = cube_store_get32(e + 12);
+            cube_buf_clear(&p->data);
+            p->count = 0;
+        } else {
+            cube_store_walk_flush(w, level++);
+        }
+    }
+    w->is_in_tree = false;
+    w->tree++;
+}
+
+/* Changes beyond an old tree that is empty. */
+static void cube_store_walk_rest(struct cube_store_walk *w)
+{
+    for (int i = 0; i < 128 && w->op && w->group.len < CUBE_STORE_GROUP; i++)
+        cube_store_walk_change(w, NULL);
+}
+
+static int cube_store_walk_unit(struct cube_store_walk *w,
+                                struct cube_err *err)
+{
+    if (!w->is_in_tree)
+        return cube_store_walk_start(w, err);
+    if (w->path.depth > 0 &&
+        w->path.steps[w->path.depth - 1].page->data[0] > 0)
+        return cube_store_walk_branch(w, err);
+    if (w->path.depth > 0)
+        return cube_store_walk_leaf(w, err);
+    if (w->op)
+        cube_store_walk_rest(w);
+    else
+        cube_store_walk_finish(w);
+    return 0;
+}
+
+/* Goes on for a while and writes the pages that are full. to->count says how
+ * many trees there are. 1: there is more to do; 0: to is complete. After -1
+ * the walk can only be freed. */
+static int cube_store_walk_step(struct cube_store_walk *w,
+                                struct cube_err *err)
+{
+    for (int i = 0; i < 16 && w->tree < w->to->count &&
+         w->group.len < CUBE_STORE_GROUP / 2; i++) {
+        if (cube_store_walk_unit(w, err) < 0)
+            return -1;
+    }
+    w->done_bytes = w->group.len;
+    if (w->group.len > CUBE_STORE_HEAD) {
+        if (cube_store_rec_append(w->to->file, 'P', &w->group,
+                                  w->to->commit, err) < 0)
+            return -1;
+        cube_store_rec_begin(&w->group);
+    }
+    return w->tree < w->to->count;
+}
+
+/* ---- The store ---- */
+
+enum cube_store_phase {
+    CUBE_STORE_COPY,   /* the old trees, as of when it began */
+    CUBE_STORE_CATCH,  /* what was committed since, merged in big bites */
+    CUBE_STORE_TAIL,   /* the rest, record by record */
+    CUBE_STORE_SYNCING, /* waits for the caller's sync */
+    CUBE_STORE_SWAP    /* the last records, rename */
+};
+
+/* A compaction on its way: a new file beside the old one. */
+struct cube_store_comp {
+    enum cube_store_phase phase;
+    struct cube_store_file *out;
+    struct cube_store_roots *from, *to; /* to: NULL before the first walk is
+                                           done */
+    struct cube_store_walk *walk;
+    struct cube_store_mem *mem; /* CATCH: the bite; later: the new overlay */
+    uint64_t at, tail_at;       /* the next record of the old file to read;
+                                   where the bite began */
+    uint32_t crc, tail_crc;
+    struct cube_buf buf;
+};
+
+struct cube_store {
+    const struct cube_world *world;
+    char *path;   /* NULL: in memory */
+    int lock_fd;  /* -1: none */
+    struct cube_store_options options;
+    struct cube_store_crc crc;
+    struct cube_store_cache cache;
+    size_t mem_max; /* an overlay of more is frozen */
+    struct cube_store_file *file;
+    uint32_t file_number;
+    struct cube_store_view view; /* the last commit */
+    uint64_t done_end;           /* where its record ends */
+
+    char names[CUBE_STORE_TREES_MAX][CUBE_STORE_NAME_MAX + 1];
+    uint64_t named[CUBE_STORE_TREES_MAX]; /* by which commit; 0: by none */
+    int name_count;
+
+    /* The open batch: staged changes, in the overlay and as a record. */
+    struct cube_buf batch;
+    struct cube_store_node *batch_nodes;
+    uint64_t batch_commit; /* the number that it will have */
+
+    /* The batch that is being synced. */
+    struct cube_store_node *flight_nodes;
+    uint64_t flight_commit, flight_end; /* 0: none */
+
+    struct cube_store_walk *checkpoint;
+    struct cube_store_roots *pending; /* a checkpoint that is written, */
+    uint64_t pending_end;             /* and on disk once all to here is */
+    struct cube_store_comp *comp;
+    uint64_t debt;     /* background bytes that commits have run up */
+    uint64_t retry_at; /* no compaction before the file ends here */
+
+    bool is_stuck;     /* a checkpoint failed, and no write since worked */
+    bool is_broken;    /* a sync failed: only reads */
+    bool is_dir_dirty; /* the rename to path is not known to be on disk */
+    struct cube_err last;
+    uint64_t checkpoints, compactions, dropped;
+};
+
+static bool cube_store_is_memory(const struct cube_store *s)
+{
+    return !s->path;
+}
+
+/* The number of a tree, or -1. */
+static int cube_store_tree_find(const struct cube_store *s, const char *name)
+{
+    for (int i = 0; i < s->name_count; i++) {
+        if (strcmp(s->names[i], name) == 0)
+            return i;
+    }
+    return -1;
+}
+
+static void cube_store_tree_name(struct cube_store *s, int tree,
+                                 const char *name, size_t len,
+                                 uint64_t commit)
+{
+    memset(s->names[tree], 0, sizeof s->names[tree]);
+    memcpy(s->names[tree], name, len);
+    s->named[tree] = commit;
+    if (s->name_count <= tree)
+        s->name_count = tree + 1;
+}
+
+/* What a reader without a snapshot sees: the staged changes too. */
+static struct cube_store_view cube_store_staged_view(
+        const struct cube_store *s)
+{
+    struct cube_store_view v = s->view;
+
+    v.commit = UINT64_MAX;
+    return v;
+}
+
+/* ---- Batches ----
+ *
+ * The body of a 'B' record is the changes of one commit, one after another:
+ *
+ *     'T'  tree  length of its name, name           gives a number its name
+ *     'P'  tree  length of key, length of value, key, value
+ *     'D'  tree  length of key, key
+ *
+ * tree is one byte, lengths are LEB128. The batch that puts "a" = "1" into
+ * "t", the first tree of a store:
+ *
+ *     54 00 01 74   50 00 01 01 61 31
+ *     T  0  1  t    P  0  1  1  a  1
+ *
+ * A body without changes is a mark that something was synced. */
+struct cube_store_change {
+    char kind;
+    uint8_t tree;
+    const uint8_t *key, *val;
+    uint32_t key_len, val_len;
+};
+
+/* Reads the change at *p and moves behind it; false if there is none. */
+static bool cube_store_change_read(const uint8_t **p, const uint8_t *end,
+                                   struct cube_store_change *c)
+{
+    if (end - *p < 2)
+        return false;
+    memset(c, 0, sizeof *c);
+    c->kind = (char)*(*p)++;
+    c->tree = *(*p)++;
+    if ((c->kind != 'T' && c->kind != 'P' && c->kind != 'D') ||
+        c->tree >= CUBE_STORE_TREES_MAX ||
+        !cube_store_read_var(p, end, &c->key_len) || c->key_len == 0 ||
+        c->key_len > (c->kind == 'T' ? CUBE_STORE_NAME_MAX
+                                     : CUBE_STORE_KEY_MAX) ||
+        (c->kind == 'P' && !cube_store_read_var(p, end, &c->val_len)) ||
+        c->val_len > CUBE_STORE_VALUE_MAX ||
+        (size_t)c->key_len + c->val_len > (size_t)(end - *p))
+        return false;
+    c->key = *p;
+    c->val = *p + c->key_len;
+    *p = c->val + c->val_len;
+    return true;
+}
+
+/* Applies a batch to an overlay. place is where its body stands in the file
+ * that the overlay belongs to, or 0. false: these bytes are no batch. */
+static bool cube_store_batch_apply(struct cube_store *s,
+                                   struct cube_store_mem *mem,
+                                   const struct cube_buf *body,
+                                   uint64_t commit, uint64_t place)
+{
+    const uint8_t *start = (const uint8_t *)body->data, *p = start;
+    const uint8_t *end = start + body->len;
+    struct cube_store_change c;
+
+    while (p < end) {
+        struct cube_store_node n = {0};
+        bool is_new;
+
+        if (!cube_store_change_read(&p, end, &c))
+            return false;
+        if (c.kind == 'T') {
+            cube_store_tree_name(s, c.tree, (const char *)c.key, c.key_len,
+                                 commit);
+            continue;
+        }
+        n.commit = commit;
+        n.tree = c.tree;
+        n.is_del = c.kind == 'D';
+        n.key_len = (uint16_t)c.key_len;
+        n.val = c.val;
+        n.val_len = c.val_len;
+        n.place = place > 0 && !n.is_del ? place + (uint64_t)(c.val - start)
+                                         : 0;
+        (void)cube_store_mem_put(mem, &n, c.key, &is_new);
+    }
+    return true;
+}
+
+/* Takes a batch's changes out of the overlays again. */
+static void cube_store_undo(struct cube_store *s,
+                            struct cube_store_node **nodes)
+{
+    for (struct cube_store_node *n = *nodes; n; n = n->batch) {
+        cube_store_mem_unlink(s->view.mem[0], n);
+        if (s->view.mem[1])
+            cube_store_mem_unlink(s->view.mem[1], n);
+    }
+    *nodes = NULL;
+}
+
+/* Forgets names that no commit gave. */
+static void cube_store_undo_names(struct cube_store *s, uint64_t from_commit)
+{
+    for (int i = 0; i < s->name_count; i++) {
+        if (s->named[i] >= from_commit)
+            s->named[i] = 0;
+    }
+}
+
+CUBE_API void cube_store_rollback(struct cube_store *s)
+{
+    cube_store_undo(s, &s->batch_nodes);
+    cube_store_undo_names(s, s->batch_commit);
+    cube_store_rec_begin(&s->batch);
+}
+
+/* ---- Files of a store ---- */
+
+static struct cube_store_file *cube_store_file_new(struct cube_store *s,
+                                                   const char *path)
+{
+    struct cube_store_file *f = cube_alloc(sizeof *f);
+
+    f->refs = 1;
+    f->world = s->world;
+    f->crc = &s->crc;
+    f->path = cube_text_dup(path ? path : "(memory)");
+    f->fd = -1;
+    f->number = ++s->file_number;
+    return f;
+}
+
+/* A new file with a new ID, "PATH.new" until it is renamed; or in memory. */
+static struct cube_store_file *cube_store_file_create(struct cube_store *s,
+                                                      struct cube_err *err)
+{
+    struct cube_store_file *f = cube_store_file_new(s, s->path);
+    uint8_t head[CUBE_STORE_HEAD];
+    struct cube_buf beside = {0};
+    int r = s->world->random(s->world->ctx, f->id, sizeof f->id);
+
+    cube_buf_printf(&beside, "%s.new", f->path);
+    if (r >= 0 && s->path)
+        r = f->fd = s->world->open(s->world->ctx, beside.data,
+                                   CUBE_OPEN_WRITE | CUBE_OPEN_CREATE |
+                                   CUBE_OPEN_TRUNC);
+    cube_store_file_head(f, head);
+    f->end = f->size = CUBE_STORE_HEAD;
+    f->last_crc = cube_store_get32(head + 60);
+    if (r >= 0)
+        r = cube_store_write(f, 0, head, sizeof head);
+    if (r < 0) {
+        (void)cube_fail(err, cube_errno_code(r), "create %s: %s",
+                        beside.data, cube_errno_text(r));
+        cube_store_file_drop(f);
+        f = NULL;
+    }
+    cube_buf_free(&beside);
+    return f;
+}
+
+static int cube_store_dir_sync(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_buf dir = {0};
+    int r = 0;
+
+    if (!s->path)
+        return 0;
+    cube_path_dir(s->path, &dir);
+    r = s->world->sync_dir(s->world->ctx, dir.data);
+    s->is_dir_dirty = r < 0;
+    if (r < 0)
+        (void)cube_fail(err, CUBE_EIO, "sync directory %s: %s", dir.data,
+                        cube_errno_text(r));
+    cube_buf_free(&dir);
+    return r < 0 ? -1 : 0;
+}
+
+/* Gives a new file, synced by now, the store's name. When the rename is done
+ * but the directory not synced, no commit will be acknowledged before it. */
+static int cube_store_file_rename(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_buf beside = {0};
+    int r;
+
+    if (!s->path)
+        return 0;
+    cube_buf_printf(&beside, "%s.new", s->path);
+    r = s->world->rename(s->world->ctx, beside.data, s->path);
+    if (r < 0)
+        (void)cube_fail(err, cube_errno_code(r), "rename %s to %s: %s",
+                        beside.data, s->path, cube_errno_text(r));
+    cube_buf_free(&beside);
+    if (r < 0)
+        return -1;
+    s->is_dir_dirty = true;
+    return 0;
+}
+
+/* Writes the record that makes walked trees the ones to open. In a new file
+ * (is_first) it is its own base, since that file has no name before all of it
+ * is on disk. */
+static int cube_store_roots_write(struct cube_store_roots *r, bool is_first,
+                                  struct cube_err *err)
+{
+    struct cube_buf b = {0};
+    uint64_t base = r->file->base;
+    int n;
+
+    r->at = r->file->end;
+    if (is_first) {
+        r->replay = r->at;
+        r->replay_crc = r->file->last_crc;
+        r->file->base = r->at;
+    }
+    cube_store_roots_encode(r, &b);
+    n = cube_store_rec_append(r->file, 'R', &b, r->commit, err);
+    if (n < 0)
+        r->file->base = base;
+    cube_buf_free(&b);
+    return n;
+}
+
+static void cube_store_roots_name(const struct cube_store *s,
+                                  struct cube_store_roots *r)
+{
+    for (int i = 0; i < s->name_count; i++) {
+        bool is_named = s->named[i] > 0 && s->named[i] <= r->commit;
+
+        if (is_named)
+            memcpy(r->trees[i].name, s->names[i], sizeof s->names[i]);
+        if (is_named && r->count <= i)
+            r->count = i + 1;
+    }
+}
+
+/* ---- Checkpoints ----
+ *
+ * An overlay that is full is frozen; a walk merges it into the trees, in
+ * steps, its pages in 'P' records between the batches of that time; an 'R'
+ * record ends it. The new trees are used, and the frozen overlay freed, only
+ * when a sync has put them on disk: what a failed sync may have eaten is then
+ * never the only copy. */
+
+static int cube_store_checkpoint_start(struct cube_store *s)
+{
+    struct cube_store_mem *frozen = s->view.mem[1];
+    struct cube_store_walk *w = cube_store_walk_new(
+        &s->cache, s->view.roots, s->file, frozen, false);
+
+    w->to->commit = frozen->last_commit;
+    w->to->replay = frozen->upto;
+    w->to->replay_crc = frozen->upto_crc;
+    w->to->count = s->view.roots->count;
+    for (int i = 0; i < w->to->count; i++)
+        memcpy(w->to->trees[i].name, s->view.roots->trees[i].name,
+               sizeof w->to->trees[i].name);
+    cube_store_roots_name(s, w->to);
+    s->checkpoint = w;
+    return 1;
+}
+
+static void cube_store_checkpoint_abort(struct cube_store *s)
+{
+    cube_store_walk_free(s->checkpoint);
+    s->checkpoint = NULL;
+    cube_store_roots_drop(s->pending);
+    s->pending = NULL;
+}
+
+/* 1: there is more to do; 0: not now; -1. */
+static int cube_store_checkpoint_step(struct cube_store *s,
+                                      struct cube_err *err)
+{
+    struct cube_store_walk *w = s->checkpoint;
+    int r;
+
+    if (s->is_broken || s->is_stuck || s->pending || !s->view.mem[1] ||
+        s->view.mem[1]->last_commit > s->view.commit)
+        return 0;
+    if (!w)
+        return cube_store_checkpoint_start(s);
+    r = cube_store_walk_step(w, err);
+    s->debt -= s->debt < w->done_bytes ? s->debt : w->done_bytes;
+    if (r == 0) {
+        r = cube_store_roots_write(w->to, false, err);
+        if (r == 0) {
+            s->pending = w->to;
+            s->pending->refs++;
+            s->pending_end = s->file->end;
+            cube_store_walk_free(w);
+            s->checkpoint = NULL;
+            return 0;
+        }
+    }
+    if (r < 0) {
+        cube_store_checkpoint_abort(s);
+        s->is_stuck = true;
+    }
+    return r;
+}
+
+/* After a sync of all before end. */
+static void cube_store_checkpoint_synced(struct cube_store *s, uint64_t end)
+{
+    if (s->file->synced < end)
+        s->file->synced = end;
+    if (!s->pending || s->pending_end > end)
+        return;
+    cube_store_roots_drop(s->view.roots);
+    cube_store_mem_drop(s->view.mem[1]);
+    s->view.roots = s->pending;
+    s->view.mem[1] = NULL;
+    s->file->base = s->pending->at;
+    s->pending = NULL;
+    s->checkpoints++;
+}
+
+/* Freezes the overlay; all of it is in records that end at the file's end. */
+static void cube_store_freeze(struct cube_store *s)
+{
+    s->view.mem[0]->upto = s->file->end;
+    s->view.mem[0]->upto_crc = s->file->last_crc;
+    s->view.mem[1] = s->view.mem[0];
+    s->view.mem[0] = cube_store_mem_new();
+}
+
+/* ---- Compaction ----
+ *
+ * A new file is filled beside the old one while commits go on in that:
+ *
+ *     COPY     the trees as of now are walked, values and all
+ *     CATCH    the batches of the old file since then are read and merged
+ *              into the new trees, an overlay full at a time, until fewer
+ *              than that are left
+ *     TAIL     roots, then the batches that are left, as records
+ *     SYNCING  the new file is synced; commits may go on meanwhile
+ *     SWAP     with no commit in flight: the last batches, a short sync,
+ *              rename, sync of the directory; from here on it is the file
+ *
+ * A failure at any point drops the new file and changes nothing. After a
+ * failed sync of the old file the same way leads to a file that can be
+ * trusted again: only that nothing is read of the old one but its trees, all
+ * on disk since an earlier sync; the batches come from the overlays. */
+
+static void cube_store_comp_free(struct cube_store *s)
+{
+    struct cube_store_comp *c = s->comp;
+
+    if (!c)
+        return;
+    cube_store_walk_free(c->walk);
+    cube_store_file_drop(c->out);
+    cube_store_roots_drop(c->from);
+    cube_store_roots_drop(c->to);
+    cube_store_mem_drop(c->mem);
+    cube_buf_free(&c->buf);
+    cube_free(c);
+    s->comp = NULL;
+}
+
+static void cube_store_comp_abort(struct cube_store *s)
+{
+    struct cube_buf beside = {0};
+
+    if (!s->comp)
+        return;
+    cube_store_comp_free(s);
+    s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
+    if (!s->path)
+        return;
+    cube_buf_printf(&beside, "%s.new", s->path);
+    (void)s->world->unlink(s->world->ctx, beside.data);
+    cube_buf_free(&beside);
+}
+
+/* A walk of the compaction: from trees, over changes or whole. */
+static void cube_store_comp_walk(struct cube_store *s,
+                                 struct cube_store_roots *from,
+                                 struct cube_store_mem *ops, uint64_t commit)
+{
+    struct cube_store_comp *c = s->comp;
+    struct cube_store_roots *to;
+
+    c->walk = cube_store_walk_new(&s->cache, from, c->out, ops, !ops);
+    to = c->walk->to;
+    to->commit = commit;
+    to->count = from->count;
+    for (int i = 0; i < to->count; i++)
+        memcpy(to->trees[i].name, from->trees[i].name,
+               sizeof to->trees[i].name);
+    cube_store_roots_name(s, to);
+}
+
+static int cube_store_comp_start(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_file *out = cube_store_file_create(s, err);
+    struct cube_store_comp *c;
+
+    if (!out)
+        return -1;
+    c = s->comp = cube_alloc(sizeof *c);
+    c->out = out;
+    c->from = s->view.roots;
+    c->from->refs++;
+    c->at = c->tail_at = c->from->replay;
+    c->crc = c->tail_crc = c->from->replay_crc;
+    c->mem = cube_store_mem_new();
+    cube_store_comp_walk(s, c->from, NULL, c->from->commit);
+    return 1;
+}
+
+/* Goes on with the walk; when it is done its trees are the ones so far. The
+ * root record is not written yet, so their pages are before the end. */
+static int cube_store_comp_walk_step(struct cube_store *s,
+                                     struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    int r = cube_store_walk_step(c->walk, err);
+
+    s->debt -= s->debt < c->walk->done_bytes ? s->debt
+                                             : c->walk->done_bytes;
+    if (r != 0)
+        return r;
+    cube_store_roots_drop(c->to);
+    c->to = c->walk->to;
+    c->to->refs++;
+    c->to->at = c->out->end;
+    cube_store_walk_free(c->walk);
+    c->walk = NULL;
+    if (c->phase == CUBE_STORE_COPY)
+        c->phase = CUBE_STORE_CATCH;
+    return 1;
+}
+
+/* Reads the next batch of the old file into c->buf: 1; 0: there is none that
+ * is committed; -1. Moves behind it. */
+static int cube_store_comp_read(struct cube_store *s,
+                                struct cube_store_rec *rec,
+                                struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    struct cube_store_file *f = c->from->file;
+
+    while (c->at < s->done_end) {
+        int r = cube_store_rec_head(f, c->at, rec, err);
+
+        if (r > 0 && rec->kind == 'B')
+            r = cube_store_rec_body(f, rec, &c->buf, err);
+        if (r < 0)
+            return -1;
+        if (r == 0 || rec->prev != c->crc)
+            return cube_store_corrupt(f, c->at, "a committed record is "
+                                      "damaged", err);
+        c->at = cube_store_rec_end(rec);
+        c->crc = rec->crc;
+        if (rec->kind == 'B')
+            return 1;
+    }
+    return 0;
+}
+
+/* Begins the new file's tail: roots, and an empty overlay over them. */
+static int cube_store_comp_tail(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+
+    if (cube_store_roots_write(c->to, true, err) < 0)
+        return -1;
+    cube_store_mem_drop(c->mem);
+    c->mem = cube_store_mem_new();
+    c->at = c->tail_at;
+    c->crc = c->tail_crc;
+    c->phase = CUBE_STORE_TAIL;
+    return 1;
+}
+
+static int cube_store_comp_catch(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    struct cube_store_rec rec;
+    int r;
+
+    if (c->walk)
+        return cube_store_comp_walk_step(s, err);
+    if (c->mem->bytes > s->mem_max) {
+        cube_store_comp_walk(s, c->to, c->mem, c->mem->last_commit);
+        cube_store_mem_drop(c->mem);
+        c->mem = cube_store_mem_new();
+        c->tail_at = c->at;
+        c->tail_crc = c->crc;
+        return 1;
+    }
+    r = s->is_broken ? 0 : cube_store_comp_read(s, &rec, err);
+    if (r == 0)
+        return cube_store_comp_tail(s, err);
+    if (r > 0 && !cube_store_batch_apply(s, c->mem, &c->buf, rec.commit, 0))
+        return cube_store_corrupt(c->from->file, rec.at, "this is no batch",
+                                  err);
+    return r;
+}
+
+/* Appends c->buf to the new file as a batch, and to its overlay. */
+static int cube_store_comp_append(struct cube_store *s, uint64_t commit,
+                                  struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    uint64_t place = c->out->end + CUBE_STORE_HEAD;
+    struct cube_buf rec = {0};
+    int r;
+
+    cube_store_rec_begin(&rec);
+    cube_buf_add(&rec, c->buf.data, c->buf.len);
+    r = cube_store_rec_append(c->out, 'B', &rec, commit, err);
+    cube_buf_free(&rec);
+    if (r < 0)
+        return -1;
+    if (!cube_store_batch_apply(s, c->mem, &c->buf, commit, place))
+        return cube_store_corrupt(c->from->file, c->at, "this is no batch",
+                                  err);
+    return 1;
+}
+
+static void cube_store_add_change(struct cube_buf *b, char kind, int tree,
+                                  const void *key, size_t key_len,
+                                  const void *val, size_t val_len)
+{
+    uint8_t head[2] = {(uint8_t)kind, (uint8_t)tree};
+
+    cube_buf_add(b, head, 2);
+    cube_store_add_var(b, (uint32_t)key_len);
+    if (kind == 'P')
+        cube_store_add_var(b, (uint32_t)val_len);
+    cube_buf_add(b, key, key_len);
+    if (val_len > 0)
+        cube_buf_add(b, val, val_len);
+}
+
+/* After a failed sync: the committed changes of the overlays as one batch, the
+ * older overlay first. */
+static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+
+    cube_buf_clear(&c->buf);
+    for (int i = 0; i < s->name_count; i++) {
+        if (s->named[i] > 0)
+            cube_store_add_change(&c->buf, 'T', i, s->names[i],
+                                  strlen(s->names[i]), NULL, 0);
+    }
+    for (int i = 1; i >= 0; i--) {
+        const struct cube_store_mem *m = s->view.mem[i];
+
+        for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;) {
+            unsigned tree = n->tree;
+            const struct cube_store_node *next;
+
+            cube_store_add_change(&c->buf, n->is_del ? 'D' : 'P', n->tree,
+                                  cube_store_node_key(n), n->key_len, n->val,
+                                  n->val_len);
+            next = cube_store_mem_next(n, UINT64_MAX);
+            while (n && !next && n->tree == tree)
+                n = n->next[0];
+            n = next ? next : n;
+        }
+    }
+    return cube_store_comp_append(s, s->view.commit, err);
+}
+
+/* Appends the batches that the new file lacks: 1, it has all; 0: it was one
+ * of many; -1. */
+static int cube_store_comp_append_next(struct cube_store *s,
+                                       struct cube_err *err)
+{
+    struct cube_store_rec rec;
+    int r = cube_store_comp_read(s, &rec, err);
+
+    if (r <= 0)
+        return r < 0 ? -1 : 1;
+    return cube_store_comp_append(s, rec.commit, err) < 0 ? -1 : 0;
+}
+
+static void cube_store_comp_swap(struct cube_store *s)
+{
+    struct cube_store_comp *c = s->comp;
+    struct cube_store_node *n = s->batch_nodes;
+    uint32_t old = s->file->number;
+
+    cube_store_checkpoint_abort(s);
+    s->batch_nodes = NULL;
+    for (; n; n = n->batch) {
+        bool is_new;
+        struct cube_store_node *m = cube_store_mem_put(
+            c->mem, n, cube_store_node_key(n), &is_new);
+
+        m->batch = s->batch_nodes;
+        s->batch_nodes = m;
+    }
+    cube_store_roots_drop(s->view.roots);
+    cube_store_mem_drop(s->view.mem[0]);
+    cube_store_mem_drop(s->view.mem[1]);
+    cube_store_file_drop(s->file);
+    s->view.mem[1] = NULL;
+    s->view.roots = c->to;
+    s->view.mem[0] = c->mem;
+    s->file = c->out;
+    s->file->synced = s->file->end;
+    s->done_end = s->file->end;
+    c->to = NULL;
+    c->mem = NULL;
+    c->out = NULL;
+    cube_store_cache_forget(&s->cache, old);
+    cube_store_comp_free(s);
+    s->is_broken = false;
+    s->retry_at = 0;
+    s->debt = 0;
+    s->compactions++;
+}
+
+/* The last step: with nothing in flight. */
+static int cube_store_comp_finish(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    uint64_t end = c->out->end;
+    int r = s->is_broken ? 1 : 0;
+
+    if (s->flight_commit > 0)
+        return 0;
+    while (r == 0)
+        r = cube_store_comp_append_next(s, err);
+    if (r < 0)
+        return -1;
+    if (c->out->end > end && cube_store_sync(c->out, err) < 0)
+        return -1;
+    if (cube_store_file_rename(s, err) < 0)
+        return -1;
+    cube_store_comp_swap(s);
+    (void)cube_store_dir_sync(s, &s->last);
+    return 1;
+}
+
+/* The new file's first sync, here or by the caller. */
+static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
+                                struct cube_err *err)
+{
+    if (s->comp->out->fd >= 0 && may_wait)
+        return 0;
+    if (cube_store_sync(s->comp->out, err) < 0)
+        return -1;
+    s->comp->phase = CUBE_STORE_SWAP;
+    return 1;
+}
+
+static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
+                                 struct cube_err *err)
+{
+    int r;
+
+    switch (s->comp->phase) {
+    case CUBE_STORE_COPY:
+        return cube_store_comp_walk_step(s, err);
+    case CUBE_STORE_CATCH:
+        return cube_store_comp_catch(s, err);
+    case CUBE_STORE_TAIL:
+        r = s->is_broken ? cube_store_comp_rescue(s, err)
+                         : cube_store_comp_append_next(s, err);
+        if (r > 0)
+            s->comp->phase = CUBE_STORE_SYNCING;
+        return r < 0 ? -1 : 1;
+    case CUBE_STORE_SYNCING:
+        return cube_store_comp_sync(s, may_wait, err);
+    case CUBE_STORE_SWAP:
+        return cube_store_comp_finish(s, err);
+    }
+    return 0;
+}
+
+/* Is the garbage worth the copying? */
+static bool cube_store_comp_is_due(const struct cube_store *s)
+{
+    uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
+    uint64_t slack = cube_store_is_memory(s) ? CUBE_STORE_SLACK_MEMORY
+                                             : CUBE_STORE_SLACK;
+
+    if (s->is_broken || s->retry_at > s->file->end)
+        return s->is_broken;
+    return s->file->end > live + live / 2 + slack + s->view.mem[0]->bytes +
+                          (s->view.mem[1] ? s->view.mem[1]->bytes : 0);
+}
+
+/* 1: there is more to do; 0: not now; -1: it failed, and was dropped. */
+static int cube_store_comp_step(struct cube_store *s, bool may_wait,
+                                struct cube_err *err)
+{
+    int r;
+
+    if (!s->comp) {
+        if (!cube_store_comp_is_due(s))
+            return 0;
+        r = cube_store_comp_start(s, err);
+        if (r < 0)
+            s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
+        return r;
+    }
+    r = cube_store_comp_phase(s, may_wait, err);
+    if (r < 0)
+        cube_store_comp_abort(s);
+    return r;
+}
+
+/* One step of whatever waits: 1, more; 0, nothing now; -1, it failed. */
+static int cube_store_work(struct cube_store *s, bool may_wait,
+                           struct cube_err *err)
+{
+    int r;
+
+    if (s->options.is_read_only)
+        return 0;
+    r = cube_store_checkpoint_step(s, err);
+    return r ? r : cube_store_comp_step(s, may_wait, err);
+}
+
+/* ---- Opening ---- */
+
+#define CUBE_STORE_CHUNK 65536
+
+/* Looks for the last whole record, backwards from the end of the file. Leaves
+ * its body in body; *used is the end of the last byte that is not zero. 1, 0
+ * or -1. */
+static int cube_store_scan(const struct cube_store_file *f,
+                           struct cube_store_rec *rec, struct cube_buf *body,
+                           uint64_t *used, struct cube_err *err)
+{
+    uint8_t *p = cube_alloc(CUBE_STORE_CHUNK + CUBE_STORE_HEAD);
+    uint64_t lo = f->size & ~(uint64_t)(CUBE_STORE_CHUNK - 1);
+    int r = 0;
+
+    *used = 0;
+    for (; r == 0; lo -= CUBE_STORE_CHUNK) {
+        int64_t n = cube_store_pread(f, lo, p,
+                                     CUBE_STORE_CHUNK + CUBE_STORE_HEAD);
+        int64_t i = n;
+
+        if (n < 0)
+            r = cube_fail(err, cube_errno_code(n), "read %s: %s", f->path,
+                          cube_errno_text(n));
+        while (i > 0 && p[i - 1] == 0)
+            i--;
+        if (i > 0 && *used == 0)
+            *used = lo + (uint64_t)i;
+        if (i > CUBE_STORE_CHUNK - 1)
+            i = CUBE_STORE_CHUNK - 1;
+        for (i &= ~(int64_t)(CUBE_STORE_ALIGN - 1); i >= 0 && r == 0;
+             i -= CUBE_STORE_ALIGN) {
+            if (i + CUBE_STORE_HEAD <= n &&
+                cube_store_rec_decode(f, lo + (uint64_t)i, p + i, rec))
+                r = cube_store_rec_body(f, rec, body, err);
+        }
+        if (lo == 0)
+            break;
+    }
+    cube_free(p);
+    return r;
+}
+
+/* Reads the roots that the record at this offset has. */
+static struct cube_store_roots *cube_store_roots_read(
+        struct cube_store_file *f, uint64_t at, struct cube_err *err)
+{
+    struct cube_store_roots *roots = cube_store_roots_new(f);
+    struct cube_buf body = {0};
+    struct cube_store_rec rec;
+    int r = cube_store_rec_head(f, at, &rec, err);
+
+    if (r > 0)
+        r = cube_store_rec_body(f, &rec, &body, err);
+    if (r == 0 || (r > 0 && (rec.kind != 'R' ||
+                             !cube_store_roots_decode(roots, &body))))
+        r = cube_store_corrupt(f, at, "the roots are damaged", err);
+    if (r < 0) {
+        cube_store_roots_drop(roots);
+        roots = NULL;
+    } else {
+        roots->at = at;
+        roots->commit = rec.commit;
+    }
+    cube_buf_free(&body);
+    return roots;
+}
+
+/* Applies the record after s->file->end, if a whole one stands there: 1, it
+ * did; 0, none; -1. */
+static int cube_store_replay_next(struct cube_store *s, struct cube_buf *body,
+                                  struct cube_err *err)
+{
+    struct cube_store_file *f = s->file;
+    struct cube_store_rec rec;
+    int r = cube_store_rec_head(f, f->end, &rec, err);
+
+    if (r > 0 && (rec.prev != f->last_crc ||
+                  rec.at + CUBE_STORE_HEAD + rec.len > f->size))
+        r = 0;
+    if (r > 0 && rec.kind == 'B')
+        r = cube_store_rec_body(f, &rec, body, err);
+    if (r <= 0)
+        return r;
+    if (rec.kind == 'B' &&
+        !cube_store_batch_apply(s, s->view.mem[0], body, rec.commit,
+                                rec.at + CUBE_STORE_HEAD))
+        return cube_store_corrupt(f, rec.at, "this is no batch", err);
+    if (rec.kind == 'B')
+        s->view.commit = rec.commit;
+    f->end = cube_store_rec_end(&rec);
+    f->last_crc = rec.crc;
+    return 1;
+}
+
+/* Makes sure of what a reader will see: the records that no later one vouches
+ * for are written once more and synced. They may be in the system's memory
+ * only, and, if a sync failed before, look as if they were on disk. What an
+ * unfinished commit left behind them becomes zeros. */
+static int cube_store_repair(struct cube_store *s, uint64_t from,
+                             uint64_t used, struct cube_err *err)
+{
+    struct cube_store_file *f = s->file;
+    uint8_t *p = cube_alloc(CUBE_STORE_CHUNK);
+    int r = 0;
+
+    while (from < f->end && r == 0) {
+        size_t len = f->end - from < CUBE_STORE_CHUNK
+                     ? (size_t)(f->end - from) : CUBE_STORE_CHUNK;
+        int64_t n = cube_store_pread(f, from, p, len);
+
+        r = n < 0 ? (int)n : cube_store_write(f, from, p, (size_t)n);
+        from += len;
+    }
+    cube_free(p);
+    if (r == 0 && used > f->end)
+        r = cube_store_write_zeros(f, f->end, used);
+    if (r < 0)
+        return cube_fail(err, cube_errno_code(r), "write %s: %s", f->path,
+                         cube_errno_text(r));
+    if (f->size < f->end)
+        f->size = f->end;
+    return cube_store_sync(f, err);
+}
+
+/* From the bytes of the file to the state after its last whole commit. */
+static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
+                              struct cube_err *err)
+{
+    struct cube_store_file *f = s->file;
+    struct cube_store_rec last;
+    uint64_t used;
+    int r = cube_store_scan(f, &last, body, &used, err);
+
+    if (r <= 0)
+        return r < 0 ? -1 : cube_store_corrupt(f, CUBE_STORE_HEAD,
+                                               "there is no whole record",
+                                               err);
+    s->view.roots = cube_store_roots_read(f, last.base, err);
+    if (!s->view.roots)
+        return -1;
+    f->base = last.base;
+    f->end = s->view.roots->replay;
+    f->last_crc = s->view.roots->replay_crc;
+    s->view.commit = s->view.roots->commit;
+    for (int i = 0; i < s->view.roots->count; i++)
+        cube_store_tree_name(s, i, s->view.roots->trees[i].name,
+                             strlen(s->view.roots->trees[i].name),
+                             s->view.commit);
+    do
+        r = cube_store_replay_next(s, body, err);
+    while (r > 0);
+    if (r < 0)
+        return -1;
+    if (f->end < last.synced || f->end <= f->base)
+        return cube_store_corrupt(f, f->end, "a record is damaged that was "
+                                  "on disk once", err);
+    s->dropped = used > f->end ? used - f->end : 0;
+    if (!s->options.is_read_only && (s->dropped > 0 || last.len > 0 ||
+                                     last.kind != 'B') &&
+        cube_store_repair(s, last.synced, used, err) < 0)
+        return -1;
+    f->synced = s->done_end = f->end;
+    return 0;
+}
+
+static int cube_store_open_file(struct cube_store *s, int fd,
+                                struct cube_err *err)
+{
+    struct cube_buf body = {0};
+    int64_t size;
+    int r;
+
+    s->file = cube_store_file_new(s, s->path);
+    s->file->fd = fd;
+    size = s->world->size(s->world->ctx, fd);
+    if (size < 0)
+        return cube_fail(err, cube_errno_code(size), "read %s: %s", s->path,
+                         cube_errno_text(size));
+    s->file->size = (uint64_t)size;
+    if (cube_store_file_read_head(s->file, err) < 0)
+        return -1;
+    r = cube_store_recover(s, &body, err);
+    cube_buf_free(&body);
+    return r;
+}
+
+/* A new store: the roots of no trees, under its name only when on disk. */
+static int cube_store_open_new(struct cube_store *s, struct cube_err *err)
+{
+    s->file = cube_store_file_create(s, err);
+    if (!s->file)
+        return -1;
+    s->view.roots = cube_store_roots_new(s->file);
+    if (cube_store_roots_write(s->view.roots, true, err) < 0 ||
+        cube_store_sync(s->file, err) < 0 ||
+        cube_store_file_rename(s, err) < 0 || cube_store_dir_sync(s, err) < 0)
+        return -1;
+    s->file->synced = s->done_end = s->file->end;
+    return 0;
+}
+
+static int cube_store_lock(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_buf path = {0};
+    int r;
+
+    cube_buf_printf(&path, "%s.lock", s->path);
+    r = s->lock_fd = s->world->open(s->world->ctx, path.data,
+                                    CUBE_OPEN_WRITE | CUBE_OPEN_CREATE);
+    if (r >= 0)
+        r = s->world->lock(s->world->ctx, s->lock_fd);
+    if (r == -EBUSY)
+        (void)cube_fail(err, CUBE_EBUSY, "open %s: another process, or "
+                        "another store of this one, has it open", s->path);
+    else if (r < 0)
+        (void)cube_fail(err, cube_errno_code(r), "lock %s: %s", path.data,
+                        cube_errno_text(r));
+    cube_buf_free(&path);
+    return r < 0 ? -1 : 0;
+}
+
+static void cube_store_set_options(struct cube_store *s,
+                                   const struct cube_store_options *o)
+{
+    size_t bytes;
+
+    if (o)
+        s->options = *o;
+    bytes = s->options.cache_bytes;
+    if (bytes == 0)
+        bytes = CUBE_STORE_CACHE;
+    if (bytes < CUBE_STORE_CACHE_MIN)
+        bytes = CUBE_STORE_CACHE_MIN;
+    s->mem_max = bytes / 8;
+    if (s->mem_max > CUBE_STORE_MEM_MAX)
+        s->mem_max = CUBE_STORE_MEM_MAX;
+    s->cache.max_bytes = bytes - 2 * s->mem_max;
+}
+
+/* ---- Changes and commits ---- */
+
+/* Checks what a caller passes, and gives the tree a number. */
+static int cube_store_may_stage(struct cube_store *s, const char *tree,
+                                size_t key_len, size_t val_len,
+                                struct cube_err *err)
+{
+    size_t name_len = strlen(tree);
+    int i = cube_store_tree_find(s, tree);
+
+    if (s->options.is_read_only)
+        return cube_fail(err, CUBE_EACCES, "put into %s: it was opened for "
+                         "reading only", s->file->path);
+    if (key_len == 0 || key_len > CUBE_STORE_KEY_MAX)
+        return cube_fail(err, CUBE_EINVAL, "put into %s: a key has 1 to %d "
+                         "bytes, not %zu", s->file->path, CUBE_STORE_KEY_MAX,
+                         key_len);
+    if (val_len > CUBE_STORE_VALUE_MAX ||
+        s->batch.len + key_len + val_len > CUBE_STORE_COMMIT_MAX)
+        return cube_fail(err, CUBE_ETOOBIG, "put %zu bytes into %s: a value "
+                         "has at most %u, all of a commit %u", val_len,
+                         s->file->path, CUBE_STORE_VALUE_MAX,
+                         CUBE_STORE_COMMIT_MAX);
+    if (i >= 0)
+        return i;
+    if (name_len == 0 || name_len > CUBE_STORE_NAME_MAX ||
+        s->name_count == CUBE_STORE_TREES_MAX)
+        return cube_fail(err, CUBE_EINVAL, "tree \"%s\" in %s: a name has 1 "
+                         "to %d bytes, and a store %d trees", tree,
+                         s->file->path, CUBE_STORE_NAME_MAX,
+                         CUBE_STORE_TREES_MAX);
+    cube_store_tree_name(s, s->name_count, tree, name_len, 0);
+    return s->name_count - 1;
+}
+
+static int cube_store_stage(struct cube_store *s, const char *tree,
+                            const void *key, size_t key_len, const void *val,
+                            size_t val_len, bool is_del, struct cube_err *err)
+{
+    struct cube_store_node n = {0}, *node;
+    bool is_new;
+    int t = cube_store_may_stage(s, tree, key_len, val_len, err);
+
+    if (t < 0)
+        return -1;
+    if (s->named[t] == 0) {
+        s->named[t] = s->batch_commit;
+        cube_store_add_change(&s->batch, 'T', t, tree, strlen(tree), NULL, 0);
+    }
+    cube_store_add_change(&s->batch, is_del ? 'D' : 'P', t, key, key_len,
+                          val, val_len);
+    n.commit = s->batch_commit;
+    n.tree = (uint8_t)t;
+    n.key_len = (uint16_t)key_len;
+    n.is_del = is_del;
+    n.val = val;
+    n.val_len = (uint32_t)val_len;
+    n.place = is_del ? 0 : s->batch.len - val_len;
+    node = cube_store_mem_put(s->view.mem[0], &n, key, &is_new);
+    if (is_new) {
+        node->batch = s->batch_nodes;
+        s->batch_nodes = node;
+    }
+    return 0;
+}
+
+CUBE_API int cube_store_put(struct cube_store *s, const char *tree,
+                            const void *key, size_t key_len,
+                            const void *value, size_t value_len,
+                            struct cube_err *err)
+{
+    return cube_store_stage(s, tree, key, key_len, value, value_len, false,
+                            err);
+}
+
+CUBE_API int cube_store_del(struct cube_store *s, const char *tree,
+                            const void *key, size_t key_len,
+                            struct cube_err *err)
+{
+    if (cube_store_tree_find(s, tree) < 0)
+        return 0;
+    return cube_store_stage(s, tree, key, key_len, NULL, 0, true, err);
+}
+
+CUBE_API bool cube_store_is_dirty(const struct cube_store *s)
+{
+    return s->batch.len > CUBE_STORE_HEAD;
+}
+
+CUBE_API int cube_store_fd(const struct cube_store *s)
+{
+    return s->file->fd;
+}
+
+/* Has background work fallen behind what commits run up? */
+static bool cube_store_is_behind(const struct cube_store *s, size_t more)
+{
+    uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
+
+    if (s->view.mem[1] && s->view.mem[0]->bytes > s->mem_max)
+        return true;
+    if (s->comp && s->comp->phase == CUBE_STORE_SWAP)
+        return true;
+    return s->debt > CUBE_STORE_DEBT || (cube_store_comp_is_due(s) &&
+           s->file->end + more > 2 * live + CUBE_STORE_LIMIT);
+}
+
+/* Pays with the time of a commit for the background work that nobody did in
+ * slices, so that neither the overlay nor the file grows without bound. */
+static void cube_store_catch_up(struct cube_store *s)
+{
+    if (s->view.mem[1] || s->comp || cube_store_comp_is_due(s))
+        s->debt += 3 * (uint64_t)s->batch.len;
+    else
+        s->debt = 0;
+    while (cube_store_is_behind(s, s->batch.len)) {
+        if (cube_store_work(s, false, &s->last) <= 0) {
+            s->debt = 0;
+            return;
+        }
+    }
+}
+
+/* Drops the batch that could not be written or synced, and what was staged on
+ * top of it. */
+static void cube_store_fail_commit(struct cube_store *s)
+{
+    cube_store_undo(s, &s->batch_nodes);
+    cube_store_undo(s, &s->flight_nodes);
+    cube_store_undo_names(s, s->view.commit + 1);
+    cube_store_rec_begin(&s->batch);
+    s->flight_commit = 0;
+    s->batch_commit = s->view.commit + 1;
+}
+
+/* The batch is on disk, or needs no disk. */
+static void cube_store_land(struct cube_store *s)
+{
+    s->view.commit = s->flight_commit;
+    s->flight_commit = 0;
+    s->flight_nodes = NULL;
+    s->done_end = s->flight_end;
+    cube_store_checkpoint_synced(s, s->flight_end);
+}
+
+static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
+{
+    uint64_t at = s->file->end;
+
+    if (cube_store_rec_append(s->file, 'B', &s->batch, s->batch_commit,
+                              err) < 0) {
+        cube_store_fail_commit(s);
+        return -1;
+    }
+    for (struct cube_store_node *n = s->batch_nodes; n; n = n->batch)
+        n->place += n->is_del ? 0 : at;
+    s->flight_nodes = s->batch_nodes;
+    s->flight_commit = s->batch_commit;
+    s->flight_end = s->file->end;
+    s->batch_nodes = NULL;
+    s->batch_commit++;
+    s->is_stuck = false;
+    if (s->batch.cap > CUBE_STORE_EXTENT_MAX)
+        cube_buf_free(&s->batch);
+    cube_store_rec_begin(&s->batch);
+    if (s->view.mem[0]->bytes > s->mem_max && !s->view.mem[1])
+        cube_store_freeze(s);
+    return 0;
+}
+
+CUBE_API int cube_store_commit_begin(struct cube_store *s,
+                                     struct cube_err *err)
+{
+    if (!cube_store_is_dirty(s))
+        return 0;
+    if (s->flight_commit > 0)
+        return cube_fail(err, CUBE_EBUSY, "commit to %s: one is in flight",
+                         s->file->path);
+    if (s->is_broken) {
+        cube_store_fail_commit(s);
+        return cube_fail(err, CUBE_ESYNC, "commit to %s: a sync failed, and "
+                         "there is no new file yet: %s", s->file->path,
+                         s->last.text);
+    }
+    cube_store_catch_up(s);
+    if (s->is_dir_dirty && cube_store_dir_sync(s, err) < 0) {
+        cube_store_fail_commit(s);
+        return -1;
+    }
+    if (cube_store_commit_write(s, err) < 0)
+        return -1;
+    if (!cube_store_is_memory(s))
+        return 1;
+    cube_store_land(s);
+    return 0;
+}
+
+CUBE_API int cube_store_commit_end(struct cube_store *s, int sync_result,
+                                   struct cube_err *err)
+{
+    if (s->flight_commit == 0)
+        return 0;
+    if (sync_result == 0) {
+        cube_store_land(s);
+        return 0;
+    }
+    (void)cube_fail(&s->last, CUBE_ESYNC, "sync %s: %s: whether this commit "
+                    "is on disk is unknown", s->file->path,
+                    strerror(sync_result < 0 ? -sync_result : sync_result));
+    if (err)
+        *err = s->last;
+    cube_store_fail_commit(s);
+    cube_store_checkpoint_abort(s);
+    cube_store_comp_abort(s);
+    s->is_broken = true;
+    return -1;
+}
+
+CUBE_API int cube_store_commit(struct cube_store *s, struct cube_err *err)
+{
+    int r = cube_store_commit_begin(s, err);
+
+    if (r <= 0)
+        return r;
+    return cube_store_commit_end(s, s->world->sync(s->world->ctx,
+                                                   s->file->fd), err);
+}
+
+/* ---- Background work ---- */
+
+CUBE_API bool cube_store_slice(struct cube_store *s, int budget_ms)
+{
+    int64_t until = s->world->now_ms(s->world->ctx) + budget_ms;
+
+    do {
+        if (cube_store_work(s, s->options.is_sync_split, &s->last) <= 0)
+            return false;
+    } while (s->world->now_ms(s->world->ctx) < until);
+    return true;
+}
+
+CUBE_API const char *cube_store_last_error(const struct cube_store *s)
+{
+    return s->last.text;
+}
+
+CUBE_API int cube_store_slice_fd(const struct cube_store *s)
+{
+    if (!s->comp || s->comp->phase != CUBE_STORE_SYNCING)
+        return -1;
+    return s->comp->out->fd;
+}
+
+CUBE_API void cube_store_slice_synced(struct cube_store *s, int sync_result)
+{
+    if (cube_store_slice_fd(s) < 0)
+        return;
+    if (sync_result == 0) {
+        s->comp->phase = CUBE_STORE_SWAP;
+        return;
+    }
+    (void)cube_fail(&s->last, CUBE_ESYNC, "sync %s.new: %s", s->path,
+                    strerror(sync_result < 0 ? -sync_result : sync_result));
+    cube_store_comp_abort(s);
+}
+
+/* Brings all that is committed into the trees, and those to disk. */
+static int cube_store_settle(struct cube_store *s, struct cube_err *err)
+{
+    for (int i = 0; i < 2; i++) {
+        int r = 1;
+
+        s->is_stuck = false;
+        if (!s->view.mem[1] && s->view.mem[0]->head[0])
+            cube_store_freeze(s);
+        while (r > 0)
+            r = cube_store_checkpoint_step(s, err);
+        if (r < 0 || cube_store_sync(s->file, err) < 0)
+            return -1;
+        cube_store_checkpoint_synced(s, s->file->end);
+        s->done_end = s->file->end;
+    }
+    return 0;
+}
+
+CUBE_API int cube_store_compact(struct cube_store *s, struct cube_err *err)
+{
+    int r = 1;
+
+    if (s->flight_commit > 0 || s->options.is_read_only)
+        return cube_fail(err, CUBE_EBUSY, "compact %s: %s", s->file->path,
+                         s->flight_commit > 0 ? "a commit is in flight"
+                                              : "it is open for reading");
+    cube_store_rollback(s);
+    if (!s->is_broken && cube_store_settle(s, err) < 0)
+        return -1;
+    cube_store_comp_abort(s);
+    if (cube_store_comp_start(s, err) < 0)
+        return -1;
+    while (r > 0 && s->comp)
+        r = cube_store_comp_step(s, false, err);
+    return r < 0 ? -1 : 0;
+}
+
+/* At the end of a store's life: with a long tail, it is brought into the
+ * trees, and marked as synced, so that the next opening is quick. */
+static void cube_store_leave(struct cube_store *s)
+{
+    cube_store_rollback(s);
+    if (s->options.is_read_only || s->is_broken || !s->path || !s->file ||
+        s->flight_commit > 0 ||
+        s->view.mem[0]->bytes + (s->view.mem[1] ? s->view.mem[1]->bytes : 0) <
+            CUBE_STORE_TAIL_SMALL)
+        return;
+    if (cube_store_settle(s, NULL) == 0 &&
+        cube_store_rec_append(s->file, 'B', &s->batch, s->view.commit,
+                              NULL) == 0)
+        (void)cube_store_sync(s->file, NULL);
+}
+
+CUBE_API void cube_store_close(struct cube_store *s)
+{
+    if (!s)
+        return;
+    cube_store_leave(s);
+    cube_store_comp_abort(s);
+    cube_store_checkpoint_abort(s);
+    cube_store_view_drop(&s->view);
+    cube_store_file_drop(s->file);
+    cube_store_cache_forget(&s->cache, 0);
+    cube_free(s->cache.slots);
+    cube_buf_free(&s->batch);
+    if (s->lock_fd >= 0)
+        s->world->close(s->world->ctx, s->lock_fd);
+    cube_free(s->path);
+    cube_free(s);
+}
+
+CUBE_API struct cube_store *cube_store_open(
+        const struct cube_world *world, const char *path,
+        const struct cube_store_options *options, struct cube_err *err)
+{
+    struct cube_store *s = cube_alloc(sizeof *s);
+    int r = 0, fd = -ENOENT;
+
+    s->world = world ? world : cube_world_real();
+    s->path = cube_text_dup(path);
+    s->lock_fd = -1;
+    s->view.mem[0] = cube_store_mem_new();
+    cube_store_crc_init(&s->crc);
+    cube_store_set_options(s, options);
+    cube_store_rec_begin(&s->batch);
+    if (path)
+        r = cube_store_lock(s, err);
+    if (r == 0 && path)
+        fd = s->world->open(s->world->ctx, path, s->options.is_read_only
+                            ? 0 : CUBE_OPEN_WRITE);
+    if (r == 0 && fd >= 0)
+        r = cube_store_open_file(s, fd, err);
+    else if (r == 0 && fd == -ENOENT && !s->options.is_read_only)
+        r = cube_store_open_new(s, err);
+    else if (r == 0)
+        r = cube_fail(err, cube_errno_code(fd), "open %s: %s", path,
+                      cube_errno_text(fd));
+    s->batch_commit = s->view.commit + 1;
+    if (r == 0)
+        return s;
+    s->options.is_read_only = true;
+    cube_store_close(s);
+    return NULL;
+}
+
+/* ---- Reading ---- */
+
+struct cube_store_snap {
+    struct cube_store *store;
+    struct cube_store_view view;
+};
+
+CUBE_API struct cube_store_snap *cube_store_snapshot(struct cube_store *s)
+{
+    struct cube_store_snap *snap = cube_alloc(sizeof *snap);
+
+    snap->store = s;
+    snap->view = cube_store_view_hold(&s->view);
+    return snap;
+}
+
+CUBE_API void cube_store_snapshot_close(struct cube_store_snap *snap)
+{
+    if (!snap)
+        return;
+    cube_store_view_drop(&snap->view);
+    cube_free(snap);
+}
+
+static int cube_store_get_in(struct cube_store *s,
+                             const struct cube_store_view *v,
+                             const char *tree, const void *key,
+                             size_t key_len, struct cube_buf *value,
+                             struct cube_err *err)
+{
+    int t = cube_store_tree_find(s, tree);
+
+    cube_buf_clear(value);
+    if (t < 0 || key_len == 0 || key_len > CUBE_STORE_KEY_MAX)
+        return 0;
+    return cube_store_view_get(v, &s->cache, t, key, key_len, value, err);
+}
+
+CUBE_API int cube_store_get(struct cube_store *s, const char *tree,
+                            const void *key, size_t key_len,
+                            struct cube_buf *value, struct cube_err *err)
+{
+    struct cube_store_view v = cube_store_staged_view(s);
+
+    return cube_store_get_in(s, &v, tree, key, key_len, value, err);
+}
+
+CUBE_API int cube_store_snapshot_get(struct cube_store_snap *snap,
+                                     const char *tree, const void *key,
+                                     size_t key_len, struct cube_buf *value,
+                                     struct cube_err *err)
+{
+    return cube_store_get_in(snap->store, &snap->view, tree, key, key_len,
+                             value, err);
+}
+
+/* Three sorted sources, merged: the two overlays and the tree. Each stands on
+ * a key at or beyond the cursor's, in the direction of the last move; those
+ * that stand on the cursor's own are `at`, the newest of them decides. */
+struct cube_cursor {
+    struct cube_store *store;
+    struct cube_store_view view; /* held */
+    int tree;                    /* -1: there is none of that name */
+    int way;                     /* +1 or -1; 0: it stands nowhere */
+    const struct cube_store_node *nodes[2];
+    struct cube_store_path path;
+    bool at[3];
+    int winner;
+    struct cube_store_item item; /* of the path, when that wins */
+    struct cube_buf key;         /* while it turns round */
+    struct cube_store_ext *value; /* what cube_cursor_value gave out */
+};
+
+static struct cube_cursor *cube_store_cursor_new(
+        struct cube_store *s, const struct cube_store_view *v,
+        const char *tree)
+{
+    struct cube_cursor *c = cube_alloc(sizeof *c);
+
+    c->store = s;
+    c->view = cube_store_view_hold(v);
+    c->tree = cube_store_tree_find(s, tree);
+    c->path.cache = &s->cache;
+    c->path.roots = c->view.roots;
+    return c;
+}
+
+CUBE_API struct cube_cursor *cube_cursor_open(struct cube_store *s,
+                                              const char *tree,
+                                              struct cube_err *err)
+{
+    (void)err;
+    return cube_store_cursor_new(s, &s->view, tree);
+}
+
+CUBE_API struct cube_cursor *cube_cursor_open_staged(struct cube_store *s,
+                                                     const char *tree,
+                                                     struct cube_err *err)
+{
+    struct cube_store_view v = cube_store_staged_view(s);
+
+    (void)err;
+    return cube_store_cursor_new(s, &v, tree);
+}
+
+CUBE_API struct cube_cursor *cube_cursor_open_snapshot(
+        struct cube_store_snap *snap, const char *tree, struct cube_err *err)
+{
+    (void)err;
+    return cube_store_cursor_new(snap->store, &snap->view, tree);
+}
+
+CUBE_API void cube_cursor_close(struct cube_cursor *c)
+{
+    if (!c)
+        return;
+    cube_store_path_clear(&c->path);
+    cube_store_unpin(c->value);
+    cube_store_view_drop(&c->view);
+    cube_buf_free(&c->key);
+    cube_free(c);
+}
+
+/* Moves the sources that stand on the cursor's key one on. */
+static int cube_store_cursor_advance(struct cube_cursor *c,
+                                     struct cube_err *err)
+{
+    for (int i = 0; i < 2; i++) {
+        const struct cube_store_node *n = c->nodes[i];
+
+        if (!c->at[i] || !n)
+            continue;
+        c->nodes[i] = c->way > 0
+            ? cube_store_mem_next(n, c->view.commit)
+            : cube_store_mem_prev(c->view.mem[i], (unsigned)c->tree,
+                                  cube_store_node_key(n), n->key_len,
+                                  c->view.commit);
+    }
+    if (c->at[2] && c->path.depth > 0)
+        return cube_store_path_move(&c->path, c->way, err);
+    return 0;
+}
+
+/* Finds which sources stand on the first key in the direction of the cursor;
+ * false: none stands on any. */
+static bool cube_store_cursor_pick(struct cube_cursor *c)
+{
+    const uint8_t *best = NULL;
+    size_t best_len = 0;
+
+    c->winner = -1;
+    if (c->path.depth > 0)
+        cube_store_path_item(&c->path, &c->item);
+    for (int i = 0; i < 3; i++) {
+        const uint8_t *key = NULL;
+        size_t len = 0;
+        int r = -1;
+
+        c->at[i] = false;
+        if (i < 2 && c->nodes[i]) {
+            key = cube_store_node_key(c->nodes[i]);
+            len = c->nodes[i]->key_len;
+        } else if (i == 2 && c->path.depth > 0) {
+            key = c->item.key;
+            len = c->item.key_len;
+        }
+        if (!key)
+            continue;
+        if (best)
+            r = c->way * cube_store_order(key, len, best, best_len);
+        if (r > 0)
+            continue;
+        c->at[i] = true;
+        if (r == 0)
+            continue;
+        for (int j = 0; j < i; j++)
+            c->at[j] = false;
+        best = key;
+        best_len = len;
+        c->winner = i;
+    }
+    return best != NULL;
+}
+
+/* Goes on to the first key that is not deleted. */
+static int cube_store_cursor_settle(struct cube_cursor *c,
+                                    struct cube_err *err)
+{
+    cube_store_unpin(c->value);
+    c->value = NULL;
+    while (cube_store_cursor_pick(c)) {
+        if (c->winner == 2 || !c->nodes[c->winner]->is_del)
+            return 1;
+        if (cube_store_cursor_advance(c, err) < 0) {
+            c->way = 0;
+            return -1;
+        }
+    }
+    c->way = 0;
+    return 0;
+}
+
+/* Puts every source at the first key at or after this one (way +1), or at the
+ * last one before it (-1; of all, with NULL), and goes on from there. */
+static int cube_store_cursor_place(struct cube_cursor *c, int way,
+                                   const uint8_t *key, size_t key_len,
+                                   struct cube_err *err)
+{
+    int r;
+
+    if (c->tree < 0)
+        return 0;
+    c->way = way;
+    for (int i = 0; i < 2; i++) {
+        struct cube_store_mem *m = c->view.mem[i];
+
+        c->nodes[i] = NULL;
+        if (m && way < 0)
+            c->nodes[i] = cube_store_mem_prev(m, (unsigned)c->tree, key,
+                                              key_len, c->view.commit);
+        else if (m)
+            c->nodes[i] = cube_store_mem_visible(
+                cube_store_mem_find(m, (unsigned)c->tree, key, key_len,
+                                    UINT64_MAX, NULL),
+                (unsigned)c->tree, c->view.commit);
+    }
+    if (key)
+        r = cube_store_path_seek(&c->path, c->tree, key, key_len, way, err);
+    else
+        r = cube_store_path_start(&c->path, c->tree, CUBE_STORE_LAST, NULL, 0,
+                                  err);
+    if (r < 0) {
+        c->way = 0;
+        return -1;
+    }
+    return cube_store_cursor_settle(c, err);
+}
+
+CUBE_API int cube_cursor_first(struct cube_cursor *c, struct cube_err *err)
+{
+    return cube_store_cursor_place(c, 1, (const uint8_t *)"", 0, err);
+}
+
+CUBE_API int cube_cursor_last(struct cube_cursor *c, struct cube_err *err)
+{
+    return cube_store_cursor_place(c, -1, NULL, 0, err);
+}
+
+CUBE_API int cube_cursor_seek(struct cube_cursor *c, const void *key,
+                              size_t key_len, struct cube_err *err)
+{
+    return cube_store_cursor_place(c, 1, key, key_len, err);
+}
+
+CUBE_API const void *cube_cursor_key(const struct cube_cursor *c,
+                                     size_t *key_len)
+{
+    CUBE_ASSERT(c->way != 0);
+    if (c->winner == 2) {
+        *key_len = c->item.key_len;
+        return c->item.key;
+    }
+    *key_len = c->nodes[c->winner]->key_len;
+    return cube_store_node_key(c->nodes[c->winner]);
+}
+
+/* One on, turning round before that if need be. */
+static int cube_store_cursor_move(struct cube_cursor *c, int way,
+                                  struct cube_err *err)
+{
+    size_t len;
+    const void *key;
+
+    if (c->way == 0)
+        return 0;
+    if (c->way != way) {
+        key = cube_cursor_key(c, &len);
+        cube_buf_clear(&c->key);
+        cube_buf_add(&c->key, key, len);
+        if (cube_store_cursor_place(c, way, (uint8_t *)c->key.data, len,
+                                    err) < 0)
+            return -1;
+        if (way < 0)
+            return c->way != 0;
+    }
+    if (cube_store_cursor_advance(c, err) < 0) {
+        c->way = 0;
+        return -1;
+    }
+    return cube_store_cursor_settle(c, err);
+}
+
+CUBE_API int cube_cursor_next(struct cube_cursor *c, struct cube_err *err)
+{
+    return cube_store_cursor_move(c, 1, err);
+}
+
+CUBE_API int cube_cursor_prev(struct cube_cursor *c, struct cube_err *err)
+{
+    return cube_store_cursor_move(c, -1, err);
+}
+
+CUBE_API int cube_cursor_value(struct cube_cursor *c, const void **value,
+                               size_t *value_len, struct cube_err *err)
+{
+    CUBE_ASSERT(c->way != 0);
+    if (c->winner < 2) {
+        *value = c->nodes[c->winner]->val;
+        *value_len = c->nodes[c->winner]->val_len;
+    } else if (c->item.val) {
+        *value = c->item.val;
+        *value_len = c->item.val_len;
+    } else {
+        if (!c->value)
+            c->value = cube_store_fetch(&c->store->cache, c->view.roots->file,
+                                        c->item.ref,
+                                        cube_store_path_at(&c->path), err);
+        if (!c->value)
+            return -1;
+        *value = c->value->data;
+        *value_len = c->value->len;
+    }
+    if (*value_len == 0)
+        *value = "";
+    return 0;
+}
+
+/* ---- Checking ---- */
+
+/* Is each page on the way begun by the key that its parent knows it by? */
+static bool cube_store_check_way(const struct cube_store_path *p)
+{
+    for (int d = 1; d < p->depth; d++) {
+        const struct cube_store_step *up = &p->steps[d - 1];
+        uint32_t a_len, b_len;
+        const uint8_t *a = cube_store_page_key(up->page->data, up->i, &a_len);
+        const uint8_t *b = cube_store_page_key(p->steps[d].page->data, 0,
+                                               &b_len);
+
+        if (cube_store_order(a, a_len, b, b_len) != 0)
+            return false;
+    }
+    return true;
+}
+
+/* One entry of a leaf: its way, its order after the last key, its value. */
+static int cube_store_check_item(const struct cube_store_path *p,
+                                 struct cube_buf *last, uint64_t *bytes,
+                                 struct cube_err *err)
+{
+    const struct cube_store_file *f = p->roots->file;
+    uint64_t at = cube_store_path_at(p);
+    struct cube_store_item item;
+
+    cube_store_path_item(p, &item);
+    if (p->steps[p->depth - 1].i == 0 && !cube_store_check_way(p))
+        return cube_store_corrupt(f, at, "a page begins with another key "
+                                  "than its parent says", err);
+    if (cube_store_order((uint8_t *)last->data, last->len, item.key,
+                         item.key_len) >= 0)
+        return cube_store_corrupt(f, at, "keys are out of order", err);
+    cube_buf_clear(last);
+    cube_buf_add(last, item.key, item.key_len);
+    *bytes += (uint64_t)item.key_len + item.val_len;
+    if (!item.val) {
+        struct cube_store_ext *e = cube_store_load(f, item.ref, at, err);
+
+        if (!e)
+            return -1;
+        cube_store_unpin(e);
+    }
+    return 0;
+}
+
+static int cube_store_check_tree(struct cube_store_roots *roots, int tree,
+                                 struct cube_err *err)
+{
+    const struct cube_store_tree *t = &roots->trees[tree];
+    struct cube_store_path path;
+    struct cube_buf last = {0};
+    uint64_t count = 0, bytes = 0;
+    int r;
+
+    path.cache = NULL;
+    path.roots = roots;
+    path.depth = 0;
+    cube_buf_puts(&last, "");
+    r = cube_store_path_start(&path, tree, CUBE_STORE_FIRST, NULL, 0, err);
+    while (r > 0) {
+        count++;
+        r = cube_store_check_item(&path, &last, &bytes, err);
+        if (r == 0)
+            r = cube_store_path_move(&path, 1, err);
+    }
+    if (r == 0 && (count != t->count || bytes != t->bytes))
+        r = cube_store_corrupt(roots->file, roots->at, "the roots count "
+                               "other keys than there are", err);
+    cube_store_path_clear(&path);
+    cube_buf_free(&last);
+    return r;
+}
+
+/* The records since the last checkpoint, from the file. */
+static int cube_store_check_tail(struct cube_store *s, struct cube_err *err)
+{
+    const struct cube_store_file *f = s->file;
+    uint64_t at = s->view.roots->replay;
+    uint32_t crc = s->view.roots->replay_crc;
+    struct cube_buf body = {0};
+    struct cube_store_rec rec;
+    int r = 1;
+
+    while (r > 0 && at < s->done_end) {
+        r = cube_store_rec_head(f, at, &rec, err);
+        if (r > 0 && rec.kind == 'B')
+            r = cube_store_rec_body(f, &rec, &body, err);
+        if (r == 0 || (r > 0 && rec.prev != crc))
+            r = cube_store_corrupt(f, at, "a record is damaged", err);
+        at = cube_store_rec_end(&rec);
+        crc = rec.crc;
+    }
+    cube_buf_free(&body);
+    return r < 0 ? -1 : 0;
+}
+
+/* An overlay is sorted, each level a part of the one below. */
+static int cube_store_check_mem(const struct cube_store *s,
+                                const struct cube_store_mem *m,
+                                struct cube_err *err)
+{
+    for (int i = 0; m && i < CUBE_STORE_TOWER; i++) {
+        for (const struct cube_store_node *n = m->head[i]; n && n->next[i];
+             n = n->next[i]) {
+            if (cube_store_node_order(n->tree, cube_store_node_key(n),
+                                      n->key_len, n->commit, n->next[i]) >= 0)
+                return cube_store_corrupt(s->file, s->done_end, "the overlay "
+                                          "is out of order", err);
+        }
+    }
+    return 0;
+}
+
+CUBE_API int cube_store_check(struct cube_store *s, struct cube_err *err)
+{
+    for (int i = 0; i < s->view.roots->count; i++) {
+        if (cube_store_check_tree(s->view.roots, i, err) < 0)
+            return -1;
+    }
+    for (int i = 0; i < 2; i++) {
+        if (cube_store_check_mem(s, s->view.mem[i], err) < 0)
+            return -1;
+    }
+    return cube_store_check_tail(s, err);
+}
+
+CUBE_API void cube_store_stats(const struct cube_store *s,
+                               struct cube_store_stats *out)
+{
+    memset(out, 0, sizeof *out);
+    out->file_bytes = s->file->size;
+    out->used_bytes = s->file->end;
+    out->live_bytes = cube_store_roots_sum(s->view.roots, &out->records);
+    for (int i = 0; i < 2; i++)
+        out->overlay_bytes += s->view.mem[i] ? s->view.mem[i]->bytes : 0;
+    out->cache_bytes = s->cache.bytes;
+    out->commits = s->view.commit;
+    out->checkpoints = s->checkpoints;
+    out->compactions = s->compactions;
+    out->dropped_bytes = s->dropped;
+    out->is_broken = s->is_broken;
+}
 
 
 /* ==== Chapter 5. Loop ==== uses: 1 2 4 ==== */

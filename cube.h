@@ -237,6 +237,204 @@ CUBE_API int cube_uuid_parse(const char *text, size_t len,
 
 /* ==== Chapter 4. Store ==== */
 
+/* A store is an ordered map from keys to values that survives crashes: one
+ * file, several named trees in it, changed together by commits or not at all.
+ *
+ *     struct cube_store *s = cube_store_open(NULL, "app.cube", NULL, &err);
+ *     cube_store_put(s, "users", "ada", 3, "countess", 8, &err);
+ *     cube_store_put(s, "count", "users", 5, "1", 1, &err);
+ *     if (cube_store_commit(s, &err) < 0) ...    both are on disk, or none
+ *     cube_store_close(s);
+ *
+ * One thread. Bytes go in and come out as they are; keys are ordered as
+ * memcmp orders them, a prefix before what it begins. Every function that can
+ * fail returns -1 or NULL and says in err what it tried on which file. */
+
+/* Caps; more than this is refused. */
+#ifndef CUBE_STORE_KEY_MAX
+#define CUBE_STORE_KEY_MAX 1024               /* bytes of a key, at least 1 */
+#endif
+#ifndef CUBE_STORE_VALUE_MAX
+#define CUBE_STORE_VALUE_MAX (16u << 20)      /* bytes of a value */
+#endif
+#ifndef CUBE_STORE_COMMIT_MAX
+#define CUBE_STORE_COMMIT_MAX (256u << 20)    /* bytes of one commit */
+#endif
+#define CUBE_STORE_TREES_MAX 32               /* named trees in a file */
+#define CUBE_STORE_NAME_MAX 31                /* bytes of a tree's name */
+
+struct cube_store;         /* an object: cube_store_open .. cube_store_close */
+struct cube_store_snap;    /* a pinned commit */
+struct cube_cursor;        /* a place in a tree */
+
+/* Zero means the default. */
+struct cube_store_options {
+    size_t cache_bytes;   /* memory for pages, values and the overlay of
+                             recent changes; default 8 MiB, at least 256 KiB */
+    bool is_read_only;    /* never write, not even to repair a torn tail */
+    bool is_sync_split;   /* the caller does the syncs of compaction as well:
+                             see cube_store_slice_fd */
+};
+
+struct cube_store_stats {
+    uint64_t file_bytes;     /* size of the file, zeros ahead included */
+    uint64_t used_bytes;     /* up to the end of the last record */
+    uint64_t live_bytes;     /* keys and values, as of the last checkpoint */
+    uint64_t records;        /* keys in all trees, as of the last checkpoint */
+    uint64_t overlay_bytes;  /* memory of what is not in the trees yet */
+    uint64_t cache_bytes;    /* memory of cached pages and values */
+    uint64_t commits;        /* number of the last commit; grows for ever */
+    uint64_t checkpoints;    /* done since opening */
+    uint64_t compactions;    /* done since opening */
+    uint64_t dropped_bytes;  /* of an unfinished commit, found at opening */
+    bool is_broken;          /* a sync failed: reads only, until a new file
+                                has been written (cube_store_slice tries) */
+};
+
+/* Opens the store in the file at path, and creates it if there is none; with
+ * path NULL, a store in memory that has the same functions and forgets all
+ * when it is closed. world NULL is the real one. Holds an exclusive lock on
+ * path + ".lock" until it is closed.
+ * Errors: CUBE_EBUSY (another store, of this process or another, has it),
+ * CUBE_ECORRUPT (damage that no crash explains; names file and offset), and
+ * what the file system says. What a crash left unfinished is cut off, and
+ * told in stats.dropped_bytes. */
+CUBE_API struct cube_store *cube_store_open(const struct cube_world *world,
+        const char *path, const struct cube_store_options *options,
+        struct cube_err *err);
+
+/* Drops what is staged, waits for nothing, frees all; NULL is allowed. Cursors
+ * and snapshots must have been closed before. */
+CUBE_API void cube_store_close(struct cube_store *store);
+
+/* Stages a change of the open batch: it is seen at once by whoever reads
+ * without a snapshot, and by nobody else before the commit. key and value are
+ * copied. Putting a key again replaces; deleting a key that is not there is
+ * fine. A tree exists from its first put on. After an error the batch is as
+ * it was before the call. */
+CUBE_API int cube_store_put(struct cube_store *store, const char *tree,
+        const void *key, size_t key_len, const void *value, size_t value_len,
+        struct cube_err *err);
+CUBE_API int cube_store_del(struct cube_store *store, const char *tree,
+        const void *key, size_t key_len, struct cube_err *err);
+
+/* Is anything staged that a commit would write? */
+CUBE_API bool cube_store_is_dirty(const struct cube_store *store);
+
+/* Forgets what is staged in the open batch. */
+CUBE_API void cube_store_rollback(struct cube_store *store);
+
+/* Commits what is staged, in one step that may wait for the disk. */
+CUBE_API int cube_store_commit(struct cube_store *store,
+        struct cube_err *err);
+
+/* The same in two steps, for a caller that waits elsewhere: begin writes the
+ * batch and returns
+ *    1   fdatasync(cube_store_fd(store)) is needed, then cube_store_commit_end
+ *        with its result; until then more may be staged, for the commit
+ *        after this one, but no second commit begun;
+ *    0   all is committed already (nothing staged, or a store in memory);
+ *   -1   it failed (CUBE_ENOSPC, CUBE_EIO...): what was staged is dropped, the
+ *        last commit stands, the store goes on.
+ * end (sync_result: 0 or a negative errno value) makes the batch visible to new snapshots. When the sync failed it
+ * returns -1 with CUBE_ESYNC: nobody knows whether this commit will be found
+ * after a crash, all staged changes (of the batch that has been filled
+ * meanwhile, too) are dropped, and the store can only be read until
+ * cube_store_slice has managed to write what is certain to a new file. */
+CUBE_API int cube_store_commit_begin(struct cube_store *store,
+        struct cube_err *err);
+CUBE_API int cube_store_commit_end(struct cube_store *store, int sync_result,
+        struct cube_err *err);
+CUBE_API int cube_store_fd(const struct cube_store *store);
+
+/* Does what waits in the background (a checkpoint, a compaction, a new file
+ * after a failed sync), for about budget_ms. Returns true when there is more
+ * to do: call again soon, at best once a turn of the loop. A store that is
+ * never sliced does this work inside of commits. Failures are no error here:
+ * they are tried again later, and cube_store_last_error tells the last. */
+CUBE_API bool cube_store_slice(struct cube_store *store, int budget_ms);
+CUBE_API const char *cube_store_last_error(const struct cube_store *store);
+
+/* With options.is_sync_split: the descriptor that the background work wants
+ * to have synced, or -1. Call cube_store_slice_synced with 0 or a negative
+ * errno value once it is; cube_store_slice does nothing for compaction until then. */
+CUBE_API int cube_store_slice_fd(const struct cube_store *store);
+CUBE_API void cube_store_slice_synced(struct cube_store *store,
+        int sync_result);
+
+/* Compacts now, all in one go. Not while a commit is in flight. */
+CUBE_API int cube_store_compact(struct cube_store *store,
+        struct cube_err *err);
+
+/* Pins the last commit: whoever reads with it sees that state, whatever is
+ * committed later. It keeps the file of its time open, so close it soon. */
+CUBE_API struct cube_store_snap *cube_store_snapshot(
+        struct cube_store *store);
+CUBE_API void cube_store_snapshot_close(struct cube_store_snap *snap);
+
+/* Copies the value of a key into a buffer of the caller's, in place of what
+ * was in it: 1 found, 0 no such key (or tree), -1 error (CUBE_ECORRUPT,
+ * CUBE_EIO). The first reads what the next commit would leave, staged changes
+ * included; the second what the snapshot sees. */
+CUBE_API int cube_store_get(struct cube_store *store, const char *tree,
+        const void *key, size_t key_len, struct cube_buf *value,
+        struct cube_err *err);
+CUBE_API int cube_store_snapshot_get(struct cube_store_snap *snap,
+        const char *tree, const void *key, size_t key_len,
+        struct cube_buf *value, struct cube_err *err);
+
+/* Walks a tree in order:
+ *
+ *     struct cube_cursor *c = cube_cursor_open(s, "users", &err);
+ *     for (int r = cube_cursor_first(c, &err); r > 0;
+ *          r = cube_cursor_next(c, &err)) {
+ *         const void *key = cube_cursor_key(c, &key_len);
+ *         if (cube_cursor_value(c, &value, &value_len, &err) < 0) ...
+ *     }
+ *     cube_cursor_close(c);
+ *
+ * It sees one state: the last commit as of now; or with staged what is staged
+ * by now as well (whether it sees what is staged later is not said); or what
+ * a snapshot sees, which may be closed before the cursor. Never NULL; the
+ * caller closes it, before the store. */
+CUBE_API struct cube_cursor *cube_cursor_open(struct cube_store *store,
+        const char *tree, struct cube_err *err);
+CUBE_API struct cube_cursor *cube_cursor_open_staged(
+        struct cube_store *store, const char *tree, struct cube_err *err);
+CUBE_API struct cube_cursor *cube_cursor_open_snapshot(
+        struct cube_store_snap *snap, const char *tree,
+        struct cube_err *err);
+CUBE_API void cube_cursor_close(struct cube_cursor *cursor);
+
+/* Each moves and returns 1 when it stands on a key, 0 when there is none that
+ * way, -1 on an error. seek goes to the first key that is not less than the
+ * one given. After 0 or -1 only first, last and seek go anywhere. */
+CUBE_API int cube_cursor_first(struct cube_cursor *cursor,
+        struct cube_err *err);
+CUBE_API int cube_cursor_last(struct cube_cursor *cursor,
+        struct cube_err *err);
+CUBE_API int cube_cursor_next(struct cube_cursor *cursor,
+        struct cube_err *err);
+CUBE_API int cube_cursor_prev(struct cube_cursor *cursor,
+        struct cube_err *err);
+CUBE_API int cube_cursor_seek(struct cube_cursor *cursor, const void *key,
+        size_t key_len, struct cube_err *err);
+
+/* What the cursor stands on; both are the cursor's, good until it moves or is
+ * closed. */
+CUBE_API const void *cube_cursor_key(const struct cube_cursor *cursor,
+        size_t *key_len);
+CUBE_API int cube_cursor_value(struct cube_cursor *cursor,
+        const void **value, size_t *value_len, struct cube_err *err);
+
+/* Reads the whole committed state from the file, past the cache, and checks
+ * all that is promised about it: checksums, order, depths, counts. 0 or -1
+ * with CUBE_ECORRUPT, naming file and offset. Slow on purpose. */
+CUBE_API int cube_store_check(struct cube_store *store,
+        struct cube_err *err);
+
+CUBE_API void cube_store_stats(const struct cube_store *store,
+        struct cube_store_stats *stats);
 
 
 /* ==== Chapter 5. Loop ==== */
