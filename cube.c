@@ -1,4 +1,88 @@
 /* ==== Chapter 0. Preface ==== uses: nothing ==== */
+/*
+ * Cube is a container orchestrator. You tell its manager what shall run; the
+ * manager chooses a machine, the worker there starts a container (or, where
+ * there is no engine, a process), and both see to it that it keeps running:
+ * when it fails, when a worker fails, when a whole machine is gone. All of
+ * that is this one file, on libc and POSIX sockets. cube.h is its manual.
+ *
+ *      you ---- cube run, status, stop
+ *       |  HTTP
+ *       v
+ *     manager ------------- its store: what is wanted, what was observed
+ *       |     \                        (a file; on disk before an answer)
+ *       |HTTP  \ HTTP
+ *       v       v
+ *     worker   worker ----- its store: what it was asked for
+ *       |       |
+ *     Docker   Podman       or plain processes
+ *
+ * It is meant to be read, as a book about how an orchestrator works, and
+ * a book is read from the front: each chapter stands on those before it and
+ * knows nothing of those behind it. A chapter opens with an essay: what the
+ * problem is, what the simplest solution would be and where it fails, what
+ * was chosen, and what was left naive on purpose. Who wants to know first
+ * what it is all good for reads 11 and 12 before the rest, and 10 for
+ * pleasure; who wants to write a database, 4; a web server, 6.
+ *
+ * Contents (`grep '^/\* ====' cube.c` finds them)
+ *
+ *   1  World        every request to the machine, through one table
+ *   2  Ground       errors, memory, buffers, maps, UUIDs, times: what C lacks
+ *   3  JSON         text to tree and back
+ *   4  Store        a B+tree in a file that only grows; commits; compaction
+ *   5  Loop         one thread that waits for everything; the end of a turn
+ *   6  HTTP         bytes to messages; the server and the client
+ *   7  Tasks        what a task is, on the wire and in its states
+ *   8  Machine      how much memory, CPU and disk there is
+ *   9  Runtimes     Docker, Podman, and processes under a supervisor
+ *   10  Schedulers   which node a task runs on
+ *   11  Worker       keeps its tasks true to what was asked of them
+ *   12  Manager      accepts, places, watches and moves tasks
+ *   13  Client       what a command line needs of a manager
+ *
+ * Four ideas hold it together.
+ *
+ * One table of system calls. Chapter 1 is the only one that talks to the
+ * kernel; the rest asks through `struct cube_world`. With another table a
+ * cluster, its network and its disks run inside one test, on a clock that is
+ * a variable and with faults that a seed chooses, and do so again.
+ *
+ * One thread. A loop calls back whoever has something to do, and nobody
+ * waits inside such a call. There are no locks, no mutable variables at file
+ * scope, and so any number of managers and workers in one process.
+ *
+ * One loop of reconciliation. Worker and manager compare what is wanted with
+ * what is observed, and act on the difference. A restart, a lost message or
+ * a lost machine is no case of its own: it is a difference.
+ *
+ * Disk first. What a manager has answered with 201 is on disk; no byte that
+ * depends on a change leaves the process before that change is.
+ *
+ * Words. A task is what shall run; a node is a machine's worker as a manager
+ * sees it; an attempt is one assignment of a task to a node, numbered. A
+ * function's name says its chapter: cube_store_commit is of chapter 4. What
+ * is public is marked CUBE_API and described in cube.h; all else is static.
+ *
+ * Simple on purpose. There is one manager, and no election of another: its
+ * store can be copied, and what runs goes on while it is away. There are no
+ * volumes, no networks between tasks, no TLS of its own. Limits are macros
+ * with names. Each chapter says what it has left naive, and when that stops
+ * being fine.
+ *
+ * What can be set, by -D or before the include:
+ *
+ *   CUBE_MALLOC, CUBE_REALLOC, CUBE_FREE   another allocator: all or none
+ *   CUBE_OOM()        runs when memory is gone; must not return
+ *   CUBE_ASSERT(x)    checks of Cube on itself; assert by default
+ *   CUBE_API          before each public function: `static`, an export ...
+ *   CUBE_JSON_H       '"json.h"': sheredom's own file instead of chapter 3
+ *   CUBE_WITH_CURL    1: chapter 13 can talk to https, by libcurl
+ *
+ * The platform is Linux, by gcc or clang, with glibc or musl. What needs it:
+ * epoll, eventfd and pidfd in chapter 1, the supervisor of processes, /proc
+ * in chapter 8, control groups in chapter 9.
+ */
 
 #define CUBE_C
 #ifndef _GNU_SOURCE

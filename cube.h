@@ -32,7 +32,11 @@ extern "C" {
  * suspends (`now_ms`), nanoseconds since 1970 of the clock on the wall
  * (`wall_ns`), which can jump.
  */
-enum cube_addr_kind { CUBE_ADDR_IP4 = 4, CUBE_ADDR_IP6 = 6, CUBE_ADDR_UNIX = 1 };
+enum cube_addr_kind {
+    CUBE_ADDR_UNIX = 1,
+    CUBE_ADDR_IP4 = 4,
+    CUBE_ADDR_IP6 = 6
+};
 
 /* One place to connect to or to listen on. */
 struct cube_addr {
