@@ -10270,9 +10270,12 @@ static void cube_http_finish(struct cube_http_req *req)
 
 /* ---- What handlers call ---- */
 
+/* "" before a request line was read. */
 CUBE_API const char *cube_http_method(const struct cube_http_req *req)
 {
-    return req->parser.head.text.data;
+    const char *text = req->parser.head.text.data;
+
+    return text ? text : "";
 }
 
 CUBE_API const char *cube_http_path(const struct cube_http_req *req)
@@ -10636,11 +10639,13 @@ static bool cube_http_check_access(struct cube_http_req *req,
                                    const char *host)
 {
     const char *token = cube_http_header(req, "Authorization");
+    bool is_public = req->server->options.is_public;
 
-    if (cube_http_header(req, "Origin"))
+    if (!is_public && cube_http_header(req, "Origin"))
         return cube_http_refuse(req, 403, "requests of web pages (with an "
                                           "Origin) are not served");
-    if (host && !req->is_unix && !cube_http_host_is_known(req->server, host))
+    if (!is_public && host && !req->is_unix &&
+        !cube_http_host_is_known(req->server, host))
         return cube_http_refuse(req, 403, "this server is not known as "
                                 "'%.200s': use its address, or add the name "
                                 "to its host names", host);

@@ -552,6 +552,7 @@ struct cube_http_options {
      * Host field may hold; ends with NULL. Others get 403, as do requests
      * with an Origin: no web page may drive this server. */
     const char *const *host_names;
+    bool is_public;         /* web pages may: no look at Origin and Host */
     bool is_open_health;    /* GET /healthz needs no token */
     size_t max_body;        /* of a request, in bytes; 1 MiB */
     int idle_timeout_ms;    /* between two requests; 2 minutes */
