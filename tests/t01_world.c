@@ -568,7 +568,11 @@ TEST(a_command_inherits_no_descriptor_and_no_signal_state)
     text = read_text(at(&r, "log"));
     CHECK_HAS(text, "0 1 2 3 /dev/null\n"); /* 3: the directory ls reads */
     CHECK_HAS(text, "SigBlk:\t0000000000000000");
-    CHECK_HAS(text, "SigIgn:\t0000000000000000");
+    /* Without signals 32 and 33: they are the C library's own, no program can
+     * set them, and its posix_spawn (make's, say) leaves them ignored. */
+    text = strstr(text, "SigIgn:\t");
+    REQUIRE(text != NULL);
+    CHECK_UINT(strtoull(text + 8, NULL, 16) & ~(3ull << 31), 0);
 }
 
 TEST(a_supervisor_keeps_nothing_of_its_caller)
