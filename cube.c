@@ -2863,7 +2863,7 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  */
 static const uint64_t cube_json_ones = UINT64_C(0x0101010101010101);
 
-static uint64_t cube_json_load(const unsigned char *p)
+static inline uint64_t cube_json_load(const unsigned char *p)
 {
     return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
            (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 |
@@ -2872,7 +2872,7 @@ static uint64_t cube_json_load(const unsigned char *p)
 }
 
 /* Marks the bytes of this value. */
-static uint64_t cube_json_has(uint64_t w, unsigned char byte)
+static inline uint64_t cube_json_has(uint64_t w, unsigned char byte)
 {
     uint64_t x = w ^ (cube_json_ones * byte);
 
@@ -2881,7 +2881,7 @@ static uint64_t cube_json_has(uint64_t w, unsigned char byte)
 
 /* Marks what does not stand for itself in a string: quotes, backslashes,
  * control characters (less 0x20 borrows), and all but ASCII. */
-static uint64_t cube_json_marks(uint64_t w)
+static inline uint64_t cube_json_marks(uint64_t w)
 {
     uint64_t control = (w - cube_json_ones * 0x20) & ~w;
 
@@ -2890,7 +2890,7 @@ static uint64_t cube_json_marks(uint64_t w)
 }
 
 /* The place of the lowest mark. */
-static size_t cube_json_first(uint64_t marks)
+static inline size_t cube_json_first(uint64_t marks)
 {
     return (size_t)__builtin_ctzll(marks) / 8;
 }
@@ -3056,7 +3056,7 @@ struct json_parse_result_s {
 
 /* How many bytes at `p` stand for themselves: printable ASCII, neither quote
  * nor backslash? */
-static size_t cube_json_plain(const unsigned char *p, size_t left)
+static inline size_t cube_json_plain(const unsigned char *p, size_t left)
 {
     size_t n = 0;
 
@@ -3165,8 +3165,7 @@ static int cube_json_wrong(struct cube_json_scan *s,
     return -1;
 }
 
-/* Goes to the next byte that is no white space; -1: there is none. */
-static int cube_json_scan_space(struct cube_json_scan *s)
+static int cube_json_skip_space(struct cube_json_scan *s)
 {
     for (; s->offset < s->size; s->offset++) {
         switch (s->src[s->offset]) {
@@ -3184,6 +3183,15 @@ static int cube_json_scan_space(struct cube_json_scan *s)
     }
     return cube_json_wrong(s, json_parse_error_premature_end_of_buffer,
                            s->size);
+}
+
+/* Goes to the next byte that is no white space; -1: there is none. What
+ * programs have written has none, so that case is looked at first. */
+static inline int cube_json_scan_space(struct cube_json_scan *s)
+{
+    return s->offset < s->size && s->src[s->offset] > ' '
+               ? 0
+               : cube_json_skip_space(s);
 }
 
 /* One character of a string that is not plain: an escape, or UTF-8. */
@@ -3329,7 +3337,7 @@ static int cube_json_scan_scalar(struct cube_json_scan *s)
     return 0;
 }
 
-static bool cube_json_in_object(const struct cube_json_scan *s)
+static inline bool cube_json_in_object(const struct cube_json_scan *s)
 {
     size_t level = s->depth - 1;
 
@@ -3452,7 +3460,7 @@ struct cube_json_build {
     struct cube_json_open open[JSON_MAX_RECURSION];
 };
 
-static void *cube_json_build_struct(struct cube_json_build *b, size_t size)
+static inline void *cube_json_build_struct(struct cube_json_build *b, size_t size)
 {
     void *p = b->dom;
 
@@ -3660,7 +3668,7 @@ static const unsigned char *cube_json_fill_value(struct cube_json_build *b,
 }
 
 /* White space, and the two marks that say nothing in a checked text. */
-static const unsigned char *cube_json_fill_gap(const unsigned char *p)
+static inline const unsigned char *cube_json_fill_gap(const unsigned char *p)
 {
     while (*p == ' ' || *p == '\t' || *p == '\n' || *p == '\r' ||
            *p == ',' || *p == ':')
@@ -4263,8 +4271,8 @@ cube_json_items(struct json_value_s *value)
 }
 
 /* The value of a key, the last one when there are several; NULL: none. */
-CUBE_UNUSED static struct json_value_s *cube_json_get(struct json_value_s *value,
-                                                      const char *key)
+CUBE_UNUSED static struct json_value_s *
+cube_json_get(struct json_value_s *value, const char *key)
 {
     struct json_value_s *found = NULL;
 
