@@ -8883,9 +8883,183 @@ static int cube_resolve_start(struct cube_loop *l, struct cube_loop_job *j,
     return cube_loop_job_start(l, j, fn, arg);
 }
 
+/* ---- The commit point ---- */
+
+/*
+ * A handler stages its changes in the store and asks to be told. At the end
+ * of the turn all that was staged, by whomever, is written as one commit and
+ * synced beside the loop; meanwhile the next one fills.
+ *
+ *      turn 1     turn 2     turn 3     turn 4
+ *    stage a,b   stage c    stage d      ...
+ *        |begin      |          |begin(c,d)
+ *        +---- sync(a,b) -------+---- sync(c,d) ----
+ *                               |end: tell a and b
+ *
+ * Whoever waits while nothing is staged is told at the end of the same turn.
+ */
+
+/* Told with NULL when the changes are on disk, else with why they are not:
+ * CUBE_ESYNC if nobody can say, any other code if they were dropped. */
+typedef void cube_commit_fn(void *arg, const struct cube_err *err);
+
+/* Somebody who waits. The caller's memory; zeroed is unused. */
+struct cube_commit_wait {
+    struct cube_list link;
+    cube_commit_fn *fn;
+    void *arg;
+};
+
+struct cube_commit {
+    struct cube_loop *loop;
+    struct cube_store *store;
+    struct cube_list link;     /* in the loop */
+    struct cube_list filling;  /* wait for what is staged */
+    struct cube_list syncing;  /* wait for what is in flight */
+    struct cube_loop_job job;
+    uint64_t number;           /* of the commit that fills now */
+    bool is_syncing;
+};
+
+/* Group commit for `store`, which stays the caller's. */
+static struct cube_commit *cube_commit_open(struct cube_loop *l,
+                                            struct cube_store *store)
+{
+    struct cube_commit *c = cube_alloc(sizeof *c);
+
+    c->loop = l;
+    c->store = store;
+    cube_list_init(&c->filling);
+    cube_list_init(&c->syncing);
+    cube_list_add(&l->commits, &c->link);
+    return c;
+}
+
+static void cube_commit_wait(struct cube_commit *c, struct cube_commit_wait *w,
+                             cube_commit_fn *fn, void *arg)
+{
+    cube_list_remove(&w->link);
+    w->fn = fn;
+    w->arg = arg;
+    cube_list_add(&c->filling, &w->link);
+}
+
+static void cube_commit_forget(struct cube_commit_wait *w)
+{
+    cube_list_remove(&w->link);
+}
+
+/* The number of the commit that what is staged now will be part of. */
+static uint64_t cube_commit_number(const struct cube_commit *c)
+{
+    return c->number;
+}
+
+/* Tells all of a list. A callback may wait again, or close what it likes but
+ * this commit: the list is emptied from the front, and what is added while it
+ * is told waits behind a mark. */
+static void cube_commit_tell(struct cube_list *list,
+                             const struct cube_err *err)
+{
+    struct cube_list told;
+
+    if (cube_list_is_empty(list))
+        return;
+    cube_list_add(list, &told); /* the same ring under another head */
+    cube_list_remove(list);
+    while (!cube_list_is_empty(&told)) {
+        struct cube_commit_wait *w =
+            CUBE_OF(told.next, struct cube_commit_wait, link);
+
+        cube_list_remove(&w->link);
+        w->fn(w->arg, err);
+    }
+}
+
+/* Whoever still waits is told CUBE_ECANCELED. Close the store after this. */
+static void cube_commit_close(struct cube_commit *c)
+{
+    struct cube_err err;
+
+    if (!c)
+        return;
+    (void)cube_fail(&err, CUBE_ECANCELED, "shutting down");
+    cube_loop_job_cancel(c->loop, &c->job);
+    cube_list_remove(&c->link);
+    cube_commit_tell(&c->syncing, &err);
+    cube_commit_tell(&c->filling, &err);
+    cube_free(c);
+}
+
+static void cube_commit_synced(void *arg, struct cube_job *job)
+{
+    struct cube_commit *c = arg;
+    struct cube_err err;
+    int r;
+
+    c->is_syncing = false;
+    r = cube_store_commit_end(c->store, job->result, &err);
+    cube_commit_tell(&c->syncing, r < 0 ? &err : NULL);
+    if (r < 0) { /* what was staged since stands on what is gone */
+        cube_store_rollback(c->store);
+        c->number++;
+        cube_commit_tell(&c->filling, &err);
+    }
+}
+
+static void cube_commit_sync(struct cube_commit *c)
+{
+    int r;
+
+    while (!cube_list_is_empty(&c->filling)) {
+        struct cube_list *link = c->filling.next;
+
+        cube_list_remove(link);
+        cube_list_add(&c->syncing, link);
+    }
+    memset(&c->job.job, 0, sizeof c->job.job);
+    c->job.job.kind = CUBE_JOB_SYNC;
+    c->job.job.fd = cube_store_fd(c->store);
+    c->is_syncing = true;
+    r = cube_loop_job_start(c->loop, &c->job, cube_commit_synced, c);
+    if (r < 0) { /* no thread to be had: sync here, slow but right */
+        const struct cube_world *w = c->loop->world;
+
+        c->job.job.result = w->sync(w->ctx, c->job.job.fd);
+        cube_commit_synced(c, &c->job.job);
+    }
+}
+
+static void cube_commit_turn(struct cube_commit *c)
+{
+    struct cube_err err;
+    int r;
+
+    if (c->is_syncing)
+        return;
+    r = cube_store_commit_begin(c->store, &err);
+    c->number++;
+    if (r > 0)
+        cube_commit_sync(c);
+    else
+        cube_commit_tell(&c->filling, r < 0 ? &err : NULL);
+}
+
+/* The end of a turn: every store with staged changes commits them, then a
+ * slice of background work for each. */
 static void cube_loop_commit(struct cube_loop *l)
 {
+    struct cube_list *link, *next;
+
     l->has_slices = false;
+    for (link = l->commits.next; link != &l->commits; link = next) {
+        struct cube_commit *c = CUBE_OF(link, struct cube_commit, link);
+
+        next = link->next;
+        cube_commit_turn(c);
+        if (!c->is_syncing && cube_store_slice(c->store, CUBE_SLICE_MS))
+            l->has_slices = true;
+    }
 }
 
 /* ---- Turns ---- */
@@ -13622,7 +13796,1096 @@ CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
     return 0;
 }
 
+/* ---- The ledger: records in two versions ---- */
 
+/*
+ * A keeper of tasks (worker or manager) must never let out what is not on
+ * disk. So each record has one version that is committed, which is all that
+ * is ever shown or acted upon, and up to two that are on their way: one in
+ * the commit that syncs, one in the commit that fills.
+ *
+ *    cube_record_edit ------> pending: [ in flight ] -> [ filling ]
+ *                                          |  durable
+ *    now: [ committed ] <------------------+     then on_change(before, now)
+ *
+ * An edit starts as a copy of the newest version. A commit that fails drops
+ * all that is pending, and the record is what it was: memory follows the
+ * disk, never the other way round.
+ *
+ * On disk a record is one line of JSON under its number (eight bytes,
+ * big-endian, so that keys come in the order of submission):
+ *
+ *    {"Number":7,"Cluster":"...","Epoch":3,...,"Task":{...}}
+ */
+
+/* What a keeper knows of a task beside the task. */
+struct cube_keep {
+    int64_t number;   /* order of arrival, and the key */
+    int64_t epoch;    /* worker: of the manager's start that assigned it */
+    int64_t budget;   /* worker: restarts allowed here; -1: as the policy says */
+    int64_t restarts; /* worker: used up, since the last long run */
+    int64_t moves;    /* manager: to another node, after restarts ran out */
+    bool follows;     /* worker: given by a manager that restarts by itself */
+    bool is_hidden;   /* manager: removed by its user, kept as a tombstone */
+    char cluster[CUBE_UUID_TEXT]; /* worker: whose assignment it is */
+    char avoid[CUBE_UUID_TEXT];   /* manager: the worker it failed on */
+};
+
+struct cube_version {
+    struct cube_task *task; /* owned */
+    struct cube_keep keep;
+    bool is_gone;           /* this version is the absence of the record */
+    char *line;             /* for the feed, or NULL; owned */
+    uint64_t commit;        /* the number of the commit it is part of */
+    struct cube_version *next;
+};
+
+struct cube_record {
+    char id[CUBE_UUID_TEXT];
+    struct cube_version *now;     /* committed; NULL: not yet */
+    struct cube_version *pending; /* oldest first, at most two */
+    struct cube_list changed;     /* in the ledger, while pending */
+    void *owner;                  /* the keeper's */
+};
+
+/* After a commit: `rec->now` is new, `before` is what it was (NULL: it was
+ * not there). When `rec->now->is_gone`, the record is freed after this. */
+typedef void cube_ledger_fn(void *arg, struct cube_record *rec,
+                            const struct cube_version *before);
+/* After all records of a commit: it is on disk, or (`err`) it was dropped,
+ * with all that was staged since. */
+typedef void cube_ledger_end_fn(void *arg, uint64_t commit,
+                                const struct cube_err *err);
+
+struct cube_ledger;
+
+struct cube_ledger_wait {
+    struct cube_commit_wait wait;
+    struct cube_ledger *ledger;
+    uint64_t commit;
+    bool is_waiting;
+};
+
+struct cube_ledger {
+    struct cube_loop *loop;
+    struct cube_store *store;   /* borrowed */
+    struct cube_commit *commit; /* borrowed */
+    struct cube_map records;    /* by task ID, in order of arrival */
+    struct cube_list changed;
+    struct cube_ledger_wait waits[2]; /* in flight and filling */
+    int64_t last_number;
+    cube_ledger_fn *on_change;
+    cube_ledger_end_fn *on_commit;
+    void *arg;
+};
+
+#define CUBE_TREE_TASKS "tasks"
+#define CUBE_TREE_META "meta"
+#define CUBE_RESTARTS 3                     /* of policy on-failure */
+#define CUBE_KEEP_MS (168LL * 3600 * 1000)  /* what has ended, and events */
+
+/* A text of the meta tree; false when it is not there. */
+static bool cube_meta_get(struct cube_store *s, const char *key,
+                          struct cube_buf *out)
+{
+    cube_buf_clear(out);
+    return cube_store_get(s, CUBE_TREE_META, key, strlen(key), out, NULL) > 0;
+}
+
+static int cube_meta_put(struct cube_store *s, const char *key,
+                         const char *text, struct cube_err *err)
+{
+    return cube_store_put(s, CUBE_TREE_META, key, strlen(key), text,
+                          strlen(text), err);
+}
+
+static void cube_version_free(struct cube_version *v)
+{
+    if (!v)
+        return;
+    cube_task_free(v->task);
+    cube_free(v->line);
+    cube_free(v);
+}
+
+static void cube_record_drop(struct cube_record *rec)
+{
+    cube_version_free(rec->now);
+    while (rec->pending) {
+        struct cube_version *v = rec->pending;
+
+        rec->pending = v->next;
+        cube_version_free(v);
+    }
+    cube_list_remove(&rec->changed);
+    cube_free(rec);
+}
+
+/* The newest version, committed or not; NULL when there is none. */
+static struct cube_version *cube_record_latest(const struct cube_record *rec)
+{
+    struct cube_version *v = rec->pending;
+
+    while (v && v->next)
+        v = v->next;
+    return v ? v : rec->now;
+}
+
+/* The numbers of a keep, by their names on disk. */
+static const struct cube_keep_field {
+    const char *name;
+    size_t offset;
+} cube_keep_fields[] = {
+    {"Number", offsetof(struct cube_keep, number)},
+    {"Epoch", offsetof(struct cube_keep, epoch)},
+    {"Budget", offsetof(struct cube_keep, budget)},
+    {"Restarts", offsetof(struct cube_keep, restarts)},
+    {"Moves", offsetof(struct cube_keep, moves)},
+};
+
+static void cube_version_print(const struct cube_version *v,
+                               struct cube_buf *out)
+{
+    const char *keep = (const char *)&v->keep;
+
+    cube_buf_puts(out, "{");
+    for (size_t i = 0; i < CUBE_COUNT(cube_keep_fields); i++) {
+        int64_t n;
+
+        memcpy(&n, keep + cube_keep_fields[i].offset, sizeof n);
+        cube_buf_printf(out, "\"%s\":%lld,", cube_keep_fields[i].name,
+                        (long long)n);
+    }
+    cube_buf_printf(out, "\"Follows\":%d,\"Hidden\":%d,\"Cluster\":\"%s\","
+                    "\"Avoid\":\"%s\",\"Task\":", v->keep.follows,
+                    v->keep.is_hidden, v->keep.cluster, v->keep.avoid);
+    cube_task_print(v->task, out);
+    cube_buf_puts(out, "}");
+}
+
+/* Reads a UUID, or leaves the empty text for anything else. */
+static void cube_json_uuid(struct json_value_s *v, char out[CUBE_UUID_TEXT])
+{
+    size_t len;
+    const char *text = cube_json_str(v, &len);
+
+    if (!text || cube_uuid_parse(text, len, out) < 0)
+        out[0] = 0;
+}
+
+static struct cube_version *cube_version_parse(const struct cube_buf *text,
+                                               struct cube_err *err)
+{
+    struct json_value_s *root = cube_json_parse(text->data, text->len, err);
+    struct cube_version *v;
+    int64_t flag = 0;
+
+    if (!root)
+        return NULL;
+    v = cube_alloc(sizeof *v);
+    for (size_t i = 0; i < CUBE_COUNT(cube_keep_fields); i++) {
+        const struct cube_keep_field *f = &cube_keep_fields[i];
+        int64_t n = 0;
+
+        (void)cube_json_i64(cube_json_get(root, f->name), &n);
+        memcpy((char *)&v->keep + f->offset, &n, sizeof n);
+    }
+    v->keep.follows =
+        cube_json_i64(cube_json_get(root, "Follows"), &flag) == 0 && flag;
+    v->keep.is_hidden =
+        cube_json_i64(cube_json_get(root, "Hidden"), &flag) == 0 && flag;
+    cube_json_uuid(cube_json_get(root, "Cluster"), v->keep.cluster);
+    cube_json_uuid(cube_json_get(root, "Avoid"), v->keep.avoid);
+    v->task = cube_task_from_json(cube_json_get(root, "Task"), false, err);
+    cube_json_free(root);
+    if (!v->task) {
+        cube_version_free(v);
+        return NULL;
+    }
+    return v;
+}
+
+static void cube_number_key(int64_t number, unsigned char key[8])
+{
+    for (int i = 0; i < 8; i++)
+        key[i] = (unsigned char)((uint64_t)number >> (56 - 8 * i));
+}
+
+static int64_t cube_number_of_key(const unsigned char *key, size_t len)
+{
+    uint64_t n = 0;
+
+    for (size_t i = 0; i < len && i < 8; i++)
+        n = n << 8 | key[i];
+    return (int64_t)n;
+}
+
+static struct cube_record *cube_ledger_find(const struct cube_ledger *g,
+                                            const char *id)
+{
+    return cube_map_get(&g->records, id);
+}
+
+/* A record without a version; edit and stage it in the same turn. */
+static struct cube_record *cube_ledger_add(struct cube_ledger *g,
+                                           const char *id)
+{
+    struct cube_record *rec = cube_alloc(sizeof *rec);
+
+    (void)snprintf(rec->id, sizeof rec->id, "%s", id);
+    cube_list_init(&rec->changed);
+    cube_map_put(&g->records, id, rec);
+    return rec;
+}
+
+/* The next record in order of arrival that has a committed version. */
+static struct cube_record *cube_ledger_next(const struct cube_ledger *g,
+                                            size_t *at)
+{
+    void *value;
+
+    while (cube_map_next(&g->records, at, NULL, &value)) {
+        struct cube_record *rec = value;
+
+        if (rec->now)
+            return rec;
+    }
+    return NULL;
+}
+
+/* A pending version became the record, which may be its end. */
+static void cube_record_promote(struct cube_ledger *g, struct cube_record *rec)
+{
+    struct cube_version *before = rec->now;
+
+    rec->now = rec->pending;
+    rec->pending = rec->now->next;
+    rec->now->next = NULL;
+    if (!rec->pending)
+        cube_list_remove(&rec->changed);
+    g->on_change(g->arg, rec, before);
+    cube_version_free(before);
+    if (rec->now->is_gone && !rec->pending) {
+        cube_map_remove(&g->records, rec->id);
+        cube_record_drop(rec);
+    }
+}
+
+/* Drops what is pending; a record that never was is no more. */
+static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
+{
+    while (rec->pending) {
+        struct cube_version *v = rec->pending;
+
+        rec->pending = v->next;
+        cube_version_free(v);
+    }
+    cube_list_remove(&rec->changed);
+    if (!rec->now) {
+        cube_map_remove(&g->records, rec->id);
+        cube_record_drop(rec);
+    }
+}
+
+static void cube_ledger_committed(void *arg, const struct cube_err *err)
+{
+    struct cube_ledger_wait *w = arg;
+    struct cube_ledger *g = w->ledger;
+    struct cube_list *link, *next;
+
+    w->is_waiting = false;
+    for (link = g->changed.next; link != &g->changed; link = next) {
+        struct cube_record *rec = CUBE_OF(link, struct cube_record, changed);
+
+        next = link->next;
+        if (err)
+            cube_record_revert(g, rec);
+        else if (rec->pending->commit == w->commit)
+            cube_record_promote(g, rec);
+    }
+    g->on_commit(g->arg, w->commit, err);
+}
+
+/* Makes sure that the ledger hears of the commit that fills, before anybody
+ * who waits for it after this call. */
+static void cube_ledger_join(struct cube_ledger *g)
+{
+    uint64_t number = cube_commit_number(g->commit);
+    struct cube_ledger_wait *w = &g->waits[number & 1];
+
+    if (w->is_waiting && w->commit == number)
+        return;
+    w->ledger = g;
+    w->commit = number;
+    w->is_waiting = true;
+    cube_commit_wait(g->commit, &w->wait, cube_ledger_committed, w);
+}
+
+/* A version to be changed at will and then staged with cube_record_stage. A
+ * record without one gets an empty task and the next number. */
+static struct cube_version *cube_record_edit(struct cube_ledger *g,
+                                             struct cube_record *rec)
+{
+    struct cube_version *old = cube_record_latest(rec), *v;
+    uint64_t number = cube_commit_number(g->commit);
+    struct cube_version **end = &rec->pending;
+
+    if (old && old != rec->now && old->commit == number)
+        return old;
+    v = cube_alloc(sizeof *v);
+    if (old) {
+        v->keep = old->keep;
+        v->task = cube_task_copy(old->task);
+    } else {
+        v->task = cube_task_new();
+        v->keep.budget = -1;
+        v->keep.number = ++g->last_number;
+        memcpy(v->task->id, rec->id, sizeof rec->id);
+    }
+    v->commit = number;
+    while (*end)
+        end = &(*end)->next;
+    *end = v;
+    if (rec->pending == v)
+        cube_list_add(&g->changed, &rec->changed);
+    cube_ledger_join(g);
+    return v;
+}
+
+/* Puts the version that is being edited into the commit that fills. */
+static void cube_record_stage(struct cube_ledger *g, struct cube_record *rec)
+{
+    struct cube_version *v = cube_record_latest(rec);
+    unsigned char key[8];
+    struct cube_buf text = {0};
+    struct cube_err err;
+    int r;
+
+    cube_number_key(v->keep.number, key);
+    if (v->is_gone) {
+        r = cube_store_del(g->store, CUBE_TREE_TASKS, key, sizeof key, &err);
+    } else {
+        cube_version_print(v, &text);
+        r = cube_store_put(g->store, CUBE_TREE_TASKS, key, sizeof key,
+                           text.data, text.len, &err);
+        cube_buf_free(&text);
+    }
+    /* The store refuses a change only when it is read-only after a failed
+     * sync; the commit that fills then fails too, and says why. */
+    if (r < 0)
+        cube_log(g->loop, CUBE_ERROR, "store task %s: %s", rec->id, err.text);
+}
+
+/* Stages the record's removal. */
+static void cube_record_remove(struct cube_ledger *g, struct cube_record *rec)
+{
+    cube_record_edit(g, rec)->is_gone = true;
+    cube_record_stage(g, rec);
+}
+
+static int cube_ledger_load(struct cube_ledger *g, struct cube_err *err)
+{
+    struct cube_cursor *c = cube_cursor_open(g->store, CUBE_TREE_TASKS, err);
+    int r = c ? cube_cursor_first(c, err) : -1;
+
+    for (; r > 0; r = cube_cursor_next(c, err)) {
+        struct cube_buf text = {0};
+        struct cube_version *v;
+        size_t len;
+        const void *key = cube_cursor_key(c, &len);
+        int64_t number = cube_number_of_key(key, len);
+        const void *value;
+
+        if (cube_cursor_value(c, &value, &len, err) < 0) {
+            r = -1;
+            break;
+        }
+        cube_buf_add(&text, value, len);
+        v = cube_version_parse(&text, err);
+        cube_buf_free(&text);
+        if (!v) {
+            r = cube_fail(err, CUBE_ECORRUPT,
+                          "task number %lld in the store cannot be read",
+                          (long long)number);
+            break;
+        }
+        cube_ledger_add(g, v->task->id)->now = v;
+        g->last_number = number;
+    }
+    cube_cursor_close(c);
+    return r < 0 ? -1 : 0;
+}
+
+static void cube_ledger_close(struct cube_ledger *g)
+{
+    void *value;
+
+    if (!g)
+        return;
+    for (int i = 0; i < 2; i++)
+        cube_commit_forget(&g->waits[i].wait);
+    for (size_t at = 0; cube_map_next(&g->records, &at, NULL, &value);)
+        cube_record_drop(value);
+    cube_map_free(&g->records);
+    cube_free(g);
+}
+
+/* Reads all records of `store`. NULL when one cannot be read. */
+static struct cube_ledger *
+cube_ledger_open(struct cube_loop *l, struct cube_store *store,
+                 struct cube_commit *commit, cube_ledger_fn *on_change,
+                 cube_ledger_end_fn *on_commit, void *arg,
+                 struct cube_err *err)
+{
+    struct cube_ledger *g = cube_alloc(sizeof *g);
+    uint64_t seed = 0;
+
+    g->loop = l;
+    g->store = store;
+    g->commit = commit;
+    g->on_change = on_change;
+    g->on_commit = on_commit;
+    g->arg = arg;
+    cube_list_init(&g->changed);
+    (void)l->world->random(l->world->ctx, &seed, sizeof seed);
+    cube_map_init(&g->records, seed);
+    if (cube_ledger_load(g, err) < 0) {
+        cube_ledger_close(g);
+        return NULL;
+    }
+    return g;
+}
+
+/* An answer that waits for the commit that fills. */
+struct cube_vow {
+    struct cube_commit_wait wait;
+    struct cube_http_req *req;
+    struct cube_buf body;
+    int status;
+    cube_call_fn *kept; /* called when it is on disk, before the answer */
+    void *kept_arg;
+};
+
+static void cube_vow_free(void *arg)
+{
+    struct cube_vow *p = arg;
+
+    cube_commit_forget(&p->wait);
+    cube_buf_free(&p->body);
+    cube_free(p);
+}
+
+/* The words for a commit that failed, and its status: 507 when there was no
+ * room, 503 when nobody can say what is on disk. */
+static void cube_reply_unkept(struct cube_http_req *req,
+                              const struct cube_err *err)
+{
+    int status = err->code == CUBE_ENOSPC  ? 507
+                 : err->code == CUBE_ESYNC ? 503
+                                           : 500;
+
+    cube_http_reply_error(req, status, "%s%s",
+                          status == 503 ? "outcome unknown: " : "", err->text);
+}
+
+static void cube_vow_keep(void *arg, const struct cube_err *err)
+{
+    struct cube_vow *p = arg;
+
+    if (!err && p->kept)
+        p->kept(p->kept_arg);
+    if (p->req) {
+        cube_http_on_gone(p->req, NULL, NULL);
+        if (err)
+            cube_reply_unkept(p->req, err);
+        else
+            cube_http_reply(p->req, p->status,
+                            p->body.len ? "application/json" : NULL,
+                            p->body.data, p->body.len);
+    }
+    cube_vow_free(p);
+}
+
+static void cube_vow_gone(void *arg)
+{
+    struct cube_vow *p = arg;
+
+    p->req = NULL;
+}
+
+/* Answers `status` with `body` (may be NULL; its bytes are taken over) once
+ * all that is staged now is on disk, or with why it is not. */
+static struct cube_vow *cube_reply_kept(struct cube_commit *c,
+                                            struct cube_http_req *req,
+                                            int status, struct cube_buf *body)
+{
+    struct cube_vow *p = cube_alloc(sizeof *p);
+
+    p->req = req;
+    p->status = status;
+    if (body) {
+        p->body = *body;
+        memset(body, 0, sizeof *body);
+    }
+    if (req)
+        cube_http_on_gone(req, cube_vow_gone, p);
+    cube_commit_wait(c, &p->wait, cube_vow_keep, p);
+    return p;
+}
+
+/* ---- Answers that both keepers give ---- */
+
+static void cube_reply_task(struct cube_http_req *req, int status,
+                            const struct cube_task *t)
+{
+    struct cube_buf body = {0};
+
+    cube_task_print(t, &body);
+    cube_buf_puts(&body, "\n");
+    cube_http_reply(req, status, "application/json", body.data, body.len);
+    cube_buf_free(&body);
+}
+
+static void cube_reply_healthy(void *arg, struct cube_http_req *req)
+{
+    static const char body[] = "{\"Status\":\"ok\"}\n";
+
+    (void)arg;
+    cube_http_reply(req, 200, "application/json", body, sizeof body - 1);
+}
+
+/* A list of all tasks that is being sent, from one commit of the store. */
+struct cube_listing {
+    struct cube_loop *loop;
+    struct cube_http_req *req;
+    struct cube_cursor *cursor;
+    struct cube_defer next;
+    bool has_one;
+};
+
+#define CUBE_LISTING_SLICE 128                /* records a turn */
+#define CUBE_LISTING_BACKLOG (1024 * 1024)    /* bytes that wait to be sent */
+
+static void cube_listing_free(void *arg)
+{
+    struct cube_listing *g = arg;
+
+    cube_defer_clear(g->loop, &g->next);
+    cube_cursor_close(g->cursor);
+    cube_free(g);
+}
+
+/* A record's value ends with its task, printed as it is on the wire. Hidden
+ * ones are left out. */
+static void cube_listing_add(struct cube_listing *g, const char *value,
+                             size_t len, struct cube_buf *out)
+{
+    static const char hidden[] = "\"Hidden\":1,", task[] = ",\"Task\":";
+    const char *at = memmem(value, len, task, sizeof task - 1);
+    const char *mark = memmem(value, len, hidden, sizeof hidden - 1);
+
+    if (!at || (mark && mark < at))
+        return;
+    at += sizeof task - 1;
+    if (g->has_one)
+        cube_buf_puts(out, ",");
+    g->has_one = true;
+    cube_buf_add(out, at, (size_t)(value + len - 1 - at));
+}
+
+static void cube_listing_slice(void *arg)
+{
+    struct cube_listing *g = arg;
+    struct cube_buf out = {0};
+    int more = 1;
+
+    if (cube_http_stream_backlog(g->req) > CUBE_LISTING_BACKLOG)
+        return; /* its drain callback goes on */
+    for (int i = 0; more > 0 && i < CUBE_LISTING_SLICE; i++) {
+        const void *value;
+        size_t len;
+
+        more = cube_cursor_value(g->cursor, &value, &len, NULL) < 0 ? -1 : 1;
+        if (more > 0) {
+            cube_listing_add(g, value, len, &out);
+            more = cube_cursor_next(g->cursor, NULL);
+        }
+    }
+    if (more == 0)
+        cube_buf_puts(&out, "]\n");
+    cube_http_stream_write(g->req, out.data, out.len);
+    cube_buf_free(&out);
+    if (more > 0) {
+        cube_defer_set(g->loop, &g->next, cube_listing_slice, g);
+        return;
+    }
+    cube_http_on_gone(g->req, NULL, NULL);
+    if (more < 0) /* the file cannot be read: the reader sees it cut short */
+        cube_http_stream_abort(g->req);
+    else
+        cube_http_stream_end(g->req);
+    cube_listing_free(g);
+}
+
+static void cube_listing_drained(void *arg)
+{
+    struct cube_listing *g = arg;
+
+    cube_defer_set(g->loop, &g->next, cube_listing_slice, g);
+}
+
+/* Answers with all tasks, as one commit has them, in slices. */
+static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
+{
+    struct cube_err err;
+    struct cube_cursor *c = cube_cursor_open(l->store, CUBE_TREE_TASKS, &err);
+    int more = c ? cube_cursor_first(c, &err) : -1;
+    struct cube_listing *g;
+
+    if (more <= 0) {
+        cube_cursor_close(c);
+        if (more < 0)
+            cube_http_reply_error(req, 500, "%s", err.text);
+        else
+            cube_http_reply(req, 200, "application/json", "[]\n", 3);
+        return;
+    }
+    g = cube_alloc(sizeof *g);
+    g->loop = l->loop;
+    g->req = req;
+    g->cursor = c;
+    cube_http_stream(req, 200, "application/json");
+    cube_http_on_gone(req, cube_listing_free, g);
+    cube_http_stream_on_drain(req, cube_listing_drained, g);
+    cube_http_stream_write(req, "[", 1);
+    cube_listing_slice(g);
+}
+
+/* ---- The feed: changes, pushed ---- */
+
+/*
+ * Who follows a feed gets each change once and in order, or is told that it
+ * missed some. The last lines are kept in a ring; each follower has a place
+ * in it of its own, so that a slow one costs no memory and delays nobody.
+ *
+ *    ring     [ 41 | 42 | 43 | 44 | 45 ]          45 is the newest
+ *                    ^         ^      ^
+ *     follower:    slow      busy    up to date
+ *
+ *    GET /events?after=S:41   S is this stream, 42 is in the ring
+ *        {"Type":"hello",...}  then 42, 43, ...
+ *    GET /events              or S is another stream, or 42 is gone
+ *        {"Type":"hello",...}  {"Type":"reset",...}
+ *        {"Type":"task",...}   ... one for each task there is
+ *        {"Type":"listed",...} then what changed since the reset
+ *
+ * A follower whose connection is full is left alone until it has drained; if
+ * the ring has moved past its place by then, it gets a reset. Beats (the
+ * newest statistics, say) are sent to whoever is up to date and are not kept.
+ */
+
+#define CUBE_FEED_RING 4096             /* lines kept for those who come back */
+#define CUBE_FEED_BACKLOG (256 * 1024)  /* bytes waiting in one connection */
+#define CUBE_FEED_SLICE 64              /* records listed at once */
+
+/* Adds the line of the record after `*at` to `out`; false at the end. */
+typedef bool cube_feed_list_fn(void *arg, size_t *at, struct cube_buf *out);
+/* Adds the members of the hello that are the keeper's: `,"Epoch":3`. */
+typedef void cube_feed_hello_fn(void *arg, struct cube_buf *out);
+
+struct cube_feed {
+    struct cube_loop *loop;
+    char stream[CUBE_UUID_TEXT];
+    uint64_t last;                 /* the newest number; 0: none yet */
+    uint64_t first;                /* the oldest in the ring */
+    char *ring[CUBE_FEED_RING];    /* by number modulo its size */
+    struct cube_list followers;
+    cube_feed_list_fn *list;
+    cube_feed_hello_fn *hello;
+    void *arg;
+    struct cube_defer pump;
+};
+
+struct cube_follower {
+    struct cube_feed *feed;
+    struct cube_list link;
+    struct cube_http_req *req;
+    uint64_t next;      /* the number of the line to send next */
+    bool is_listing;
+    size_t list_at;
+};
+
+static void cube_feed_init(struct cube_feed *f, struct cube_loop *l,
+                           const char *stream, uint64_t last)
+{
+    memset(f, 0, sizeof *f);
+    f->loop = l;
+    (void)snprintf(f->stream, sizeof f->stream, "%s", stream);
+    f->last = last;
+    f->first = last + 1;
+    cube_list_init(&f->followers);
+}
+
+static void cube_follower_free(struct cube_follower *w)
+{
+    cube_list_remove(&w->link);
+    cube_free(w);
+}
+
+static void cube_follower_gone(void *arg)
+{
+    cube_follower_free(arg);
+}
+
+static void cube_feed_close(struct cube_feed *f)
+{
+    cube_defer_clear(f->loop, &f->pump);
+    while (!cube_list_is_empty(&f->followers)) {
+        struct cube_follower *w =
+            CUBE_OF(f->followers.next, struct cube_follower, link);
+
+        cube_http_on_gone(w->req, NULL, NULL);
+        cube_http_stream_abort(w->req);
+        cube_follower_free(w);
+    }
+    for (size_t i = 0; i < CUBE_FEED_RING; i++)
+        cube_free(f->ring[i]);
+}
+
+static void cube_follower_reset(struct cube_follower *w)
+{
+    struct cube_buf line = {0};
+
+    w->is_listing = true;
+    w->list_at = 0;
+    w->next = w->feed->last + 1;
+    cube_buf_printf(&line, "{\"Type\":\"reset\",\"Stream\":\"%s\","
+                    "\"Seq\":%llu}\n", w->feed->stream,
+                    (unsigned long long)w->feed->last);
+    cube_http_stream_write(w->req, line.data, line.len);
+    cube_buf_free(&line);
+}
+
+/* The next slice of the full list. */
+static void cube_follower_list(struct cube_follower *w)
+{
+    struct cube_feed *f = w->feed;
+    struct cube_buf out = {0};
+
+    for (int i = 0; i < CUBE_FEED_SLICE && w->is_listing; i++)
+        w->is_listing = f->list(f->arg, &w->list_at, &out);
+    if (!w->is_listing)
+        cube_buf_printf(&out, "{\"Type\":\"listed\",\"Stream\":\"%s\","
+                        "\"Seq\":%llu}\n", f->stream,
+                        (unsigned long long)(w->next - 1));
+    cube_http_stream_write(w->req, out.data, out.len);
+    cube_buf_free(&out);
+}
+
+static bool cube_follower_is_current(const struct cube_follower *w)
+{
+    return !w->is_listing && w->next > w->feed->last;
+}
+
+/* Sends what fits: list, then lines. True when there is more to send and
+ * room for it. */
+static bool cube_follower_pump(struct cube_follower *w)
+{
+    struct cube_feed *f = w->feed;
+
+    if (cube_http_stream_backlog(w->req) >= CUBE_FEED_BACKLOG)
+        return false; /* its drain callback goes on */
+    if (w->next < f->first)
+        cube_follower_reset(w);
+    if (w->is_listing) {
+        cube_follower_list(w);
+        return true;
+    }
+    while (w->next <= f->last &&
+           cube_http_stream_backlog(w->req) < CUBE_FEED_BACKLOG) {
+        const char *line = f->ring[w->next++ % CUBE_FEED_RING];
+
+        cube_http_stream_write(w->req, line, strlen(line));
+    }
+    return false;
+}
+
+static void cube_feed_pump(void *arg)
+{
+    struct cube_feed *f = arg;
+    struct cube_list *link, *next;
+    bool has_more = false;
+
+    for (link = f->followers.next; link != &f->followers; link = next) {
+        next = link->next;
+        has_more |= cube_follower_pump(
+            CUBE_OF(link, struct cube_follower, link));
+    }
+    if (has_more)
+        cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
+}
+
+static void cube_follower_drained(void *arg)
+{
+    struct cube_follower *w = arg;
+
+    cube_defer_set(w->feed->loop, &w->feed->pump, cube_feed_pump, w->feed);
+}
+
+/* Puts the line with number `last + 1` into the ring; takes it over. */
+static void cube_feed_push(struct cube_feed *f, char *line)
+{
+    char **slot = &f->ring[++f->last % CUBE_FEED_RING];
+
+    cube_free(*slot);
+    *slot = line;
+    if (f->last - f->first >= CUBE_FEED_RING)
+        f->first = f->last - CUBE_FEED_RING + 1;
+    cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
+}
+
+/* `after` is "stream:number", as the lines have them. */
+static bool cube_feed_can_resume(const struct cube_feed *f, const char *after,
+                                 uint64_t *next)
+{
+    size_t len = strlen(f->stream);
+    uint64_t seq;
+
+    if (!after || strncmp(after, f->stream, len) != 0 || after[len] != ':' ||
+        cube_text_u64(after + len + 1, strlen(after + len + 1), INT64_MAX,
+                      &seq) < 0)
+        return false;
+    *next = seq + 1;
+    return seq <= f->last && seq + 1 >= f->first;
+}
+
+/* Answers GET /events: hello, and from then on all that happens. */
+static void cube_feed_follow(struct cube_feed *f, struct cube_http_req *req)
+{
+    struct cube_follower *w = cube_alloc(sizeof *w);
+    const char *after = cube_http_query(req, "after");
+    struct cube_buf line = {0};
+    bool can_resume = cube_feed_can_resume(f, after, &w->next);
+
+    w->feed = f;
+    w->req = req;
+    cube_list_add(&f->followers, &w->link);
+    cube_http_stream(req, 200, "application/x-ndjson");
+    cube_http_on_gone(req, cube_follower_gone, w);
+    cube_http_stream_on_drain(req, cube_follower_drained, w);
+    cube_buf_printf(&line, "{\"Type\":\"hello\",\"Stream\":\"%s\","
+                    "\"Seq\":%llu", f->stream, (unsigned long long)f->last);
+    f->hello(f->arg, &line);
+    cube_buf_puts(&line, "}\n");
+    cube_http_stream_write(req, line.data, line.len);
+    cube_buf_free(&line);
+    if (!can_resume)
+        cube_follower_reset(w);
+    cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
+}
+
+/* A line that is not kept, for those who are up to date: a sign of life. */
+static void cube_feed_beat(struct cube_feed *f, const char *line, size_t len)
+{
+    struct cube_list *link;
+
+    for (link = f->followers.next; link != &f->followers; link = link->next) {
+        struct cube_follower *w = CUBE_OF(link, struct cube_follower, link);
+
+        if (cube_follower_is_current(w) &&
+            cube_http_stream_backlog(w->req) < CUBE_FEED_BACKLOG)
+            cube_http_stream_write(w->req, line, len);
+    }
+}
+
+/* The line of a task's change, under the number that it will have. */
+static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
+                                const struct cube_task *t, bool is_gone,
+                                struct cube_buf *out)
+{
+    const struct cube_world *w = f->loop->world;
+    struct cube_time now = cube_time_from_ns(w->wall_ns(w->ctx));
+    char text[CUBE_TIME_TEXT];
+
+    cube_time_format(&now, text);
+    cube_buf_printf(out, "{\"Type\":\"%s\",\"Stream\":\"%s\",\"Seq\":%llu,"
+                    "\"Time\":\"%s\",", is_gone ? "gone" : "task", f->stream,
+                    (unsigned long long)seq, text);
+    if (is_gone) {
+        cube_buf_printf(out, "\"ID\":\"%s\"}\n", t->id);
+        return;
+    }
+    cube_buf_puts(out, "\"Task\":");
+    cube_task_print(t, out);
+    cube_buf_puts(out, "}\n");
+}
+
+/* ---- Health ---- */
+
+/*
+ * A task with a HealthCheck is asked GET on that path, on the host port of
+ * its lowest container port. It has a start period in which failures do not
+ * count, ended early by the first success; then so many failures in a row
+ * make it sick.
+ *
+ *    start period          from the first success on
+ *    |--x--x--x--ok-------|--ok---x---x---ok---x---x---x--> sick
+ */
+
+#define CUBE_HEALTH_START_MS 30000
+#define CUBE_HEALTH_INTERVAL_MS 10000
+#define CUBE_HEALTH_TIMEOUT_MS 5000
+#define CUBE_HEALTH_RETRIES 3
+#define CUBE_HEALTH_EAGER_MS 1000 /* between checks until the first success */
+
+/* In words why it is sick; the watch has ended by then. */
+typedef void cube_sick_fn(void *arg, const char *words);
+
+/* The watch over one running task; zeroed is off. */
+struct cube_health {
+    struct cube_loop *loop;
+    struct cube_timer timer;
+    struct cube_http_client *client;
+    struct cube_http_call *call;
+    char *path;
+    int64_t start_ms, interval_ms, timeout_ms, retries; /* of the task */
+    int64_t since_ms, failures;
+    bool has_succeeded, is_on;
+    cube_sick_fn *on_sick;
+    void *arg;
+};
+
+static int64_t cube_or(int64_t value, int64_t otherwise)
+{
+    return value > 0 ? value : otherwise;
+}
+
+static void cube_health_stop(struct cube_health *h)
+{
+    if (!h->is_on)
+        return;
+    cube_timer_clear(h->loop, &h->timer);
+    if (h->call)
+        cube_http_call_cancel(h->call);
+    cube_http_client_free(h->client);
+    cube_free(h->path);
+    memset(h, 0, sizeof *h);
+}
+
+/* The host port of the lowest container port; 0: it has none. */
+static int cube_health_port(const struct cube_task *t, const char **ip)
+{
+    int lowest = 65536, found = 0;
+
+    for (size_t i = 0; i < t->host_ports.count; i++) {
+        const struct cube_port *p = &t->host_ports.list[i];
+        const char *text = p->count > 0 ? p->bindings[0].port : "";
+        uint64_t number;
+        int port;
+
+        if (cube_port_parse(p->port, &port, NULL) < 0 || port >= lowest ||
+            cube_text_u64(text, strlen(text), 65535, &number) < 0)
+            continue;
+        lowest = port;
+        found = (int)number;
+        *ip = p->bindings[0].ip;
+    }
+    return found;
+}
+
+static void cube_health_check(void *arg); /* mutual recursion */
+
+static void cube_health_again(struct cube_health *h)
+{
+    bool is_eager = !h->has_succeeded && h->interval_ms > CUBE_HEALTH_EAGER_MS;
+
+    cube_timer_set(h->loop, &h->timer,
+                   is_eager ? CUBE_HEALTH_EAGER_MS : h->interval_ms,
+                   cube_health_check, h);
+}
+
+static void cube_health_sick(struct cube_health *h, const char *why)
+{
+    struct cube_buf words = {0};
+    cube_sick_fn *fn = h->on_sick;
+    void *arg = h->arg;
+
+    cube_buf_printf(&words, "health check GET %s failed %lld times: %s",
+                    h->path, (long long)h->failures, why);
+    cube_health_stop(h);
+    fn(arg, words.data);
+    cube_buf_free(&words);
+}
+
+static void cube_health_answered(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_health *h = arg;
+    char status[40];
+
+    h->call = NULL;
+    if (!a->err && a->status >= 200 && a->status < 400) {
+        h->has_succeeded = true;
+        h->failures = 0;
+    } else if (h->has_succeeded ||
+               cube_loop_now_ms(h->loop) - h->since_ms >= h->start_ms) {
+        h->failures++;
+    }
+    (void)snprintf(status, sizeof status, "status %d", a->status);
+    if (h->failures >= h->retries)
+        cube_health_sick(h, a->err ? a->err->text : status);
+    else
+        cube_health_again(h);
+}
+
+static void cube_health_check(void *arg)
+{
+    struct cube_health *h = arg;
+    struct cube_http_request r;
+
+    memset(&r, 0, sizeof r);
+    r.method = "GET";
+    r.target = h->path;
+    r.timeout_ms = (int)h->timeout_ms;
+    r.on_done = cube_health_answered;
+    r.arg = h;
+    h->call = cube_http_call(h->client, &r);
+}
+
+/* Watches a running task at `host` (NULL: this machine), if it wants that
+ * and has a port; nothing changes when it is watched already. */
+static void cube_health_start(struct cube_health *h, struct cube_loop *l,
+                              const struct cube_task *t, const char *host,
+                              cube_sick_fn *on_sick, void *arg)
+{
+    struct cube_buf base = {0};
+    const char *ip = "";
+    int port = cube_health_port(t, &ip);
+
+    if (h->is_on || !*t->health_check || port == 0)
+        return;
+    if (!host)
+        host = !*ip || strcmp(ip, "0.0.0.0") == 0 || strcmp(ip, "::") == 0
+                   ? "127.0.0.1"
+                   : ip;
+    cube_buf_printf(&base, strchr(host, ':') && *host != '['
+                               ? "http://[%s]:%d" : "http://%s:%d",
+                    host, port);
+    h->client = cube_http_client_new(l, base.data, NULL, NULL);
+    cube_buf_free(&base);
+    if (!h->client)
+        return;
+    h->is_on = true;
+    h->loop = l;
+    h->path = cube_text_dup(t->health_check);
+    h->start_ms = cube_or(t->health_start_ms, CUBE_HEALTH_START_MS);
+    h->interval_ms = cube_or(t->health_interval_ms, CUBE_HEALTH_INTERVAL_MS);
+    h->timeout_ms = cube_or(t->health_timeout_ms, CUBE_HEALTH_TIMEOUT_MS);
+    h->retries = cube_or(t->health_retries, CUBE_HEALTH_RETRIES);
+    h->since_ms = cube_loop_now_ms(l);
+    h->on_sick = on_sick;
+    h->arg = arg;
+    cube_health_again(h);
+}
 
 
 /* ==== Chapter 8. Machine ==== uses: 1 2 3 ==== */
@@ -14910,13 +16173,3990 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 
 
 /* ==== Chapter 11. Worker ==== uses: 1 2 3 4 5 6 7 8 9 ==== */
+/*
+ * The problem. A worker is told to run tasks, and from then on everything
+ * changes behind its back: containers exit, engines restart, somebody removes
+ * a container by hand, the worker itself is killed between two steps, and the
+ * message that told it comes twice.
+ *
+ * The simplest thing that works is to never act on a message. A message only
+ * changes what is wanted; what an engine says only changes what is observed;
+ * one function compares the two and takes one step towards agreement:
+ *
+ *      POST, DELETE          the engine's list, inspect and events
+ *           |                               |
+ *           v                               v
+ *    wanted (a record             observed (a container, in
+ *    in the ledger, on disk)      memory, asked for again at will)
+ *            \                             /
+ *             +--> cube_unit_reconcile <--+      one step, then wait for
+ *                          |                     what comes of it
+ *        edit the record, or start, stop, remove a container
+ *
+ * After a crash there is nothing to repair: the records are read, the engine
+ * is asked, the same function runs. There is no other path.
+ *
+ *   wanted   observed            the step
+ *   ------   -----------------   -------------------------------------------
+ *   run      nothing             start it, if its state is Scheduled; a
+ *                                Running one was removed by somebody: Failed
+ *   run      runs                record that it does; watch its health
+ *   run      runs, but Failed    stop it (its health check failed)
+ *   run      ended               record how; restart it when that is due
+ *   run      an older attempt    stop and remove it, then as with nothing
+ *   stop     runs                stop it, with its grace period
+ *   stop     ended, created      remove it
+ *   stop     nothing             Completed
+ *   (none)   runs                adopt it: write a record from its labels
+ *
+ * Invariants. A unit (a task, here) does one thing at a time: while a step is
+ * under way, or a change of its record is not on disk, it is left alone. The
+ * restart count is on disk before the restart. When the engine is in trouble,
+ * nothing is known any more: all units wait until it has listed its
+ * containers again, and no task pays for it.
+ *
+ * Who owns what. A record carries the cluster, the epoch and the attempt of
+ * its assignment, and so do the labels of its container. An order with an
+ * older attempt, or of another cluster, changes nothing. Nothing is removed
+ * because nobody knows it. An order without any of these comes from a manager
+ * of the Go program, which restarts and checks health by itself: the unit
+ * then `follows`.
+ *
+ * Interface: cube_worker_new, cube_worker_free, and over HTTP:
+ *
+ *    POST   /tasks               run this task (an event, with assignment)
+ *    GET    /tasks               all it has
+ *    GET    /tasks/{id}          the engine's inspection of its container
+ *    DELETE /tasks/{id}          stop it (?attempt=n: that one or older;
+ *                                &forget=1: and remove it once it has)
+ *    GET    /tasks/{id}/logs     what it printed (?follow=1&tail=n)
+ *    GET    /stats               the machine
+ *    GET    /events              the feed of chapter 7
+ *    GET    /healthz             200
+ *
+ * Naive on purpose: health checks are made by this process, one connection
+ * each; a worker with thousands of tasks would want them spread over time.
+ */
 
+#define CUBE_BACKOFF_MS 1000                /* before the first restart */
+#define CUBE_BACKOFF_MAX_MS (5 * 60 * 1000)
+#define CUBE_LONG_RUN_MS (10 * 60 * 1000)   /* earns a new budget */
+#define CUBE_GRACE_MS 10000                 /* from SIGTERM to SIGKILL */
+#define CUBE_BEAT_MS 1000
+#define CUBE_LOOK_MAX_MS 10000              /* between two tries to list */
+#define CUBE_LOOK_SLOW_MS 60000             /* a look without cause */
+#define CUBE_JOIN_MS 5000
+#define CUBE_SWEEP_MS 30000
+#define CUBE_RETRY_COMMIT_MS 1000
 
+struct cube_worker {
+    struct cube_loop *loop;
+    const struct cube_world *world;
+    char *name, *listen, *data_dir, *join, *advertise, *token;
+    int64_t keep_ms;
+    bool take_over;
+    char uuid[CUBE_UUID_TEXT];
+    char cluster[CUBE_UUID_TEXT]; /* "": of none yet */
+    int64_t epoch;                /* the highest that gave an order */
+    char next_cluster[CUBE_UUID_TEXT]; /* staged, not on disk yet */
+    int64_t next_epoch;
+
+    struct cube_store *store;
+    struct cube_commit *commit;
+    struct cube_ledger *ledger;
+    struct cube_feed feed;
+    struct cube_http_server *server;
+    struct cube_machine *machine;
+    struct cube_stats stats;
+
+    char *runtime_name, *run_dir;
+    struct cube_runtime_search *finding;
+    struct cube_runtime *runtime; /* NULL until one is found */
+    bool is_listed;               /* what is observed can be believed */
+    bool is_listing;
+    int look_tries;               /* in vain, since the last that worked */
+    struct cube_timer look;
+
+    struct cube_list dirty;       /* units to reconcile */
+    struct cube_defer pass;
+    struct cube_timer beat, sweep, rejoin, retry;
+    struct cube_list peeks, askers; /* who waits for the engine */
+    struct cube_http_client *joiner;
+    struct cube_http_call *joining;
+    bool has_joined;
+};
+
+/* A task on this worker: its record, and what is observed of it. */
+struct cube_unit {
+    struct cube_worker *worker;
+    struct cube_record *rec;
+    struct cube_list dirty;
+    struct cube_container *box;    /* of the record's attempt, or NULL */
+    struct cube_container *stray;  /* of another attempt: to be removed */
+    bool is_busy;                  /* a step is under way */
+    bool is_starting;              /* and it is a start */
+    bool is_due;                   /* its time to be started again has come */
+    struct cube_timer due;
+    struct cube_health health;
+    char *progress;                /* of a pull, not on the record yet */
+    struct cube_timer progress_timer;
+};
+
+static void cube_worker_pass(void *arg);
+static void cube_worker_look(void *arg); /* mutual recursion */
+
+/* ---- Units ---- */
+
+static void cube_box_free(struct cube_container *box)
+{
+    if (!box)
+        return;
+    cube_free(box->id);
+    cube_free(box->name);
+    cube_free(box->task);
+    cube_free(box->cluster);
+    cube_free(box->worker);
+    cube_free(box->spec);
+    cube_free(box->error);
+    cube_ports_free(&box->ports);
+    cube_free(box);
+}
+
+/* What a callback lends, to keep. */
+static struct cube_container *cube_box_copy(const struct cube_container *from)
+{
+    struct cube_container *box = cube_alloc(sizeof *box);
+
+    *box = *from;
+    box->id = cube_text_dup(from->id);
+    box->name = cube_text_dup(from->name);
+    box->task = cube_text_dup(from->task);
+    box->cluster = cube_text_dup(from->cluster);
+    box->worker = cube_text_dup(from->worker);
+    box->spec = cube_text_dup(from->spec);
+    box->error = cube_text_dup(from->error);
+    memset(&box->ports, 0, sizeof box->ports);
+    cube_ports_copy(&box->ports, &from->ports);
+    return box;
+}
+
+static struct cube_unit *cube_unit_of(struct cube_worker *w,
+                                      struct cube_record *rec)
+{
+    struct cube_unit *u = rec->owner;
+
+    if (u)
+        return u;
+    u = cube_alloc(sizeof *u);
+    u->worker = w;
+    u->rec = rec;
+    cube_list_init(&u->dirty);
+    rec->owner = u;
+    return u;
+}
+
+/* Has it looked at, later in this turn or in the next one. */
+static void cube_unit_touch(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+
+    cube_list_remove(&u->dirty);
+    cube_list_add(&w->dirty, &u->dirty);
+    cube_defer_set(w->loop, &w->pass, cube_worker_pass, w);
+}
+
+static void cube_unit_free(struct cube_unit *u)
+{
+    if (!u)
+        return;
+    cube_health_stop(&u->health);
+    cube_timer_clear(u->worker->loop, &u->due);
+    cube_timer_clear(u->worker->loop, &u->progress_timer);
+    cube_list_remove(&u->dirty);
+    cube_box_free(u->box);
+    cube_box_free(u->stray);
+    cube_free(u->progress);
+    cube_free(u);
+}
+
+static void cube_unit_set_box(struct cube_unit *u,
+                              const struct cube_container *box)
+{
+    struct cube_container *copy = box ? cube_box_copy(box) : NULL;
+
+    cube_box_free(u->box);
+    u->box = copy;
+}
+
+static struct cube_time cube_worker_now(struct cube_worker *w)
+{
+    return cube_time_from_ns(w->world->wall_ns(w->world->ctx));
+}
+
+/* ---- The engine in trouble ---- */
+
+/* Nothing is known until the containers have been listed again: soon, then
+ * at growing intervals. */
+static void cube_worker_doubt(struct cube_worker *w)
+{
+    int64_t in_ms = 100;
+
+    for (int i = 0; i < w->look_tries && in_ms < CUBE_LOOK_MAX_MS; i++)
+        in_ms *= 2;
+    w->is_listed = false;
+    cube_timer_set(w->loop, &w->look,
+                   in_ms < CUBE_LOOK_MAX_MS ? in_ms : CUBE_LOOK_MAX_MS,
+                   cube_worker_look, w);
+}
+
+/* ---- Restarts ---- */
+
+static int64_t cube_backoff_ms(int64_t restarts)
+{
+    int64_t ms = CUBE_BACKOFF_MS;
+
+    while (restarts-- > 0 && ms < CUBE_BACKOFF_MAX_MS)
+        ms *= 2;
+    return ms < CUBE_BACKOFF_MAX_MS ? ms : CUBE_BACKOFF_MAX_MS;
+}
+
+static bool cube_policy_is_endless(const struct cube_task *t)
+{
+    return strcmp(t->restart_policy, "always") == 0 ||
+           strcmp(t->restart_policy, "unless-stopped") == 0;
+}
+
+/* May this version be started again by the worker? */
+static bool cube_version_may_restart(const struct cube_version *v)
+{
+    if (v->keep.follows || v->task->wanted == CUBE_WANT_STOP ||
+        strcmp(v->task->restart_policy, "no") == 0)
+        return false;
+    if (cube_policy_is_endless(v->task) && v->keep.budget < 0)
+        return true;
+    return v->keep.restarts <
+           (v->keep.budget >= 0 ? v->keep.budget : CUBE_RESTARTS);
+}
+
+/* Sets when it is to be started again, if it is. */
+static void cube_version_plan(struct cube_worker *w, struct cube_version *v)
+{
+    int64_t ns = w->world->wall_ns(w->world->ctx);
+
+    memset(&v->task->restart_time, 0, sizeof v->task->restart_time);
+    if (cube_version_may_restart(v))
+        v->task->restart_time = cube_time_from_ns(
+            ns + cube_backoff_ms(v->keep.restarts) * 1000000);
+}
+
+static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
+                              const char *words)
+{
+    v->task->state = CUBE_FAILED;
+    v->task->finish_time = cube_worker_now(w);
+    cube_task_set(&v->task->error, words);
+    cube_task_set(&v->task->progress, "");
+    cube_version_plan(w, v);
+}
+
+static void cube_unit_fail(struct cube_unit *u, const char *words)
+{
+    struct cube_ledger *g = u->worker->ledger;
+
+    cube_version_fail(u->worker, cube_record_edit(g, u->rec), words);
+    cube_record_stage(g, u->rec);
+}
+
+/* ---- Steps: what is done with containers ---- */
+
+static void cube_unit_step_ends(struct cube_unit *u,
+                                const struct cube_err *err)
+{
+    u->is_busy = u->is_starting = false;
+    if (err && cube_runtime_is_trouble(err)) {
+        cube_log(u->worker->loop, CUBE_WARN, "task %s: %s", u->rec->id,
+                 err->text);
+        cube_worker_doubt(u->worker);
+    }
+    cube_unit_touch(u);
+}
+
+/* Puts a word about a start that waits for the engine on the record. */
+static void cube_unit_explain(struct cube_unit *u, const char *words)
+{
+    struct cube_ledger *g = u->worker->ledger;
+    struct cube_version *v = cube_record_latest(u->rec);
+
+    if (strcmp(v->task->error, words) == 0)
+        return;
+    v = cube_record_edit(g, u->rec);
+    cube_task_set(&v->task->error, words);
+    cube_record_stage(g, u->rec);
+}
+
+static void cube_unit_started(void *arg, const struct cube_container *box,
+                              const struct cube_err *err)
+{
+    struct cube_unit *u = arg;
+
+    cube_timer_clear(u->worker->loop, &u->progress_timer);
+    if (box)
+        cube_unit_set_box(u, box);
+    if (err && cube_runtime_is_trouble(err))
+        cube_unit_explain(u, err->text);
+    else if (err && err->code != CUBE_ECANCELED)
+        cube_unit_fail(u, err->text);
+    cube_unit_step_ends(u, err);
+}
+
+static void cube_unit_show_progress(void *arg)
+{
+    struct cube_unit *u = arg;
+    struct cube_ledger *g = u->worker->ledger;
+    struct cube_version *v = cube_record_edit(g, u->rec);
+
+    cube_task_set(&v->task->progress, u->progress);
+    cube_record_stage(g, u->rec);
+}
+
+/* At most one change of the record in half a second. */
+static void cube_unit_progressed(void *arg, const char *words)
+{
+    struct cube_unit *u = arg;
+
+    cube_text_set(&u->progress, words);
+    if (!cube_timer_is_set(&u->progress_timer))
+        cube_timer_set(u->worker->loop, &u->progress_timer, 500,
+                       cube_unit_show_progress, u);
+}
+
+static void cube_unit_start(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+    const struct cube_version *v = u->rec->now;
+    struct cube_start what;
+
+    memset(&what, 0, sizeof what);
+    what.task = v->task;
+    what.cluster = v->keep.cluster;
+    what.worker = w->uuid;
+    what.attempt = v->task->attempt;
+    what.progress = cube_unit_progressed;
+    u->is_busy = u->is_starting = true;
+    w->runtime->ops->start(w->runtime, &what, cube_unit_started, u);
+}
+
+static void cube_unit_stopped(void *arg, const struct cube_err *err)
+{
+    struct cube_unit *u = arg;
+
+    struct cube_container *box = u->stray ? u->stray : u->box;
+
+    if (!err && box)
+        box->state = CUBE_BOX_EXITED;
+    cube_unit_step_ends(u, err);
+}
+
+static void cube_unit_removed(void *arg, const struct cube_err *err)
+{
+    struct cube_unit *u = arg;
+
+    if (!err && u->stray) {
+        cube_box_free(u->stray);
+        u->stray = NULL;
+    } else if (!err) {
+        cube_unit_set_box(u, NULL);
+    }
+    cube_unit_step_ends(u, err);
+}
+
+/* Stops what runs, removes what does not: the next step to be rid of it. */
+static void cube_unit_dispose(struct cube_unit *u, struct cube_container *box)
+{
+    struct cube_worker *w = u->worker;
+    int64_t grace_ms = u->rec->now->task->grace_ms;
+
+    cube_health_stop(&u->health);
+    u->is_busy = true;
+    if (box->state == CUBE_BOX_RUNNING)
+        w->runtime->ops->stop(w->runtime, box->id,
+                              grace_ms > 0 ? grace_ms : CUBE_GRACE_MS,
+                              cube_unit_stopped, u);
+    else
+        w->runtime->ops->remove(w->runtime, box->id, cube_unit_removed, u);
+}
+
+/* ---- Records: what is said about containers ---- */
+
+static void cube_task_show_ports(struct cube_task *t,
+                                 const struct cube_container *box)
+{
+    cube_task_unbind(t);
+    for (size_t i = 0; i < box->ports.count; i++) {
+        const struct cube_port *p = &box->ports.list[i];
+
+        if (p->count == 0)
+            cube_task_bind(t, p->port, NULL, NULL);
+        for (size_t k = 0; k < p->count; k++)
+            cube_task_bind(t, p->port, p->bindings[k].ip, p->bindings[k].port);
+    }
+    t->host_ports.is_null = false;
+}
+
+static void cube_task_show_running(struct cube_task *t,
+                                   const struct cube_container *box)
+{
+    t->state = CUBE_RUNNING;
+    cube_task_set(&t->container_id, box->id);
+    cube_task_set(&t->error, "");
+    cube_task_set(&t->progress, "");
+    t->start_time = box->started;
+    memset(&t->finish_time, 0, sizeof t->finish_time);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    t->has_exit_code = false;
+    cube_task_show_ports(t, box);
+}
+
+static void cube_unit_record_running(struct cube_unit *u)
+{
+    struct cube_ledger *g = u->worker->ledger;
+
+    cube_task_show_running(cube_record_edit(g, u->rec)->task, u->box);
+    cube_record_stage(g, u->rec);
+}
+
+static void cube_unit_exit_words(const struct cube_container *box,
+                                 struct cube_buf *out)
+{
+    if (box->error && *box->error)
+        cube_buf_puts(out, box->error);
+    else if (box->is_oom_killed)
+        cube_buf_puts(out, "killed: out of memory");
+    else if (box->exit_code > 128 && box->exit_code < 160)
+        cube_buf_printf(out, "exited with code %d (signal %d)",
+                        (int)box->exit_code, (int)box->exit_code - 128);
+    else
+        cube_buf_printf(out, "exited with code %d", (int)box->exit_code);
+}
+
+/* It has ended by itself: record how, and when it starts again. */
+static void cube_unit_record_exit(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+    struct cube_version *v = cube_record_edit(w->ledger, u->rec);
+    struct cube_task *t = v->task;
+    struct cube_buf words = {0};
+    const struct cube_container *box = u->box;
+
+    cube_task_set(&t->container_id, box->id);
+    if (cube_time_is_set(&box->started))
+        t->start_time = box->started;
+    if (cube_time_to_ns(&box->finished) - cube_time_to_ns(&t->start_time) >=
+        CUBE_LONG_RUN_MS * 1000000LL)
+        v->keep.restarts = 0;
+    cube_unit_exit_words(box, &words);
+    cube_version_fail(w, v, words.data);
+    cube_buf_free(&words);
+    t->has_exit_code = box->has_exit;
+    t->exit_code = box->exit_code;
+    if (cube_time_is_set(&box->finished))
+        t->finish_time = box->finished;
+    if (box->has_exit && box->exit_code == 0 && !box->is_oom_killed &&
+        !cube_policy_is_endless(t)) {
+        t->state = CUBE_COMPLETED;
+        cube_task_set(&t->error, "");
+        memset(&t->restart_time, 0, sizeof t->restart_time);
+    }
+    cube_record_stage(w->ledger, u->rec);
+}
+
+/* Its stop is true now. */
+static void cube_unit_record_stopped(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+    struct cube_task *t = cube_record_edit(w->ledger, u->rec)->task;
+
+    t->state = CUBE_COMPLETED;
+    t->finish_time = cube_worker_now(w);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    cube_task_set(&t->error, "");
+    cube_task_set(&t->progress, "");
+    cube_record_stage(w->ledger, u->rec);
+}
+
+/* The count goes to disk; the start follows once it is there. */
+static void cube_unit_record_restart(struct cube_unit *u)
+{
+    struct cube_ledger *g = u->worker->ledger;
+    struct cube_version *v = cube_record_edit(g, u->rec);
+
+    u->is_due = false;
+    v->keep.restarts++;
+    v->task->restart_count++;
+    v->task->state = CUBE_SCHEDULED;
+    memset(&v->task->restart_time, 0, sizeof v->task->restart_time);
+    cube_record_stage(g, u->rec);
+}
+
+/* ---- Health ---- */
+
+/* Failed on the record; the next steps stop it and start it again. */
+static void cube_unit_sick(void *arg, const char *words)
+{
+    struct cube_unit *u = arg;
+
+    if (!u->rec->pending) /* else it changes anyhow, and is watched anew */
+        cube_unit_fail(u, words);
+}
+
+/* ---- Reconciliation ---- */
+
+static void cube_unit_due(void *arg)
+{
+    struct cube_unit *u = arg;
+
+    u->is_due = true;
+    cube_unit_touch(u);
+}
+
+/* It waits for its time, or its time has come. */
+static void cube_unit_await_restart(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+    const struct cube_version *v = u->rec->now;
+    int64_t most_ms = cube_backoff_ms(v->keep.restarts);
+    int64_t in_ms = (cube_time_to_ns(&v->task->restart_time) -
+                     w->world->wall_ns(w->world->ctx)) / 1000000;
+
+    if (u->is_due && u->box)
+        cube_unit_dispose(u, u->box);
+    else if (u->is_due)
+        cube_unit_record_restart(u);
+    else if (!cube_timer_is_set(&u->due)) /* the wall clock may have jumped */
+        cube_timer_set(w->loop, &u->due, in_ms < most_ms ? in_ms : most_ms,
+                       cube_unit_due, u);
+}
+
+static void cube_unit_watch(struct cube_unit *u)
+{
+    if (!u->rec->now->keep.follows)
+        cube_health_start(&u->health, u->worker->loop, u->rec->now->task, NULL,
+                          cube_unit_sick, u);
+}
+
+/* What there is to see of a task that should run. */
+static void cube_unit_keep_running(struct cube_unit *u)
+{
+    const struct cube_task *t = u->rec->now->task;
+    const struct cube_container *box = u->box;
+    bool is_active = t->state == CUBE_SCHEDULED || t->state == CUBE_RUNNING;
+
+    if (is_active && box && box->state == CUBE_BOX_EXITED)
+        cube_unit_record_exit(u);
+    else if (is_active && box && box->state == CUBE_BOX_CREATED)
+        cube_unit_dispose(u, u->box);
+    else if (t->state == CUBE_RUNNING && !box)
+        cube_unit_fail(u, "its container was removed by somebody else");
+    else if (t->state == CUBE_SCHEDULED && !box)
+        cube_unit_start(u);
+    else if (t->state == CUBE_SCHEDULED ||
+             (is_active && strcmp(t->container_id, box->id) != 0))
+        cube_unit_record_running(u);
+    else if (t->state == CUBE_RUNNING)
+        cube_unit_watch(u);
+    else if (box && box->state == CUBE_BOX_RUNNING)
+        cube_unit_dispose(u, u->box);
+    else if (cube_time_is_set(&t->restart_time))
+        cube_unit_await_restart(u);
+}
+
+/* The one place where wanted and observed meet; takes at most one step. */
+static void cube_unit_reconcile(struct cube_unit *u)
+{
+    struct cube_worker *w = u->worker;
+    const struct cube_task *t;
+
+    if (u->is_busy || u->rec->pending || !u->rec->now || !w->is_listed)
+        return;
+    t = u->rec->now->task;
+    if (u->stray)
+        cube_unit_dispose(u, u->stray);
+    else if (t->wanted != CUBE_WANT_STOP)
+        cube_unit_keep_running(u);
+    else if (u->box)
+        cube_unit_dispose(u, u->box);
+    else if (!cube_task_is_finished(t))
+        cube_unit_record_stopped(u);
+    else if (u->rec->now->keep.is_hidden)
+        cube_record_remove(w->ledger, u->rec);
+}
+
+static void cube_worker_pass(void *arg)
+{
+    struct cube_worker *w = arg;
+
+    while (!cube_list_is_empty(&w->dirty)) {
+        struct cube_unit *u = CUBE_OF(w->dirty.next, struct cube_unit, dirty);
+
+        cube_list_remove(&u->dirty);
+        cube_unit_reconcile(u);
+    }
+}
+
+/* A change is on disk: tell those who follow, and look at what it asks for. */
+static void cube_worker_changed(void *arg, struct cube_record *rec,
+                                const struct cube_version *before)
+{
+    struct cube_worker *w = arg;
+    struct cube_unit *u = cube_unit_of(w, rec);
+    struct cube_buf line = {0};
+
+    (void)before;
+    cube_feed_task_line(&w->feed, w->feed.last + 1, rec->now->task,
+                        rec->now->is_gone, &line);
+    cube_feed_push(&w->feed, cube_buf_take(&line));
+    if (rec->now->is_gone && !rec->pending) {
+        cube_unit_free(u);
+        rec->owner = NULL;
+        return;
+    }
+    if (rec->now->task->state != CUBE_RUNNING)
+        cube_health_stop(&u->health);
+    if (u->is_starting && rec->now->task->wanted == CUBE_WANT_STOP)
+        w->runtime->ops->start_cancel(w->runtime, rec->id);
+    if (!cube_time_is_set(&rec->now->task->restart_time)) {
+        cube_timer_clear(w->loop, &u->due);
+        u->is_due = false;
+    }
+    cube_unit_touch(u);
+}
+
+static void cube_worker_touch_all(void *arg)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
+        cube_unit_touch(cube_unit_of(w, rec));
+}
+
+/* A commit that failed leaves everything as it was: try again in a while. */
+static void cube_worker_committed(void *arg, uint64_t commit,
+                                  const struct cube_err *err)
+{
+    struct cube_worker *w = arg;
+
+    (void)commit;
+    if (!err)
+        return;
+    cube_log(w->loop, CUBE_ERROR, "commit: %s", err->text);
+    cube_timer_set(w->loop, &w->retry, CUBE_RETRY_COMMIT_MS,
+                   cube_worker_touch_all, w);
+}
+
+/* ---- Looking: what the engine has ---- */
+
+/* A container that nobody here knows, with our label: the store was lost, or
+ * is older than it. Its labels say what it is. */
+static void cube_worker_adopt(struct cube_worker *w,
+                              const struct cube_container *box)
+{
+    struct cube_record *rec;
+    struct cube_version *v;
+    struct cube_task *t = NULL;
+    struct cube_err err;
+
+    if (cube_task_parse(box->spec, strlen(box->spec), false, &t, &err) < 0) {
+        cube_log(w->loop, CUBE_WARN, "container %s: its label cube.spec: %s",
+                 box->id, err.text);
+        return;
+    }
+    rec = cube_ledger_find(w->ledger, t->id);
+    if (!rec)
+        rec = cube_ledger_add(w->ledger, t->id);
+    v = cube_record_edit(w->ledger, rec);
+    cube_task_free(v->task);
+    v->task = t;
+    t->attempt = box->attempt;
+    t->restart_count = box->restart;
+    t->wanted = CUBE_WANT_RUN;
+    t->state = CUBE_SCHEDULED;
+    (void)snprintf(v->keep.cluster, sizeof v->keep.cluster, "%s",
+                   box->cluster);
+    v->keep.follows = !*box->cluster;
+    if (box->state == CUBE_BOX_RUNNING)
+        cube_task_show_running(t, box);
+    cube_unit_set_box(cube_unit_of(w, rec), box);
+    cube_record_stage(w->ledger, rec);
+    cube_log(w->loop, CUBE_INFO, "adopted task %s (%s)", t->id, t->name);
+}
+
+/* Is the container of an older (below 0), of this (0), or of a newer start
+ * than the task says? Attempts count first, restarts within them second. */
+static int cube_box_compare(const struct cube_container *box,
+                            const struct cube_task *t)
+{
+    if (box->attempt != t->attempt)
+        return box->attempt < t->attempt ? -1 : 1;
+    if (box->restart != t->restart_count)
+        return box->restart < t->restart_count ? -1 : 1;
+    return 0;
+}
+
+/* Gives a container to the unit it belongs to. Of two of one start the one
+ * that runs is it; what is left over is a stray. */
+static void cube_worker_assign(struct cube_worker *w,
+                               const struct cube_container *box)
+{
+    struct cube_record *rec = cube_ledger_find(w->ledger, box->task);
+    struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
+    int order = v && !v->is_gone ? cube_box_compare(box, v->task) : 1;
+    struct cube_unit *u;
+
+    if (order > 0) {
+        if (!rec || !rec->pending)
+            cube_worker_adopt(w, box);
+        return;
+    }
+    u = cube_unit_of(w, rec);
+    if (order == 0 && (!u->box || (u->box->state != CUBE_BOX_RUNNING &&
+                                   box->state == CUBE_BOX_RUNNING))) {
+        if (u->box && !u->stray)
+            u->stray = cube_box_copy(u->box);
+        cube_unit_set_box(u, box);
+    } else if (!u->stray) {
+        u->stray = cube_box_copy(box);
+    }
+}
+
+/* Is every container that the engine was asked for accounted for. */
+static void cube_worker_seen(void *arg, const struct cube_container *list,
+                             size_t count, const struct cube_err *err)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec;
+
+    w->is_listing = false;
+    if (err) {
+        if (w->look_tries++ == 0)
+            cube_log(w->loop, CUBE_WARN, "list containers: %s", err->text);
+        cube_worker_doubt(w);
+        return;
+    }
+    w->look_tries = 0;
+    w->is_listed = true;
+    (void)snprintf(w->stats.engine, sizeof w->stats.engine, "%s",
+                   w->runtime->engine_id);
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));) {
+        struct cube_unit *u = cube_unit_of(w, rec);
+
+        if (u->is_busy) /* its step knows better: look at it again after */
+            continue;
+        cube_unit_set_box(u, NULL);
+        cube_box_free(u->stray);
+        u->stray = NULL;
+    }
+    for (size_t i = 0; i < count; i++) {
+        struct cube_record *of = cube_ledger_find(w->ledger, list[i].task);
+
+        if (!of || !of->owner || !((struct cube_unit *)of->owner)->is_busy)
+            cube_worker_assign(w, &list[i]);
+    }
+    cube_worker_touch_all(w);
+    cube_timer_set(w->loop, &w->look, CUBE_LOOK_SLOW_MS, cube_worker_look, w);
+}
+
+static void cube_worker_look(void *arg)
+{
+    struct cube_worker *w = arg;
+
+    if (w->is_listing || !w->runtime)
+        return;
+    w->is_listing = true;
+    w->runtime->ops->list(w->runtime, w->uuid, cube_worker_seen, w);
+}
+
+/* An inspection of a container that the engine said something about. */
+struct cube_peek {
+    struct cube_worker *worker;
+    struct cube_list link;
+    char id[CUBE_UUID_TEXT];
+    char *box_id;
+};
+
+static void cube_peek_free(struct cube_peek *p)
+{
+    cube_list_remove(&p->link);
+    cube_free(p->box_id);
+    cube_free(p);
+}
+
+static void cube_worker_peeked(void *arg, const struct cube_container *box,
+                               const struct cube_err *err)
+{
+    struct cube_peek *p = arg;
+    struct cube_worker *w = p->worker;
+    struct cube_record *rec = cube_ledger_find(w->ledger, p->id);
+    struct cube_unit *u = rec ? rec->owner : NULL;
+
+    if (err && cube_runtime_is_trouble(err)) {
+        cube_worker_doubt(w);
+    } else if (u && !u->is_busy && u->box &&
+               strcmp(u->box->id, p->box_id) == 0) {
+        cube_unit_set_box(u, box); /* NULL: it is gone */
+        cube_unit_touch(u);
+    }
+    cube_peek_free(p);
+}
+
+/* The engine says that something changed: at one task, or (NULL) anywhere. */
+static void cube_worker_stirred(void *arg, const char *task_id)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec = task_id ? cube_ledger_find(w->ledger, task_id)
+                                      : NULL;
+    struct cube_unit *u = rec ? rec->owner : NULL;
+    struct cube_peek *p;
+
+    if (u && u->is_busy)
+        return;
+    if (!u || !u->box) {
+        cube_timer_set(w->loop, &w->look, 50, cube_worker_look, w);
+        return;
+    }
+    p = cube_alloc(sizeof *p);
+    p->worker = w;
+    memcpy(p->id, rec->id, sizeof p->id);
+    p->box_id = cube_text_dup(u->box->id);
+    cube_list_add(&w->peeks, &p->link);
+    w->runtime->ops->inspect(w->runtime, p->box_id, cube_worker_peeked, p);
+}
+
+/* ---- Its API ---- */
+
+/* The record that a path names; answers 404 and returns NULL without one. */
+static struct cube_record *cube_ledger_of(struct cube_ledger *g,
+                                          struct cube_http_req *req)
+{
+    const char *text = cube_http_param(req, "id");
+    char id[CUBE_UUID_TEXT];
+    struct cube_record *rec = NULL;
+
+    if (text && cube_uuid_parse(text, strlen(text), id) == 0)
+        rec = cube_ledger_find(g, id);
+    if (!rec || !rec->now || rec->now->is_gone)
+        rec = NULL;
+    if (!rec)
+        cube_http_reply(req, 404, NULL, NULL, 0);
+    return rec;
+}
+
+/* May this manager give orders? Answers 409 if not, with what the worker
+ * knows, so that a manager of an older copy can learn of its age. */
+static bool cube_worker_obeys(struct cube_worker *w, struct cube_http_req *req,
+                              const char *cluster, int64_t epoch)
+{
+    struct cube_buf body = {0};
+
+    if (!*w->cluster || w->take_over ||
+        (strcmp(cluster, w->cluster) == 0 && epoch >= w->epoch))
+        return true;
+    cube_buf_printf(&body, "{\"HTTPStatusCode\":409,\"Message\":\"worker %s "
+                    "belongs to cluster %s, epoch %lld: ", w->name,
+                    w->cluster, (long long)w->epoch);
+    if (strcmp(cluster, w->cluster) != 0)
+        cube_buf_puts(&body, "start it with --take-over to change that");
+    else
+        cube_buf_printf(&body, "epoch %lld is over", (long long)epoch);
+    cube_buf_printf(&body, "\",\"Cluster\":\"%s\",\"Epoch\":%lld}\n",
+                    w->cluster, (long long)w->epoch);
+    cube_http_reply(req, 409, "application/json", body.data, body.len);
+    cube_buf_free(&body);
+    return false;
+}
+
+/* Whose orders it takes is on disk: from now on it knows. */
+static void cube_worker_belongs(void *arg)
+{
+    struct cube_worker *w = arg;
+
+    w->take_over = false;
+    memcpy(w->cluster, w->next_cluster, sizeof w->cluster);
+    w->epoch = w->next_epoch;
+}
+
+/* Stages whose orders it takes, in the commit that fills. */
+static void cube_worker_note_cluster(struct cube_worker *w,
+                                     const char *cluster, int64_t epoch)
+{
+    char number[24];
+
+    (void)snprintf(w->next_cluster, sizeof w->next_cluster, "%s", cluster);
+    w->next_epoch = epoch;
+    if (strcmp(w->cluster, cluster) == 0 && w->epoch == epoch)
+        return;
+    (void)snprintf(number, sizeof number, "%lld", (long long)epoch);
+    (void)cube_meta_put(w->store, "cluster", cluster, NULL);
+    (void)cube_meta_put(w->store, "epoch", number, NULL);
+}
+
+/* Makes a record, new or not, what the event asks for. */
+static void cube_worker_take(struct cube_worker *w, struct cube_event *e)
+{
+    struct cube_record *rec = cube_ledger_find(w->ledger, e->task->id);
+    struct cube_version *v;
+    struct cube_task *t = e->task;
+
+    if (!rec)
+        rec = cube_ledger_add(w->ledger, t->id);
+    v = cube_record_edit(w->ledger, rec);
+    cube_task_free(v->task);
+    v->task = t;
+    e->task = NULL;
+    v->is_gone = false;
+    v->keep.is_hidden = false;
+    v->keep.follows = !*e->cluster;
+    v->keep.epoch = e->epoch;
+    v->keep.budget = e->budget;
+    v->keep.restarts = 0;
+    memcpy(v->keep.cluster, e->cluster, sizeof v->keep.cluster);
+    t->state = CUBE_SCHEDULED;
+    t->wanted = CUBE_WANT_RUN;
+    cube_task_set(&t->container_id, "");
+    cube_task_set(&t->error, "");
+    cube_task_set(&t->progress, "");
+    t->has_exit_code = false;
+    memset(&t->finish_time, 0, sizeof t->finish_time);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    cube_task_unbind(t);
+    cube_record_stage(w->ledger, rec);
+    cube_unit_of(w, rec);
+}
+
+static void cube_worker_want_stop(struct cube_worker *w,
+                                  struct cube_record *rec, bool forget)
+{
+    struct cube_version *v = cube_record_latest(rec);
+
+    if (v->task->wanted == CUBE_WANT_STOP && (v->keep.is_hidden || !forget))
+        return; /* it was told before */
+    v = cube_record_edit(w->ledger, rec);
+    v->task->wanted = CUBE_WANT_STOP;
+    v->keep.is_hidden |= forget;
+    cube_record_stage(w->ledger, rec);
+}
+
+/* An order of a manager that numbers no attempts: its State is the wish, and
+ * the same task again means start it again. */
+static void cube_worker_follow(struct cube_worker *w,
+                               struct cube_http_req *req, struct cube_event *e)
+{
+    struct cube_record *rec = cube_ledger_find(w->ledger, e->task->id);
+    struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
+    char id[CUBE_UUID_TEXT];
+    struct cube_buf body = {0};
+    bool is_stop = e->task->state == CUBE_COMPLETED ||
+                   e->state == CUBE_COMPLETED;
+
+    memcpy(id, e->task->id, sizeof id);
+    if (is_stop && (!v || v->is_gone)) {
+        cube_http_reply_error(req, 404, "task %s is unknown", id);
+        return;
+    }
+    if (is_stop) {
+        cube_worker_want_stop(w, rec, false);
+    } else {
+        e->task->attempt = v ? v->task->attempt + 1 : 1;
+        cube_worker_take(w, e);
+    }
+    rec = cube_ledger_find(w->ledger, id);
+    cube_task_print(cube_record_latest(rec)->task, &body);
+    cube_buf_puts(&body, "\n");
+    cube_reply_kept(w->commit, req, 201, &body);
+}
+
+static void cube_worker_order(struct cube_worker *w, struct cube_http_req *req,
+                              struct cube_event *e)
+{
+    struct cube_record *rec = cube_ledger_find(w->ledger, e->task->id);
+    struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
+    char id[CUBE_UUID_TEXT];
+    struct cube_buf body = {0};
+    struct cube_vow *p;
+
+    if (!cube_worker_obeys(w, req, e->cluster, e->epoch))
+        return;
+    memcpy(id, e->task->id, sizeof id);
+    if (v && !v->is_gone && v->task->attempt > e->task->attempt) {
+        cube_http_reply_error(req, 409, "task %s: attempt %lld is over, this "
+                              "worker has attempt %lld", id,
+                              (long long)e->task->attempt,
+                              (long long)v->task->attempt);
+        return;
+    }
+    cube_worker_note_cluster(w, e->cluster, e->epoch);
+    if (!v || v->is_gone || v->task->attempt < e->task->attempt)
+        cube_worker_take(w, e); /* else it came twice: nothing changes */
+    rec = cube_ledger_find(w->ledger, id);
+    cube_task_print(cube_record_latest(rec)->task, &body);
+    cube_buf_puts(&body, "\n");
+    p = cube_reply_kept(w->commit, req, 201, &body);
+    p->kept = cube_worker_belongs;
+    p->kept_arg = w;
+}
+
+static void cube_worker_post(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+    struct cube_event *e = NULL;
+    struct cube_err err;
+    size_t len;
+    const char *body = cube_http_body(req, &len);
+
+    if (cube_event_parse(body, len, false, &e, &err) < 0 ||
+        (!e->task && cube_fail(&err, CUBE_EINVAL, "the event has no Task")) ||
+        (!*e->task->id && cube_fail(&err, CUBE_EINVAL, "Task.ID is missing")) ||
+        cube_task_check(e->task, &err) < 0)
+        cube_http_reply_error(req, 400, "%s", err.text);
+    else if (*e->cluster)
+        cube_worker_order(w, req, e);
+    else
+        cube_worker_follow(w, req, e);
+    cube_event_free(e);
+}
+
+static void cube_worker_delete(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec = cube_ledger_of(w->ledger, req);
+    const char *attempt = cube_http_query(req, "attempt");
+    const char *cluster = cube_http_query(req, "cluster");
+    const char *epoch = cube_http_query(req, "epoch");
+    uint64_t n = INT64_MAX, e = 0;
+
+    if (!rec)
+        return;
+    if (attempt)
+        (void)cube_text_u64(attempt, strlen(attempt), INT64_MAX, &n);
+    if (epoch)
+        (void)cube_text_u64(epoch, strlen(epoch), INT64_MAX, &e);
+    if (cluster && !cube_worker_obeys(w, req, cluster, (int64_t)e))
+        return;
+    if (cube_record_latest(rec)->task->attempt <= (int64_t)n)
+        cube_worker_want_stop(w, rec, cube_http_query(req, "forget") != NULL);
+    cube_reply_kept(w->commit, req, 204, NULL);
+}
+
+/* A caller who waits for the engine, and may go away meanwhile. */
+struct cube_asker {
+    struct cube_worker *worker;
+    struct cube_list link;
+    struct cube_http_req *req; /* NULL: gone */
+    struct cube_logs *logs;    /* what it reads, if it reads logs */
+};
+
+static void cube_asker_free(struct cube_asker *a)
+{
+    cube_list_remove(&a->link);
+    cube_free(a);
+}
+
+static void cube_asker_gone(void *arg)
+{
+    struct cube_asker *a = arg;
+    struct cube_runtime *rt = a->worker->runtime;
+
+    a->req = NULL;
+    if (!a->logs)
+        return; /* the inspection's callback frees it */
+    rt->ops->logs_cancel(rt, a->logs);
+    cube_asker_free(a);
+}
+
+static struct cube_asker *cube_asker_new(struct cube_worker *w,
+                                         struct cube_http_req *req)
+{
+    struct cube_asker *a = cube_alloc(sizeof *a);
+
+    a->worker = w;
+    a->req = req;
+    cube_list_add(&w->askers, &a->link);
+    cube_http_on_gone(req, cube_asker_gone, a);
+    return a;
+}
+
+static void cube_worker_inspected(void *arg, const char *json, size_t len,
+                                  const struct cube_err *err)
+{
+    struct cube_asker *a = arg;
+
+    if (a->req) {
+        cube_http_on_gone(a->req, NULL, NULL);
+        if (err)
+            cube_http_reply_error(a->req, err->code == CUBE_ENOENT ? 404 : 502,
+                                  "%s", err->text);
+        else
+            cube_http_reply(a->req, 200, "application/json", json, len);
+    }
+    cube_asker_free(a);
+}
+
+static void cube_worker_inspect(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec = cube_ledger_of(w->ledger, req);
+    struct cube_unit *u = rec ? rec->owner : NULL;
+
+    if (!rec)
+        return;
+    if (!u || !u->box || !w->runtime) {
+        cube_http_reply_error(req, 404, "task %s has no container now: it is "
+                              "%s%s%s", rec->id,
+                              cube_state_name(rec->now->task->state),
+                              *rec->now->task->error ? ": " : "",
+                              rec->now->task->error);
+        return;
+    }
+    w->runtime->ops->inspect_json(w->runtime, u->box->id,
+                                  cube_worker_inspected,
+                                  cube_asker_new(w, req));
+}
+
+static void cube_worker_log_data(void *arg, const char *p, size_t len)
+{
+    struct cube_asker *a = arg;
+
+    cube_http_stream_write(a->req, p, len);
+}
+
+static void cube_worker_log_end(void *arg, const struct cube_err *err)
+{
+    struct cube_asker *a = arg;
+
+    cube_http_on_gone(a->req, NULL, NULL);
+    if (err)
+        cube_http_stream_abort(a->req);
+    else
+        cube_http_stream_end(a->req);
+    cube_asker_free(a);
+}
+
+static void cube_worker_logs(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec = cube_ledger_of(w->ledger, req);
+    struct cube_unit *u = rec ? rec->owner : NULL;
+    const char *tail = cube_http_query(req, "tail");
+    const char *follow = cube_http_query(req, "follow");
+    struct cube_logs_options options;
+    struct cube_asker *a;
+    uint64_t n = 0;
+
+    if (!rec)
+        return;
+    if (tail && cube_text_u64(tail, strlen(tail), INT32_MAX, &n) < 0) {
+        cube_http_reply_error(req, 400, "tail=%s is not a number", tail);
+        return;
+    }
+    if (!u || !u->box || !w->runtime) {
+        cube_http_reply_error(req, 404, "task %s has no container now",
+                              rec->id);
+        return;
+    }
+    a = cube_asker_new(w, req);
+    cube_http_stream(req, 200, "text/plain; charset=utf-8");
+    memset(&options, 0, sizeof options);
+    options.is_following = follow && strcmp(follow, "0") != 0;
+    options.tail = tail ? (int64_t)n : -1;
+    a->logs = w->runtime->ops->logs(w->runtime, u->box->id, &options,
+                                    cube_worker_log_data, cube_worker_log_end,
+                                    a);
+}
+
+static void cube_worker_list(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+
+    cube_ledger_reply(w->ledger, req);
+}
+
+static void cube_worker_stats(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+    struct cube_buf body = {0};
+
+    cube_stats_print(&w->stats, &body);
+    cube_buf_puts(&body, "\n");
+    cube_http_reply(req, 200, "application/json", body.data, body.len);
+    cube_buf_free(&body);
+}
+
+static void cube_worker_events(void *arg, struct cube_http_req *req)
+{
+    struct cube_worker *w = arg;
+
+    cube_feed_follow(&w->feed, req);
+}
+
+static const struct cube_http_route cube_worker_routes[] = {
+    {"POST", "/tasks", cube_worker_post},
+    {"GET", "/tasks", cube_worker_list},
+    {"GET", "/tasks/{id}", cube_worker_inspect},
+    {"DELETE", "/tasks/{id}", cube_worker_delete},
+    {"GET", "/tasks/{id}/logs", cube_worker_logs},
+    {"GET", "/stats", cube_worker_stats},
+    {"GET", "/events", cube_worker_events},
+    {"GET", "/healthz", cube_reply_healthy},
+    {NULL, NULL, NULL},
+};
+
+/* ---- Signs of life ---- */
+
+static bool cube_worker_feed_list(void *arg, size_t *at, struct cube_buf *out)
+{
+    struct cube_worker *w = arg;
+    struct cube_record *rec = cube_ledger_next(w->ledger, at);
+
+    if (rec && !rec->now->is_gone)
+        cube_feed_task_line(&w->feed, w->feed.last, rec->now->task, false,
+                            out);
+    return rec != NULL;
+}
+
+static void cube_worker_hello(void *arg, struct cube_buf *out)
+{
+    struct cube_worker *w = arg;
+
+    cube_buf_printf(out, ",\"Worker\":\"%s\",\"Cluster\":\"%s\","
+                    "\"Epoch\":%lld", w->uuid, w->cluster,
+                    (long long)w->epoch);
+}
+
+/* Tasks that hold, or are about to hold, a part of the machine. */
+static int64_t cube_worker_count(struct cube_worker *w)
+{
+    struct cube_record *rec;
+    int64_t n = 0;
+
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
+        n += !cube_task_is_finished(rec->now->task);
+    return n;
+}
+
+static void cube_worker_beat(void *arg)
+{
+    struct cube_worker *w = arg;
+    struct cube_buf line = {0};
+    struct cube_err err;
+
+    if (cube_machine_read(w->machine, "/", &w->stats, &err) < 0)
+        cube_log(w->loop, CUBE_WARN, "%s", err.text);
+    w->stats.task_count = cube_worker_count(w);
+    cube_buf_puts(&line, "{\"Type\":\"stats\",\"Stats\":");
+    cube_stats_print(&w->stats, &line);
+    cube_buf_puts(&line, "}\n");
+    cube_feed_beat(&w->feed, line.data, line.len);
+    cube_buf_free(&line);
+    cube_timer_set(w->loop, &w->beat, CUBE_BEAT_MS, cube_worker_beat, w);
+}
+
+/* What ended longer ago than `keep_ms` is forgotten, container and all. */
+static void cube_worker_sweep(void *arg)
+{
+    struct cube_worker *w = arg;
+    int64_t old = w->world->wall_ns(w->world->ctx) - w->keep_ms * 1000000;
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));) {
+        const struct cube_task *t = rec->now->task;
+
+        if (!rec->pending && cube_task_is_finished(t) &&
+            cube_time_to_ns(&t->finish_time) < old && !rec->now->is_gone)
+            cube_worker_want_stop(w, rec, true);
+    }
+    cube_timer_set(w->loop, &w->sweep, CUBE_SWEEP_MS, cube_worker_sweep, w);
+}
+
+/* ---- Joining a manager ---- */
+
+static void cube_worker_rejoin(void *arg);
+
+static void cube_worker_joined(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_worker *w = arg;
+    bool is_in = !a->err && a->status == 201;
+
+    w->joining = NULL;
+    if (is_in && !w->has_joined)
+        cube_log(w->loop, CUBE_INFO, "joined manager %s", w->join);
+    else if (!is_in)
+        cube_log(w->loop, CUBE_WARN, "join manager %s: %s%.*s", w->join,
+                 a->err ? a->err->text : "it refused: ",
+                 a->err ? 0 : (int)(a->body_len < 300 ? a->body_len : 300),
+                 a->body ? a->body : "");
+    w->has_joined = is_in;
+    cube_timer_set(w->loop, &w->rejoin, CUBE_JOIN_MS, cube_worker_rejoin, w);
+}
+
+/* Registers, and again whenever no manager has followed us for a while. */
+static void cube_worker_rejoin(void *arg)
+{
+    struct cube_worker *w = arg;
+    struct cube_buf body = {0};
+    struct cube_http_request r;
+
+    if (w->has_joined && !cube_list_is_empty(&w->feed.followers)) {
+        cube_timer_set(w->loop, &w->rejoin, CUBE_JOIN_MS, cube_worker_rejoin,
+                       w);
+        return;
+    }
+    cube_buf_printf(&body, "{\"Name\":\"%s\",\"Worker\":\"%s\"}",
+                    w->advertise, w->uuid);
+    memset(&r, 0, sizeof r);
+    r.method = "POST";
+    r.target = "/nodes";
+    r.body = body.data;
+    r.body_len = body.len;
+    r.timeout_ms = CUBE_JOIN_MS;
+    r.on_done = cube_worker_joined;
+    r.arg = w;
+    w->joining = cube_http_call(w->joiner, &r);
+    cube_buf_free(&body);
+}
+
+static bool cube_host_is_loopback(const char *where)
+{
+    return cube_text_starts(where, "127.") ||
+           cube_text_starts(where, "localhost") ||
+           cube_text_starts(where, "[::1]");
+}
+
+static bool cube_host_is_any(const char *where)
+{
+    return where[0] == ':' || cube_text_starts(where, "0.0.0.0") ||
+           cube_text_starts(where, "[::]");
+}
+
+/* Where managers find this worker: what was said, or where it listens. */
+static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
+{
+    struct cube_buf base = {0};
+
+    if (!w->advertise) {
+        const char *colon = strrchr(w->listen, ':');
+        struct cube_buf at = {0};
+
+        if (cube_host_is_any(w->listen))
+            return cube_fail(err, CUBE_EINVAL, "join %s: the worker listens "
+                             "on all addresses: say with --advertise "
+                             "host:port at which the manager finds it",
+                             w->join);
+        cube_buf_add(&at, w->listen, (size_t)(colon - w->listen));
+        cube_buf_printf(&at, ":%u", cube_http_port(w->server));
+        w->advertise = cube_buf_take(&at);
+    }
+    if (cube_host_is_loopback(w->advertise) && !cube_host_is_loopback(w->join))
+        return cube_fail(err, CUBE_EINVAL, "join %s: the worker is at %s, "
+                         "which no other machine can reach: let it listen "
+                         "elsewhere with --host", w->join, w->advertise);
+    cube_buf_printf(&base, "http://%s", w->join);
+    w->joiner = cube_http_client_new(w->loop, base.data, w->token, err);
+    cube_buf_free(&base);
+    if (!w->joiner)
+        return -1;
+    cube_timer_set(w->loop, &w->rejoin, 0, cube_worker_rejoin, w);
+    return 0;
+}
+
+/* ---- Beginning and end ---- */
+
+/* Its UUID. A worker whose file is gone is still the same to its containers,
+ * so a new one is derived from what stays: machine, name, place. */
+static void cube_worker_derive(struct cube_worker *w)
+{
+    struct cube_buf from = {0};
+    unsigned char hash[32];
+
+    cube_buf_printf(&from, "%s\n%s\n%s", w->stats.machine, w->name,
+                    w->data_dir);
+    cube_sha256(from.data, from.len, hash);
+    hash[6] = (unsigned char)(0x80 | (hash[6] & 0x0f)); /* RFC 9562: custom */
+    hash[8] = (unsigned char)(0x80 | (hash[8] & 0x3f));
+    cube_uuid_write(hash, w->uuid);
+    cube_buf_free(&from);
+}
+
+static void cube_worker_identify(struct cube_worker *w)
+{
+    struct cube_buf text = {0};
+    uint64_t epoch;
+
+    if (cube_meta_get(w->store, "worker", &text) &&
+        cube_uuid_parse(text.data, text.len, w->uuid) == 0) {
+        if (cube_meta_get(w->store, "cluster", &text))
+            (void)cube_uuid_parse(text.data, text.len, w->cluster);
+        if (cube_meta_get(w->store, "epoch", &text) &&
+            cube_text_u64(text.data, text.len, INT64_MAX, &epoch) == 0)
+            w->epoch = (int64_t)epoch;
+    } else {
+        cube_worker_derive(w);
+        (void)cube_meta_put(w->store, "worker", w->uuid, NULL);
+    }
+    cube_buf_free(&text);
+}
+
+static int cube_worker_open_store(struct cube_worker *w, const char *kind,
+                                  struct cube_err *err)
+{
+    struct cube_buf path = {0};
+    bool is_memory = kind && strcmp(kind, "memory") == 0;
+
+    if (kind && !is_memory && strcmp(kind, "persistent") != 0)
+        return cube_fail(err, CUBE_EINVAL, "store %s: there are persistent "
+                         "and memory", kind);
+    if (cube_dir_make(w->world, w->data_dir, err) < 0)
+        return -1;
+    cube_buf_printf(&path, "%s/worker-%s.cube", w->data_dir, w->name);
+    w->store = cube_store_open(w->world, is_memory ? NULL : path.data, NULL,
+                               err);
+    cube_buf_free(&path);
+    if (!w->store)
+        return -1;
+    w->commit = cube_commit_open(w->loop, w->store);
+    cube_worker_identify(w);
+    w->ledger = cube_ledger_open(w->loop, w->store, w->commit,
+                                 cube_worker_changed, cube_worker_committed,
+                                 w, err);
+    return w->ledger ? 0 : -1;
+}
+
+static void cube_worker_use(struct cube_worker *w, struct cube_runtime *rt)
+{
+    w->runtime = rt;
+    (void)snprintf(w->stats.runtime, sizeof w->stats.runtime, "%s", rt->name);
+    rt->ops->watch(rt, cube_worker_stirred, w);
+    cube_worker_look(w);
+}
+
+static void cube_worker_find(void *arg); /* mutual recursion */
+
+static void cube_worker_found(void *arg, struct cube_runtime *rt,
+                              const char *words, const struct cube_err *err)
+{
+    struct cube_worker *w = arg;
+
+    w->finding = NULL;
+    cube_log(w->loop, rt ? CUBE_INFO : CUBE_ERROR, "runtime: %s",
+             rt ? words : err->text);
+    if (!rt) { /* the engine that was asked for may come later */
+        cube_timer_set(w->loop, &w->look, CUBE_LOOK_MAX_MS, cube_worker_find,
+                       w);
+        return;
+    }
+    cube_worker_use(w, rt);
+}
+
+static void cube_worker_find(void *arg)
+{
+    struct cube_worker *w = arg;
+
+    w->finding = cube_runtime_find(w->loop, w->runtime_name, w->run_dir,
+                                   cube_worker_found, w);
+}
+
+static int cube_worker_start(struct cube_worker *w,
+                             const struct cube_worker_options *o,
+                             struct cube_err *err)
+{
+    struct cube_http_options http;
+    struct cube_record *rec;
+
+    w->machine = cube_machine_new(w->world);
+    if (cube_machine_read(w->machine, "/", &w->stats, err) < 0 ||
+        cube_worker_open_store(w, o->store, err) < 0)
+        return -1;
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
+        cube_unit_of(w, rec);
+    memset(&http, 0, sizeof http);
+    http.tokens[0] = o->tokens[0];
+    http.tokens[1] = o->tokens[1];
+    http.host_names = o->host_names;
+    w->server = cube_http_listen(w->loop, w->listen, cube_worker_routes, w,
+                                 &http, err);
+    if (!w->server || (w->join && cube_worker_plan_join(w, err) < 0))
+        return -1;
+    if (o->own_runtime)
+        cube_worker_use(w, o->own_runtime);
+    else
+        cube_worker_find(w);
+    cube_worker_beat(w);
+    cube_worker_sweep(w);
+    return 0;
+}
+
+CUBE_API struct cube_worker *
+cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
+                struct cube_err *err)
+{
+    struct cube_worker *w = cube_alloc(sizeof *w);
+    char stream[CUBE_UUID_TEXT];
+    struct cube_buf run_dir = {0};
+
+    w->loop = l;
+    w->world = cube_loop_world(l);
+    w->name = cube_text_dup(o->name ? o->name : "worker");
+    w->listen = cube_text_dup(o->listen ? o->listen : "127.0.0.1:5556");
+    w->data_dir = cube_text_dup(o->data_dir ? o->data_dir : ".");
+    w->runtime_name = cube_text_dup(o->runtime ? o->runtime : "auto");
+    cube_buf_printf(&run_dir, "%s/run/%s", w->data_dir, w->name);
+    w->run_dir = cube_buf_take(&run_dir);
+    w->join = cube_text_dup(o->join);
+    w->advertise = cube_text_dup(o->advertise);
+    w->token = cube_text_dup(o->tokens[0]);
+    w->keep_ms = o->keep_ms > 0 ? o->keep_ms : CUBE_KEEP_MS;
+    w->take_over = o->take_over;
+    cube_list_init(&w->dirty);
+    cube_list_init(&w->peeks);
+    cube_list_init(&w->askers);
+    cube_uuid_new(w->world, stream);
+    cube_feed_init(&w->feed, l, stream, 0);
+    w->feed.list = cube_worker_feed_list;
+    w->feed.hello = cube_worker_hello;
+    w->feed.arg = w;
+    if (cube_worker_start(w, o, err) < 0) {
+        cube_worker_free(w);
+        return NULL;
+    }
+    return w;
+}
+
+static void cube_worker_free_units(struct cube_worker *w)
+{
+    void *value;
+
+    for (size_t at = 0;
+         w->ledger && cube_map_next(&w->ledger->records, &at, NULL, &value);)
+        cube_unit_free(((struct cube_record *)value)->owner);
+}
+
+/* Who waits for the engine waits in vain: its callbacks do not run. */
+static void cube_worker_free_askers(struct cube_worker *w)
+{
+    while (!cube_list_is_empty(&w->peeks))
+        cube_peek_free(CUBE_OF(w->peeks.next, struct cube_peek, link));
+    while (!cube_list_is_empty(&w->askers))
+        cube_asker_free(CUBE_OF(w->askers.next, struct cube_asker, link));
+}
+
+static void cube_worker_free_texts(struct cube_worker *w)
+{
+    cube_free(w->name);
+    cube_free(w->listen);
+    cube_free(w->data_dir);
+    cube_free(w->runtime_name);
+    cube_free(w->run_dir);
+    cube_free(w->join);
+    cube_free(w->advertise);
+    cube_free(w->token);
+}
+
+CUBE_API void cube_worker_free(struct cube_worker *w)
+{
+    if (!w)
+        return;
+    cube_feed_close(&w->feed);
+    cube_http_close(w->server); /* cancels the logs that are being read */
+    cube_runtime_find_cancel(w->finding);
+    cube_runtime_free(w->runtime);
+    cube_worker_free_askers(w);
+    cube_timer_clear(w->loop, &w->beat);
+    cube_timer_clear(w->loop, &w->sweep);
+    cube_timer_clear(w->loop, &w->look);
+    cube_timer_clear(w->loop, &w->rejoin);
+    cube_timer_clear(w->loop, &w->retry);
+    if (w->joining)
+        cube_http_call_cancel(w->joining);
+    cube_http_client_free(w->joiner);
+    cube_worker_free_units(w);
+    cube_defer_clear(w->loop, &w->pass);
+    cube_ledger_close(w->ledger);
+    cube_commit_close(w->commit);
+    cube_store_close(w->store);
+    cube_machine_free(w->machine);
+    cube_worker_free_texts(w);
+    cube_free(w);
+}
+
+CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
+{
+    return cube_http_port(w->server);
+}
 
 
 /* ==== Chapter 12. Manager ==== uses: 1 2 3 4 5 6 7 8 10 ==== */
+/*
+ * The problem. Users say what should run; workers come, go, and come back
+ * with work that by then runs elsewhere; messages are late, lost and doubled;
+ * and the manager itself may be killed at any moment after it has said 201.
+ *
+ * The simplest thing that works is what the worker does, one floor higher:
+ * what is wanted stands in records on disk, what is observed is what workers
+ * report, and one function compares both and takes one step:
+ *
+ *     POST, DELETE                 GET /events of each worker
+ *          |                                |
+ *          v                                v
+ *     record (ledger, disk)        report (memory, by node and task)
+ *          \                                /
+ *           +---> cube_charge_reconcile <--+
+ *                          |
+ *        edit the record, or send an order to one worker
+ *
+ *   record               its node's report      the step
+ *   ------------------   --------------------   ----------------------------
+ *   run, Pending         -                      place it: node, attempt + 1
+ *   run, on a node       (node lost)            Pending again
+ *   run, on a node       none, older attempt    deliver it
+ *   run, on a node       of its attempt         copy what it says
+ *   run, on a node       gave up                one move, then Failed
+ *   run, on a node       newer attempt          adopt it (an older copy of
+ *                                               the store was restored)
+ *   stop, Pending        -                      Completed
+ *   stop, on a node      active                 order the stop
+ *   stop, on a node      ended, or none         Completed
+ *   (none)               active                 adopt it
+ *   finished, elsewhere  active                 order the stop of that attempt
+ *
+ * Who may say what. Each start of a manager raises its epoch on disk first,
+ * and each placement raises the task's attempt on disk before it is
+ * delivered. A worker obeys the newest of both, so an order that was late
+ * changes nothing, and an order may be repeated until it is answered.
+ *
+ *        manager            worker a           worker b
+ *          | attempt 1 ------> runs 1
+ *          |        x----------- (link cut: a is lost after 5 s)
+ *          | attempt 2 -------------------------> runs 2
+ *          | <---- "I run 1" -- (link back)
+ *          | stop <= 1 ------> stops 1            runs 2
+ *
+ * A lost node is one that gave no sign of life for 5 s. A manager that was
+ * itself asleep (its own clock tells: more than 2 s between two ticks) blames
+ * itself and gives every node a new grace. When at least three nodes and more
+ * than half of them vanish at once the fault is more likely here or in
+ * between, and moves are paced.
+ *
+ * Events. Each change is a line in the tree `events` under its number, in the
+ * same commit as the change; the feed shows it once it is on disk. The
+ * stream's name is the cluster, so those who follow can resume across
+ * restarts of the manager.
+ *
+ * Workers of the Go program know no events: they answer 404, and are asked
+ * for tasks and stats every two seconds. They neither restart nor check
+ * health, so for their tasks the manager does.
+ *
+ * Interface: cube_manager_new, cube_manager_free, and over HTTP:
+ *
+ *    POST   /tasks                 an event or a task: 201 when it is on disk
+ *    GET    /tasks, /tasks/{id}    what is known
+ *    DELETE /tasks/{id}            stop it; with ?forget=1 remove what ended
+ *    GET    /tasks/{id}/logs       from its worker
+ *    GET    /tasks/{id}/inspect    from its worker
+ *    GET    /nodes                 the workers
+ *    POST   /nodes                 a worker joins
+ *    DELETE /nodes/{name}          forget a worker
+ *    GET    /events, /healthz
+ *
+ * Naive on purpose: each pass over waiting tasks adds up what is promised to
+ * every node anew. That is linear in the tasks, and fine for tens of
+ * thousands of them.
+ */
 
+#define CUBE_TREE_NODES "nodes"
+#define CUBE_TREE_EVENTS "events"
+#define CUBE_LOST_MS 5000
+#define CUBE_TICK_MS 250
+#define CUBE_ASLEEP_MS 2000     /* between two ticks: it was us */
+#define CUBE_DIAL_MS 200        /* before a worker is called again */
+#define CUBE_DIAL_MAX_MS 2000
+#define CUBE_ORDER_MS 10000     /* for a worker to answer an order */
+#define CUBE_RETRY_MS 500       /* before an order is repeated; doubles */
+#define CUBE_RETRY_MAX_MS 8000
+#define CUBE_POLL_MS 2000       /* of a worker without events */
+#define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
+#define CUBE_PACED_MS 1000      /* between two moves when many nodes vanish */
+#define CUBE_LINE_MAX (4 << 20) /* of a worker's event */
+#define CUBE_NODES_MAX 10000
+#define CUBE_SWEEP_EVENTS 1000  /* old events removed in one second */
 
+struct cube_manager {
+    struct cube_loop *loop;
+    const struct cube_world *world;
+    char *data_dir, *token;
+    int64_t keep_ms, lost_after_ms;
+    char cluster[CUBE_UUID_TEXT];
+    int64_t epoch;
+
+    struct cube_store *store;
+    struct cube_commit *commit;
+    struct cube_ledger *ledger;
+    struct cube_feed feed;
+    uint64_t staged_seq;            /* the newest number given to an event */
+    struct cube_list lines;         /* of struct cube_line, not on disk yet */
+    struct cube_http_server *server;
+    const struct cube_scheduler *scheduler;
+    struct cube_scheduler *own_scheduler; /* what is freed with it */
+
+    struct cube_list members;
+    size_t member_count;
+    struct cube_list dirty;         /* charges to reconcile */
+    struct cube_defer pass;
+    struct cube_timer tick;
+    int64_t last_tick_ms, last_move_ms, last_sweep_ms;
+    bool is_paced;                  /* many nodes vanished at once */
+    bool has_room;                  /* something changed for those who wait */
+    struct cube_promises *promises; /* of this pass, or NULL */
+};
+
+/* An event that is staged; shown when its commit is on disk. */
+struct cube_line {
+    struct cube_list link;
+    uint64_t commit;
+    char *text;
+};
+
+/* What a worker says of a task. */
+struct cube_report {
+    struct cube_task *task;
+    bool is_seen;                  /* in the listing that is under way */
+    struct cube_http_call *order;  /* a stop that is under way */
+    int64_t next_ms;               /* not to be ordered again before */
+    int tries;
+    struct cube_member *member;
+};
+
+enum cube_member_state { CUBE_NODE_NEW, CUBE_NODE_UP, CUBE_NODE_LOST };
+
+/* A worker, as its manager knows it. */
+struct cube_member {
+    struct cube_manager *manager;
+    struct cube_list link;
+    char *name, *api;
+    char uuid[CUBE_UUID_TEXT];
+    bool is_default;      /* nobody named it: shown once it has answered */
+    bool is_polled;       /* a worker of the Go program */
+    bool is_listed;       /* its reports are complete */
+    char *refusal;        /* why it takes no orders from us, or NULL */
+    enum cube_member_state state;
+    int64_t last_sign_ms;
+    struct cube_http_client *client;
+    struct cube_http_call *call;   /* events, or a poll */
+    struct cube_timer dial;
+    int64_t dial_ms;
+    struct cube_buf text;          /* of an event's line so far */
+    char stream[CUBE_UUID_TEXT];
+    uint64_t seq;
+    struct cube_stats stats;
+    bool has_stats;
+    struct cube_map reports;       /* by task ID */
+};
+
+/* A task that the manager has in its charge: its record, and the order that
+ * is under way for it. */
+struct cube_charge {
+    struct cube_manager *manager;
+    struct cube_record *rec;
+    struct cube_list dirty;
+    struct cube_http_call *order;
+    struct cube_timer retry;
+    int tries;
+    int64_t explained_ms;
+    struct cube_health health;     /* of a task on a polled worker */
+};
+
+static void cube_manager_pass(void *arg); /* mutual recursion */
+
+/* ---- Charges ---- */
+
+static struct cube_charge *cube_charge_of(struct cube_manager *m,
+                                          struct cube_record *rec)
+{
+    struct cube_charge *c = rec->owner;
+
+    if (c)
+        return c;
+    c = cube_alloc(sizeof *c);
+    c->manager = m;
+    c->rec = rec;
+    cube_list_init(&c->dirty);
+    rec->owner = c;
+    return c;
+}
+
+static void cube_charge_touch(struct cube_charge *c)
+{
+    struct cube_manager *m = c->manager;
+
+    cube_list_remove(&c->dirty);
+    cube_list_add(&m->dirty, &c->dirty);
+    cube_defer_set(m->loop, &m->pass, cube_manager_pass, m);
+}
+
+static void cube_charge_free(struct cube_charge *c)
+{
+    if (!c)
+        return;
+    cube_health_stop(&c->health);
+    cube_timer_clear(c->manager->loop, &c->retry);
+    if (c->order)
+        cube_http_call_cancel(c->order);
+    cube_list_remove(&c->dirty);
+    cube_free(c);
+}
+
+static void cube_manager_touch(struct cube_manager *m, const char *id)
+{
+    struct cube_record *rec = cube_ledger_find(m->ledger, id);
+
+    if (rec)
+        cube_charge_touch(cube_charge_of(m, rec));
+}
+
+static void cube_manager_touch_all(struct cube_manager *m)
+{
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));)
+        cube_charge_touch(cube_charge_of(m, rec));
+}
+
+static struct cube_time cube_manager_now(struct cube_manager *m)
+{
+    return cube_time_from_ns(m->world->wall_ns(m->world->ctx));
+}
+
+/* ---- Events ---- */
+
+/* Stages a line for the feed in the commit that fills; takes it over. */
+static void cube_manager_log_event(struct cube_manager *m,
+                                   struct cube_buf *text)
+{
+    struct cube_line *line = cube_alloc(sizeof *line);
+    unsigned char key[8];
+
+    cube_number_key((int64_t)++m->staged_seq, key);
+    (void)cube_store_put(m->store, CUBE_TREE_EVENTS, key, sizeof key,
+                         text->data, text->len, NULL);
+    line->commit = cube_commit_number(m->commit);
+    line->text = cube_buf_take(text);
+    cube_list_add(&m->lines, &line->link);
+    cube_ledger_join(m->ledger);
+}
+
+/* Stages a record that was edited, with its event. */
+static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec)
+{
+    const struct cube_version *v = cube_record_latest(rec);
+    struct cube_buf text = {0};
+
+    cube_record_stage(m->ledger, rec);
+    cube_feed_task_line(&m->feed, m->staged_seq + 1, v->task,
+                        v->is_gone || v->keep.is_hidden, &text);
+    cube_manager_log_event(m, &text);
+}
+
+static void cube_member_print(struct cube_member *n, struct cube_buf *out);
+
+static void cube_manager_log_node(struct cube_manager *m,
+                                  struct cube_member *n)
+{
+    struct cube_buf text = {0};
+    char now[CUBE_TIME_TEXT];
+    struct cube_time t = cube_manager_now(m);
+
+    cube_time_format(&t, now);
+    cube_buf_printf(&text, "{\"Type\":\"node\",\"Stream\":\"%s\","
+                    "\"Seq\":%llu,\"Time\":\"%s\",\"Node\":", m->feed.stream,
+                    (unsigned long long)m->staged_seq + 1, now);
+    cube_member_print(n, &text);
+    cube_buf_puts(&text, "}\n");
+    cube_manager_log_event(m, &text);
+}
+
+/* A commit is done: show its events, or drop all that was staged. */
+static void cube_manager_committed(void *arg, uint64_t commit,
+                                   const struct cube_err *err)
+{
+    struct cube_manager *m = arg;
+
+    while (!cube_list_is_empty(&m->lines)) {
+        struct cube_line *line =
+            CUBE_OF(m->lines.next, struct cube_line, link);
+
+        if (!err && line->commit != commit)
+            break;
+        cube_list_remove(&line->link);
+        if (err)
+            cube_free(line->text);
+        else
+            cube_feed_push(&m->feed, line->text);
+        cube_free(line);
+    }
+    if (!err)
+        return;
+    m->staged_seq = m->feed.last;
+    m->has_room = true; /* the next tick looks at all of them again */
+    cube_log(m->loop, CUBE_ERROR, "commit: %s", err->text);
+}
+
+/* ---- Members ---- */
+
+static struct cube_member *cube_manager_member(struct cube_manager *m,
+                                               const char *name)
+{
+    struct cube_list *link;
+
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (strcmp(n->name, name) == 0)
+            return n;
+    }
+    return NULL;
+}
+
+static void cube_report_free(struct cube_report *r)
+{
+    if (r->order)
+        cube_http_call_cancel(r->order);
+    cube_task_free(r->task);
+    cube_free(r);
+}
+
+static struct cube_report *cube_member_report(struct cube_member *n,
+                                              const char *id)
+{
+    return n ? cube_map_get(&n->reports, id) : NULL;
+}
+
+static void cube_member_drop(struct cube_member *n, const char *id)
+{
+    struct cube_report *r = cube_map_remove(&n->reports, id);
+
+    if (r)
+        cube_report_free(r);
+    cube_manager_touch(n->manager, id);
+}
+
+/* Forgets all reports, or those that a listing has not shown. */
+static void cube_member_forget(struct cube_member *n, bool unseen_only)
+{
+    const char *id;
+    void *value;
+
+    for (size_t at = 0; cube_map_next(&n->reports, &at, &id, &value);) {
+        struct cube_report *r = value;
+        char copy[CUBE_UUID_TEXT];
+
+        if (unseen_only && r->is_seen)
+            continue;
+        (void)snprintf(copy, sizeof copy, "%s", id);
+        cube_member_drop(n, copy);
+    }
+}
+
+static void cube_member_free(struct cube_member *n)
+{
+    struct cube_manager *m = n->manager;
+
+    cube_timer_clear(m->loop, &n->dial);
+    if (n->call)
+        cube_http_call_cancel(n->call);
+    cube_member_forget(n, false);
+    cube_map_free(&n->reports);
+    cube_http_client_free(n->client);
+    cube_list_remove(&n->link);
+    m->member_count--;
+    cube_buf_free(&n->text);
+    cube_free(n->name);
+    cube_free(n->api);
+    cube_free(n->refusal);
+    cube_free(n);
+}
+
+static const char *cube_member_state_name(const struct cube_member *n)
+{
+    if (n->state == CUBE_NODE_LOST)
+        return "lost";
+    if (n->state == CUBE_NODE_NEW)
+        return "unknown";
+    return n->refusal ? "refuses" : "up";
+}
+
+/* A task counts for a node from its placement to its end. */
+static bool cube_task_holds(const struct cube_task *t, const char *node)
+{
+    return !cube_task_is_finished(t) && t->state != CUBE_PENDING &&
+           strcmp(t->node, node) == 0;
+}
+
+static void cube_member_print(struct cube_member *n, struct cube_buf *out)
+{
+    struct cube_manager *m = n->manager;
+    int64_t mem = 0, disk = 0, tasks = 0;
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
+        const struct cube_task *t = rec->now->task;
+
+        if (!cube_task_holds(t, n->name))
+            continue;
+        mem += t->mem_bytes / 1024;
+        disk += t->disk_bytes;
+        tasks++;
+    }
+    cube_buf_puts(out, "{\"Name\":");
+    cube_json_put_str(out, n->name, strlen(n->name));
+    cube_buf_puts(out, ",\"Ip\":\"\",\"Api\":");
+    cube_json_put_str(out, n->api, strlen(n->api));
+    cube_buf_printf(out, ",\"Memory\":%lld,\"MemoryAllocated\":%lld,"
+                    "\"Disk\":%lld,\"DiskAllocated\":%lld,\"Stats\":",
+                    (long long)n->stats.mem.mem_total, (long long)mem,
+                    (long long)n->stats.disk.all, (long long)disk);
+    cube_stats_print(&n->stats, out);
+    cube_buf_printf(out, ",\"Role\":\"worker\",\"TaskCount\":%lld,"
+                    "\"State\":\"%s\",\"Worker\":\"%s\"", (long long)tasks,
+                    cube_member_state_name(n), n->uuid);
+    if (n->refusal) {
+        cube_buf_puts(out, ",\"Error\":");
+        cube_json_put_str(out, n->refusal, strlen(n->refusal));
+    }
+    cube_buf_puts(out, "}");
+}
+
+/* It gave a sign of life. */
+static void cube_member_lives(struct cube_member *n)
+{
+    struct cube_manager *m = n->manager;
+
+    n->last_sign_ms = cube_loop_now_ms(m->loop);
+    n->dial_ms = CUBE_DIAL_MS;
+    if (n->state == CUBE_NODE_UP)
+        return;
+    cube_log(m->loop, CUBE_INFO, "node %s is %s", n->name,
+             n->state == CUBE_NODE_LOST ? "back" : "up");
+    n->state = CUBE_NODE_UP;
+    m->has_room = true;
+    cube_manager_log_node(m, n);
+}
+
+/* ---- What workers say ---- */
+
+/* Takes a task over as the newest word on it. */
+static void cube_member_heard(struct cube_member *n, struct cube_task *t)
+{
+    struct cube_report *r = cube_map_get(&n->reports, t->id);
+
+    if (!r) {
+        r = cube_alloc(sizeof *r);
+        r->member = n;
+        cube_map_put(&n->reports, t->id, r);
+    }
+    cube_task_free(r->task);
+    r->task = t;
+    r->is_seen = true;
+    cube_manager_touch(n->manager, t->id);
+}
+
+static bool cube_task_is_active(const struct cube_task *t)
+{
+    return !cube_task_is_finished(t) && t->wanted != CUBE_WANT_STOP;
+}
+
+/* A task that this manager does not know runs on a worker of its cluster:
+ * the store was lost, or is older than the task. It is kept, not killed. */
+static void cube_manager_adopt(struct cube_manager *m, struct cube_member *n,
+                               const struct cube_task *t)
+{
+    struct cube_record *rec = cube_ledger_add(m->ledger, t->id);
+    struct cube_version *v = cube_record_edit(m->ledger, rec);
+
+    cube_task_free(v->task);
+    v->task = cube_task_copy(t);
+    v->task->wanted = CUBE_WANT_RUN;
+    if (v->task->attempt < 1)
+        v->task->attempt = 1;
+    cube_task_set(&v->task->node, n->name);
+    cube_manager_stage(m, rec);
+    cube_log(m->loop, CUBE_INFO, "adopted task %s (%s) from node %s", t->id,
+             t->name, n->name);
+}
+
+/* All that it has is known now: adopt what is new, look at all the rest. */
+static void cube_member_listed(struct cube_member *n)
+{
+    struct cube_manager *m = n->manager;
+    const char *id;
+    void *value;
+
+    n->is_listed = true;
+    cube_member_forget(n, true);
+    for (size_t at = 0; cube_map_next(&n->reports, &at, &id, &value);) {
+        struct cube_report *r = value;
+
+        if (!cube_ledger_find(m->ledger, id) && cube_task_is_active(r->task) &&
+            !n->refusal)
+            cube_manager_adopt(m, n, r->task);
+    }
+    cube_manager_touch_all(m);
+}
+
+static void cube_member_raise_epoch(struct cube_member *n, int64_t seen);
+
+static void cube_member_on_hello(struct cube_member *n,
+                                 struct json_value_s *line)
+{
+    struct cube_manager *m = n->manager;
+    char uuid[CUBE_UUID_TEXT], cluster[CUBE_UUID_TEXT];
+    int64_t epoch = 0;
+
+    cube_json_uuid(cube_json_get(line, "Worker"), uuid);
+    cube_json_uuid(cube_json_get(line, "Cluster"), cluster);
+    (void)cube_json_i64(cube_json_get(line, "Epoch"), &epoch);
+    if (strcmp(uuid, n->uuid) != 0) { /* another worker has its address */
+        n->is_listed = false;
+        cube_member_forget(n, false);
+    }
+    memcpy(n->uuid, uuid, sizeof uuid);
+    cube_free(n->refusal);
+    n->refusal = NULL;
+    if (*cluster && strcmp(cluster, m->cluster) != 0) {
+        struct cube_buf why = {0};
+
+        cube_buf_printf(&why, "it belongs to cluster %s; start it with "
+                        "--take-over to change that", cluster);
+        n->refusal = cube_buf_take(&why);
+        cube_log(m->loop, CUBE_WARN, "node %s: %s", n->name, n->refusal);
+    } else if (epoch > m->epoch) {
+        cube_member_raise_epoch(n, epoch);
+    }
+}
+
+static void cube_member_on_reset(struct cube_member *n,
+                                 struct json_value_s *line)
+{
+    void *value;
+
+    (void)line;
+    n->is_listed = false;
+    for (size_t at = 0; cube_map_next(&n->reports, &at, NULL, &value);)
+        ((struct cube_report *)value)->is_seen = false;
+}
+
+static void cube_member_on_task(struct cube_member *n,
+                                struct json_value_s *line)
+{
+    struct cube_manager *m = n->manager;
+    struct cube_err err;
+    struct cube_task *t =
+        cube_task_from_json(cube_json_get(line, "Task"), false, &err);
+
+    if (!t) {
+        cube_log(m->loop, CUBE_WARN, "node %s: %s", n->name, err.text);
+        return;
+    }
+    if (n->is_listed && !cube_ledger_find(m->ledger, t->id) &&
+        cube_task_is_active(t) && !n->refusal)
+        cube_manager_adopt(m, n, t);
+    cube_member_heard(n, t);
+}
+
+static void cube_member_on_gone(struct cube_member *n,
+                                struct json_value_s *line)
+{
+    char id[CUBE_UUID_TEXT];
+
+    cube_json_uuid(cube_json_get(line, "ID"), id);
+    cube_member_drop(n, id);
+}
+
+static void cube_member_on_listed(struct cube_member *n,
+                                  struct json_value_s *line)
+{
+    (void)line;
+    cube_member_listed(n);
+}
+
+static void cube_member_on_stats(struct cube_member *n,
+                                 struct json_value_s *line)
+{
+    struct json_value_s *stats = cube_json_get(line, "Stats");
+
+    n->has_stats = stats && cube_stats_from_json(stats, &n->stats, NULL) == 0;
+}
+
+static const struct cube_saying {
+    const char *type;
+    void (*fn)(struct cube_member *n, struct json_value_s *line);
+} cube_sayings[] = {
+    {"hello", cube_member_on_hello},   {"reset", cube_member_on_reset},
+    {"task", cube_member_on_task},     {"gone", cube_member_on_gone},
+    {"listed", cube_member_on_listed}, {"stats", cube_member_on_stats},
+};
+
+/* One line of its events. The place in the stream is noted after the line
+ * was taken in, so that a resumed stream misses nothing. */
+static int cube_member_line(struct cube_member *n, const char *text,
+                            size_t len)
+{
+    struct cube_err err;
+    struct json_value_s *line = cube_json_parse(text, len, &err);
+    const char *type = line ? cube_json_str(cube_json_get(line, "Type"), NULL)
+                            : NULL;
+    int64_t seq;
+
+    if (!type) {
+        cube_log(n->manager->loop, CUBE_WARN, "node %s: an event that is no "
+                 "event: %s", n->name, line ? "it has no Type" : err.text);
+        cube_json_free(line);
+        return -1;
+    }
+    cube_member_lives(n);
+    for (size_t i = 0; i < CUBE_COUNT(cube_sayings); i++) {
+        if (strcmp(type, cube_sayings[i].type) == 0)
+            cube_sayings[i].fn(n, line);
+    }
+    if (cube_json_get(line, "Stream") && strcmp(type, "hello") != 0 &&
+        cube_json_i64(cube_json_get(line, "Seq"), &seq) == 0) {
+        cube_json_uuid(cube_json_get(line, "Stream"), n->stream);
+        n->seq = n->is_listed ? (uint64_t)seq : 0;
+    }
+    cube_json_free(line);
+    return 0;
+}
+
+static void cube_member_dial(void *arg);
+
+/* Ends what is said on the line, and dials again. */
+static void cube_member_hang_up(struct cube_member *n)
+{
+    if (n->call)
+        cube_http_call_cancel(n->call);
+    n->call = NULL;
+    cube_buf_clear(&n->text);
+    cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
+                   n);
+}
+
+static void cube_member_data(void *arg, const char *p, size_t len)
+{
+    struct cube_member *n = arg;
+    size_t start = 0;
+
+    cube_buf_add(&n->text, p, len);
+    for (;;) {
+        char *line = n->text.data + start;
+        char *end = memchr(line, '\n', n->text.len - start);
+
+        if (!end)
+            break;
+        start = (size_t)(end - n->text.data) + 1;
+        if (cube_member_line(n, line, (size_t)(end - line)) < 0) {
+            cube_member_hang_up(n);
+            return;
+        }
+    }
+    cube_buf_drop(&n->text, start);
+    if (n->text.len > CUBE_LINE_MAX)
+        cube_member_hang_up(n);
+}
+
+/* ---- Workers that are asked, not told by ---- */
+
+static int cube_member_take_list(struct cube_member *n, const char *body,
+                                 size_t len)
+{
+    struct json_value_s *root = cube_json_parse(body, len, NULL);
+    struct json_array_element_s *item;
+
+    if (!root)
+        return -1;
+    cube_member_on_reset(n, NULL);
+    for (item = cube_json_items(root); item; item = item->next) {
+        struct cube_task *t = cube_task_from_json(item->value, false, NULL);
+        struct cube_record *rec =
+            t ? cube_ledger_find(n->manager->ledger, t->id) : NULL;
+
+        if (!t)
+            continue;
+        if (rec && rec->now) /* it numbers no attempts: it is the last one */
+            t->attempt = rec->now->task->attempt;
+        cube_member_heard(n, t);
+    }
+    cube_json_free(root);
+    cube_member_listed(n);
+    return 0;
+}
+
+static void cube_member_polled(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_member *n = arg;
+
+    n->call = NULL;
+    if (!a->err && a->status == 200 &&
+        cube_stats_parse(a->body, a->body_len, &n->stats, NULL) == 0)
+        n->has_stats = true;
+    n->dial_ms = CUBE_POLL_MS;
+    cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
+                   n);
+}
+
+static struct cube_http_call *
+cube_member_get(struct cube_member *n, const char *target,
+                void (*fn)(void *arg, const struct cube_http_answer *a))
+{
+    struct cube_http_request r;
+
+    memset(&r, 0, sizeof r);
+    r.method = "GET";
+    r.target = target;
+    r.timeout_ms = CUBE_ORDER_MS;
+    r.on_done = fn;
+    r.arg = n;
+    return cube_http_call(n->client, &r);
+}
+
+static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_member *n = arg;
+
+    n->call = NULL;
+    if (!a->err && a->status == 200 &&
+        cube_member_take_list(n, a->body, a->body_len) == 0) {
+        cube_member_lives(n);
+        n->call = cube_member_get(n, "/stats", cube_member_polled);
+        return;
+    }
+    n->is_polled = false; /* begin anew: it may be another program by then */
+    cube_timer_set(n->manager->loop, &n->dial, CUBE_POLL_MS, cube_member_dial,
+                   n);
+}
+
+/* ---- The line to a worker ---- */
+
+static void cube_member_cut(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_member *n = arg;
+
+    n->call = NULL;
+    cube_buf_clear(&n->text);
+    if (!a->err && a->status == 404) {
+        n->is_polled = true;
+        n->dial_ms = 0;
+    } else if (a->status != 200 && !a->err) {
+        cube_free(n->refusal);
+        n->refusal = cube_text_dup(a->status == 401 || a->status == 403
+                                       ? "it does not accept our token"
+                                       : "it does not answer GET /events");
+    }
+    cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
+                   n);
+    if (n->dial_ms < CUBE_DIAL_MAX_MS)
+        n->dial_ms = n->dial_ms * 2 + 1;
+}
+
+static void cube_member_dial(void *arg)
+{
+    struct cube_member *n = arg;
+    struct cube_http_request r;
+    char target[100] = "/events";
+
+    if (n->is_polled) {
+        n->call = cube_member_get(n, "/tasks", cube_member_poll_tasks);
+        return;
+    }
+    if (*n->stream && n->seq > 0)
+        (void)snprintf(target, sizeof target, "/events?after=%s:%llu",
+                       n->stream, (unsigned long long)n->seq);
+    memset(&r, 0, sizeof r);
+    r.method = "GET";
+    r.target = target;
+    r.idle_timeout_ms = (int)n->manager->lost_after_ms;
+    r.on_data = cube_member_data;
+    r.on_done = cube_member_cut;
+    r.arg = n;
+    n->call = cube_http_call(n->client, &r);
+}
+
+static struct cube_member *cube_member_new(struct cube_manager *m,
+                                           const char *name,
+                                           struct cube_err *err)
+{
+    struct cube_member *n;
+    struct cube_buf api = {0};
+    struct cube_http_client *client;
+
+    cube_buf_printf(&api, "http://%s", name);
+    client = cube_http_client_new(m->loop, api.data, m->token, err);
+    if (!client) {
+        cube_buf_free(&api);
+        return NULL;
+    }
+    n = cube_alloc(sizeof *n);
+    n->manager = m;
+    n->name = cube_text_dup(name);
+    n->api = cube_buf_take(&api);
+    n->client = client;
+    n->last_sign_ms = cube_loop_now_ms(m->loop);
+    n->dial_ms = CUBE_DIAL_MS;
+    cube_list_add(&m->members, &n->link);
+    m->member_count++;
+    cube_timer_set(m->loop, &n->dial, 0, cube_member_dial, n);
+    return n;
+}
+
+/* ---- Orders ---- */
+
+static int64_t cube_retry_ms(int tries)
+{
+    int64_t ms = CUBE_RETRY_MS;
+
+    while (tries-- > 1 && ms < CUBE_RETRY_MAX_MS)
+        ms *= 2;
+    return ms;
+}
+
+/* A worker has orders of a later start: this store is an older copy. The
+ * number goes up, on disk, before the next order. */
+static void cube_member_raise_epoch(struct cube_member *n, int64_t seen)
+{
+    struct cube_manager *m = n->manager;
+    char text[24];
+
+    if (seen < m->epoch)
+        return;
+    m->epoch = seen + 1;
+    (void)snprintf(text, sizeof text, "%lld", (long long)m->epoch);
+    (void)cube_meta_put(m->store, "epoch", text, NULL);
+    cube_ledger_join(m->ledger);
+    cube_log(m->loop, CUBE_WARN, "node %s has seen epoch %lld: this store is "
+             "an older copy; epoch is %lld now", n->name, (long long)seen,
+             (long long)m->epoch);
+}
+
+/* A worker said 409: it learned of another cluster, or of a later epoch. */
+static void cube_member_refused(struct cube_member *n,
+                                const struct cube_http_answer *a)
+{
+    struct json_value_s *root = cube_json_parse(a->body, a->body_len, NULL);
+    char cluster[CUBE_UUID_TEXT];
+    int64_t epoch = 0;
+
+    cube_json_uuid(cube_json_get(root, "Cluster"), cluster);
+    if (cube_json_i64(cube_json_get(root, "Epoch"), &epoch) == 0 &&
+        strcmp(cluster, n->manager->cluster) == 0)
+        cube_member_raise_epoch(n, epoch);
+    else if (*cluster)
+        cube_text_set(&n->refusal, cube_json_str(
+            cube_json_get(root, "Message"), NULL));
+    cube_json_free(root);
+}
+
+static void cube_charge_retry(void *arg)
+{
+    cube_charge_touch(arg);
+}
+
+static void cube_charge_later(struct cube_charge *c)
+{
+    cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(++c->tries),
+                   cube_charge_retry, c);
+}
+
+/* The words in an answer's {"Message":"..."}, or its first bytes. */
+static void cube_answer_words(const struct cube_http_answer *a,
+                              struct cube_buf *out)
+{
+    struct json_value_s *root =
+        a->body_len ? cube_json_parse(a->body, a->body_len, NULL) : NULL;
+    const char *words = cube_json_str(cube_json_get(root, "Message"), NULL);
+
+    if (words)
+        cube_buf_puts(out, words);
+    else if (a->err)
+        cube_buf_puts(out, a->err->text);
+    else
+        cube_buf_printf(out, "status %d", a->status);
+    cube_json_free(root);
+}
+
+static void cube_charge_reject(struct cube_charge *c, struct cube_member *n,
+                               const struct cube_http_answer *a)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_task *t = cube_record_edit(m->ledger, c->rec)->task;
+    struct cube_buf words = {0};
+
+    cube_buf_printf(&words, "node %s: ", n->name);
+    cube_answer_words(a, &words);
+    t->state = CUBE_FAILED;
+    t->finish_time = cube_manager_now(m);
+    cube_task_set(&t->error, words.data);
+    cube_buf_free(&words);
+    cube_manager_stage(m, c->rec);
+}
+
+static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_charge *c = arg;
+    struct cube_manager *m = c->manager;
+    const struct cube_version *v = cube_record_latest(c->rec);
+    struct cube_member *n = cube_manager_member(m, v->task->node);
+    struct cube_report *r = cube_member_report(n, c->rec->id);
+    struct cube_task *t = NULL;
+
+    c->order = NULL;
+    if (n && !a->err && a->status == 201 &&
+        cube_task_parse(a->body, a->body_len, false, &t, NULL) == 0) {
+        c->tries = 0;
+        if (n->is_polled)
+            t->attempt = v->task->attempt;
+        /* The stream may have been faster than this answer. */
+        if (!r || r->task->attempt < t->attempt)
+            cube_member_heard(n, t);
+        else
+            cube_task_free(t);
+        return;
+    }
+    if (n && !a->err && a->status == 409)
+        cube_member_refused(n, a);
+    if (n && !a->err && a->status == 400 && !c->rec->pending)
+        cube_charge_reject(c, n, a);
+    cube_charge_later(c);
+}
+
+/* Sends the task to its node. It may be sent again: the attempt tells. */
+static void cube_charge_deliver(struct cube_charge *c, struct cube_member *n)
+{
+    struct cube_manager *m = c->manager;
+    const struct cube_version *v = c->rec->now;
+    struct cube_event *e = cube_event_new();
+    struct cube_buf body = {0};
+    struct cube_http_request r;
+
+    cube_uuid_new(m->world, e->id);
+    e->state = CUBE_RUNNING;
+    e->timestamp = cube_manager_now(m);
+    e->task = cube_task_copy(v->task);
+    e->task->state = CUBE_SCHEDULED;
+    memcpy(e->cluster, m->cluster, sizeof e->cluster);
+    e->epoch = m->epoch;
+    e->budget = v->keep.budget;
+    cube_event_print(e, &body);
+    cube_event_free(e);
+    cube_buf_puts(&body, "\n");
+    memset(&r, 0, sizeof r);
+    r.method = "POST";
+    r.target = "/tasks";
+    r.body = body.data;
+    r.body_len = body.len;
+    r.timeout_ms = CUBE_ORDER_MS;
+    r.on_done = cube_charge_delivered;
+    r.arg = c;
+    c->order = cube_http_call(n->client, &r);
+    cube_buf_free(&body);
+}
+
+static void cube_report_stopped(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_report *r = arg;
+    struct cube_member *n = r->member;
+    struct cube_manager *m = n->manager;
+    char id[CUBE_UUID_TEXT];
+
+    r->order = NULL;
+    memcpy(id, r->task->id, sizeof id);
+    r->next_ms = cube_loop_now_ms(m->loop) + cube_retry_ms(++r->tries);
+    if (!a->err && a->status == 404)
+        cube_member_drop(n, id);
+    else if (!a->err && a->status == 409)
+        cube_member_refused(n, a);
+}
+
+/* Orders a worker to stop what it reported, and, with `forget`, to remove it.
+ * Repeated, at growing intervals, as long as it is still reported. */
+static void cube_report_stop(struct cube_report *r, bool forget)
+{
+    struct cube_member *n = r->member;
+    struct cube_manager *m = n->manager;
+    struct cube_http_request q;
+    char target[200];
+
+    if (r->order || n->refusal || cube_loop_now_ms(m->loop) < r->next_ms)
+        return;
+    (void)snprintf(target, sizeof target, "/tasks/%s?attempt=%lld&cluster=%s"
+                   "&epoch=%lld%s", r->task->id, (long long)r->task->attempt,
+                   m->cluster, (long long)m->epoch, forget ? "&forget=1" : "");
+    memset(&q, 0, sizeof q);
+    q.method = "DELETE";
+    q.target = target;
+    q.timeout_ms = CUBE_ORDER_MS;
+    q.on_done = cube_report_stopped;
+    q.arg = r;
+    r->order = cube_http_call(n->client, &q);
+}
+
+/* ---- Placing ---- */
+
+/* What is promised to each node, added up once for a pass. */
+struct cube_promises {
+    struct cube_node *nodes;
+    struct cube_member **members; /* the same order */
+    size_t count;
+};
+
+static void cube_promises_free(struct cube_promises *p)
+{
+    if (!p)
+        return;
+    for (size_t i = 0; i < p->count; i++)
+        cube_node_clear(&p->nodes[i]);
+    cube_free(p->nodes);
+    cube_free(p->members);
+    cube_free(p);
+}
+
+static struct cube_promises *cube_promises_new(struct cube_manager *m)
+{
+    struct cube_promises *p = cube_alloc(sizeof *p);
+    struct cube_list *link;
+    struct cube_record *rec;
+    void *value;
+
+    p->nodes = cube_alloc((m->member_count + 1) * sizeof *p->nodes);
+    p->members = cube_alloc((m->member_count + 1) * sizeof(void *));
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+        struct cube_node *node = &p->nodes[p->count];
+
+        if (n->is_default && n->state == CUBE_NODE_NEW)
+            continue;
+        node->name = n->name;
+        node->is_up = n->state == CUBE_NODE_UP && n->is_listed && !n->refusal;
+        node->why_down = n->refusal;
+        node->stats = n->has_stats ? &n->stats : NULL;
+        p->members[p->count++] = n;
+    }
+    for (size_t at = 0; cube_map_next(&m->ledger->records, &at, NULL, &value);) {
+        rec = value;
+        const struct cube_task *t = cube_record_latest(rec)->task;
+
+        for (size_t i = 0; i < p->count; i++) {
+            if (cube_task_holds(t, p->nodes[i].name))
+                cube_node_promise(&p->nodes[i], t);
+        }
+    }
+    return p;
+}
+
+/* The name of the node that a worker is, or NULL. */
+static const char *cube_manager_name_of(struct cube_manager *m,
+                                        const char *uuid)
+{
+    struct cube_list *link;
+
+    for (link = m->members.next; *uuid && link != &m->members;
+         link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (strcmp(n->uuid, uuid) == 0)
+            return n->name;
+    }
+    return NULL;
+}
+
+/* The node for a task, or NULL with the reasons in `why`. */
+static struct cube_member *cube_charge_place(struct cube_charge *c,
+                                             const char *avoid,
+                                             struct cube_buf *why)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_placement p;
+    const struct cube_node *node;
+
+    if (!m->promises)
+        m->promises = cube_promises_new(m);
+    p.task = c->rec->now->task;
+    p.nodes = m->promises->nodes;
+    p.node_count = m->promises->count;
+    p.avoid = cube_manager_name_of(m, avoid);
+    node = cube_schedule(m->scheduler, &p, why);
+    return node ? m->promises->members[node - m->promises->nodes] : NULL;
+}
+
+static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
+                               const char *words)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_version *v = cube_record_edit(m->ledger, c->rec);
+    struct cube_task *t = v->task;
+
+    t->state = CUBE_SCHEDULED;
+    t->attempt++;
+    cube_task_set(&t->node, n->name);
+    cube_task_set(&t->container_id, "");
+    cube_task_set(&t->error, words);
+    cube_task_unbind(t);
+    memset(&t->finish_time, 0, sizeof t->finish_time);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    t->has_exit_code = false;
+    cube_manager_stage(m, c->rec);
+    c->tries = 0;
+    for (size_t i = 0; i < m->promises->count; i++) {
+        if (m->promises->members[i] == n)
+            cube_node_promise(&m->promises->nodes[i], t);
+    }
+}
+
+/* Says on the record why it waits: at once the first time, then when the
+ * reasons have changed, but not with every byte that they count. */
+static void cube_charge_explain(struct cube_charge *c, const char *why)
+{
+    struct cube_manager *m = c->manager;
+    const struct cube_task *t = c->rec->now->task;
+    int64_t now = cube_loop_now_ms(m->loop);
+
+    if (strcmp(t->error, why) == 0 ||
+        (*t->error && c->explained_ms > 0 &&
+         now - c->explained_ms < CUBE_EXPLAIN_MS))
+        return;
+    c->explained_ms = now;
+    cube_task_set(&cube_record_edit(m->ledger, c->rec)->task->error, why);
+    cube_manager_stage(m, c->rec);
+}
+
+static void cube_charge_schedule(struct cube_charge *c)
+{
+    struct cube_buf why = {0};
+    struct cube_member *n =
+        cube_charge_place(c, c->rec->now->keep.avoid, &why);
+
+    if (n)
+        cube_charge_assign(c, n, "");
+    else
+        cube_charge_explain(c, why.len ? why.data : "there is no node yet");
+    cube_buf_free(&why);
+}
+
+/* ---- Reconciliation ---- */
+
+/* Its node is gone: it waits for another one. */
+static void cube_charge_displace(struct cube_charge *c, const char *why)
+{
+    struct cube_manager *m = c->manager;
+    int64_t now = cube_loop_now_ms(m->loop);
+    struct cube_task *t;
+
+    if (m->is_paced && now - m->last_move_ms < CUBE_PACED_MS)
+        return; /* the next tick looks again */
+    m->last_move_ms = now;
+    t = cube_record_edit(m->ledger, c->rec)->task;
+    t->state = CUBE_PENDING;
+    cube_task_set(&t->error, why);
+    cube_task_set(&t->progress, "");
+    cube_task_unbind(t);
+    cube_manager_stage(m, c->rec);
+}
+
+/* The fields that a report tells. */
+static void cube_task_observe(struct cube_task *t, const struct cube_task *r)
+{
+    struct cube_task *from = cube_task_copy(r);
+    struct cube_ports ports = t->host_ports;
+
+    t->host_ports = from->host_ports;
+    from->host_ports = ports;
+    t->start_time = from->start_time;
+    t->finish_time = from->finish_time;
+    t->restart_time = from->restart_time;
+    t->restart_count = from->restart_count;
+    t->has_exit_code = from->has_exit_code;
+    t->exit_code = from->exit_code;
+    cube_task_set(&t->container_id, from->container_id);
+    cube_task_set(&t->error, from->error);
+    cube_task_set(&t->progress, from->progress);
+    cube_task_free(from);
+}
+
+/* Does the report tell anything that the record does not say yet? The two
+ * are printed and compared: there are many fields, and this is rare. */
+static bool cube_report_is_news(const struct cube_task *t,
+                                const struct cube_task *r)
+{
+    struct cube_task *copy = cube_task_copy(t);
+    struct cube_buf a = {0}, b = {0};
+    bool is_news;
+
+    cube_task_print(t, &a);
+    cube_task_observe(copy, r);
+    copy->state = r->state;
+    cube_task_print(copy, &b);
+    is_news = a.len != b.len || memcmp(a.data, b.data, a.len) != 0;
+    cube_task_free(copy);
+    cube_buf_free(&a);
+    cube_buf_free(&b);
+    return is_news;
+}
+
+/* Copies a report to the record. Where the state machine knows no way from
+ * one state to the other, a step was missed, and Scheduled lies between. */
+static void cube_charge_copy(struct cube_charge *c, const struct cube_task *r)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_task *t;
+
+    if (!cube_report_is_news(c->rec->now->task, r))
+        return;
+    t = cube_record_edit(m->ledger, c->rec)->task;
+    if (t->state != r->state && !cube_state_may(t->state, r->state)) {
+        t->state = CUBE_SCHEDULED;
+    } else {
+        t->state = r->state;
+        cube_task_observe(t, r);
+    }
+    cube_manager_stage(m, c->rec);
+}
+
+/* A worker has given up on a task. Another one may try once, with one start;
+ * true when it was sent there. */
+static bool cube_charge_move(struct cube_charge *c, struct cube_member *n,
+                             const struct cube_task *r)
+{
+    struct cube_manager *m = c->manager;
+    const struct cube_version *v = c->rec->now;
+    struct cube_buf why = {0};
+    struct cube_member *to;
+
+    if (v->keep.moves > 0 || v->keep.budget >= 0 || n->is_polled ||
+        strcmp(v->task->restart_policy, "no") == 0 || r->restart_count == 0)
+        return false;
+    to = cube_charge_place(c, n->uuid, &why);
+    cube_buf_clear(&why);
+    if (to) {
+        struct cube_version *edit = cube_record_edit(m->ledger, c->rec);
+
+        edit->keep.moves = 1;
+        edit->keep.budget = 0;
+        memcpy(edit->keep.avoid, n->uuid, sizeof n->uuid);
+        cube_task_observe(edit->task, r);
+        cube_buf_printf(&why, "moved off node %s: %s", n->name, r->error);
+        cube_charge_assign(c, to, why.data);
+    }
+    cube_buf_free(&why);
+    return to != NULL;
+}
+
+/* What runs is taken for what should run: a newer attempt than ours, since
+ * this store is an older copy, or one whose node came back in time. */
+static void cube_charge_catch_up(struct cube_charge *c, struct cube_member *n,
+                                 const struct cube_task *r)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_task *t = cube_record_edit(m->ledger, c->rec)->task;
+
+    t->state = CUBE_SCHEDULED;
+    t->attempt = r->attempt;
+    cube_task_set(&t->node, n->name);
+    cube_manager_stage(m, c->rec);
+}
+
+static void cube_charge_follow_polled(struct cube_charge *c,
+                                      struct cube_member *n,
+                                      const struct cube_task *r);
+
+static void cube_charge_keep_running(struct cube_charge *c,
+                                     struct cube_member *n,
+                                     struct cube_report *r)
+{
+    const struct cube_task *t = c->rec->now->task;
+
+    if (t->state == CUBE_PENDING && r && n->is_listed &&
+        r->task->attempt == t->attempt && cube_task_is_active(r->task))
+        cube_charge_catch_up(c, n, r->task); /* back before it was moved */
+    else if (t->state == CUBE_PENDING)
+        cube_charge_schedule(c);
+    else if (!n || n->state == CUBE_NODE_LOST)
+        cube_charge_displace(c, "its node was lost");
+    else if (n->state != CUBE_NODE_UP || !n->is_listed)
+        return; /* nothing is known of it yet */
+    else if (n->refusal && !r)
+        cube_charge_displace(c, n->refusal);
+    else if (!r || r->task->attempt < t->attempt) {
+        if (!c->order && !cube_timer_is_set(&c->retry))
+            cube_charge_deliver(c, n);
+    } else if (n->is_polled)
+        cube_charge_follow_polled(c, n, r->task);
+    else if (r->task->state != CUBE_FAILED ||
+             cube_time_is_set(&r->task->restart_time) ||
+             !cube_charge_move(c, n, r->task))
+        cube_charge_copy(c, r->task);
+}
+
+static void cube_charge_complete(struct cube_charge *c, const char *words)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_task *t = cube_record_edit(m->ledger, c->rec)->task;
+
+    t->state = CUBE_COMPLETED;
+    t->finish_time = cube_manager_now(m);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    cube_task_set(&t->error, words);
+    cube_task_set(&t->progress, "");
+    cube_manager_stage(m, c->rec);
+}
+
+static void cube_charge_keep_stopped(struct cube_charge *c,
+                                     struct cube_member *n,
+                                     struct cube_report *r)
+{
+    const struct cube_task *t = c->rec->now->task;
+
+    if (t->state == CUBE_PENDING || !n)
+        cube_charge_complete(c, "");
+    else if (n->state == CUBE_NODE_LOST)
+        cube_charge_complete(c, "its node was lost before it stopped; it is "
+                             "stopped when the node comes back");
+    else if (n->state != CUBE_NODE_UP || !n->is_listed || c->order)
+        return;
+    else if (!r || r->task->attempt < t->attempt)
+        cube_charge_complete(c, "");
+    else if (!cube_task_is_finished(r->task))
+        cube_report_stop(r, false);
+    else if (r->task->state == CUBE_COMPLETED)
+        cube_charge_copy(c, r->task);
+    else
+        cube_charge_complete(c, r->task->error);
+}
+
+/* Is this report of the copy that should run? */
+static bool cube_charge_is_home(const struct cube_charge *c,
+                                const struct cube_report *r)
+{
+    const struct cube_task *t = c->rec->now->task;
+
+    return strcmp(r->member->name, t->node) == 0 &&
+           r->task->attempt == t->attempt;
+}
+
+/* Looks at the copies elsewhere: a newer one is taken for the right one (and
+ * then true), those of older attempts and of what has ended are stopped. */
+static bool cube_charge_see_strays(struct cube_charge *c)
+{
+    struct cube_manager *m = c->manager;
+    const struct cube_version *v = c->rec->now;
+    bool is_over = cube_task_is_finished(v->task);
+    struct cube_list *link;
+
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+        struct cube_report *r = cube_member_report(n, c->rec->id);
+
+        if (!r || n->state != CUBE_NODE_UP || n->refusal)
+            continue;
+        if (v->keep.is_hidden) {
+            cube_report_stop(r, true);
+        } else if (!is_over && cube_task_is_active(r->task) &&
+                   r->task->attempt > v->task->attempt) {
+            cube_charge_catch_up(c, n, r->task);
+            return true;
+        } else if ((is_over || !cube_charge_is_home(c, r)) &&
+                   !cube_task_is_finished(r->task)) {
+            cube_report_stop(r, false);
+        }
+    }
+    return false;
+}
+
+/* The one place where wanted and observed meet. */
+static void cube_charge_reconcile(struct cube_charge *c)
+{
+    struct cube_manager *m = c->manager;
+    const struct cube_version *v = c->rec->now;
+    struct cube_member *n;
+    struct cube_report *r;
+
+    if (!v || c->rec->pending)
+        return;
+    if (cube_charge_see_strays(c))
+        return;
+    if (cube_task_is_finished(v->task)) {
+        cube_health_stop(&c->health);
+        return;
+    }
+    n = cube_manager_member(m, v->task->node);
+    r = cube_member_report(n, c->rec->id);
+    if (v->task->wanted == CUBE_WANT_STOP)
+        cube_charge_keep_stopped(c, n, r);
+    else
+        cube_charge_keep_running(c, n, r);
+}
+
+static void cube_manager_pass(void *arg)
+{
+    struct cube_manager *m = arg;
+
+    while (!cube_list_is_empty(&m->dirty)) {
+        struct cube_charge *c =
+            CUBE_OF(m->dirty.next, struct cube_charge, dirty);
+
+        cube_list_remove(&c->dirty);
+        cube_charge_reconcile(c);
+    }
+    cube_promises_free(m->promises);
+    m->promises = NULL;
+}
+
+static void cube_manager_changed(void *arg, struct cube_record *rec,
+                                 const struct cube_version *before)
+{
+    struct cube_manager *m = arg;
+    struct cube_charge *c = cube_charge_of(m, rec);
+
+    if (rec->now->is_gone && !rec->pending) {
+        cube_charge_free(c);
+        rec->owner = NULL;
+        return;
+    }
+    if (!before || before->task->attempt != rec->now->task->attempt)
+        cube_timer_clear(m->loop, &c->retry);
+    if (cube_task_is_finished(rec->now->task))
+        m->has_room = true;
+    cube_charge_touch(c);
+}
+
+/* ---- Tasks on workers of the Go program ---- */
+
+/* Starts it again there: the same task, with the container that is to go. */
+static void cube_charge_restart_polled(struct cube_charge *c,
+                                       struct cube_member *n,
+                                       const struct cube_task *r,
+                                       const char *why)
+{
+    struct cube_manager *m = c->manager;
+    struct cube_version *v = cube_record_edit(m->ledger, c->rec);
+
+    cube_health_stop(&c->health);
+    v->keep.restarts++;
+    v->task->restart_count++;
+    v->task->attempt++;
+    v->task->state = CUBE_SCHEDULED;
+    cube_task_set(&v->task->container_id, r->container_id);
+    cube_task_set(&v->task->error, why);
+    cube_manager_stage(m, c->rec);
+    (void)n;
+}
+
+static void cube_charge_sick(void *arg, const char *why)
+{
+    struct cube_charge *c = arg;
+    struct cube_member *n =
+        cube_manager_member(c->manager, c->rec->now->task->node);
+    struct cube_report *r = cube_member_report(n, c->rec->id);
+
+    if (r && !c->rec->pending)
+        cube_charge_restart_polled(c, n, r->task, why);
+}
+
+static void cube_charge_follow_polled(struct cube_charge *c,
+                                      struct cube_member *n,
+                                      const struct cube_task *r)
+{
+    const struct cube_version *v = c->rec->now;
+    const char *colon = strrchr(n->name, ':');
+    struct cube_buf host = {0};
+    bool may = strcmp(v->task->restart_policy, "no") != 0 &&
+               v->keep.restarts < CUBE_RESTARTS;
+
+    if (r->state == CUBE_FAILED && may && v->task->state != CUBE_SCHEDULED) {
+        cube_charge_restart_polled(c, n, r, "it failed there");
+        return;
+    }
+    cube_charge_copy(c, r);
+    if (r->state != CUBE_RUNNING || c->rec->pending)
+        return;
+    cube_buf_add(&host, n->name, (size_t)(colon - n->name));
+    cube_health_start(&c->health, c->manager->loop, c->rec->now->task,
+                      host.data, cube_charge_sick, c);
+    cube_buf_free(&host);
+}
+
+/* ---- Time ---- */
+
+static void cube_member_lose(struct cube_member *n)
+{
+    struct cube_manager *m = n->manager;
+
+    n->state = CUBE_NODE_LOST;
+    n->is_listed = false;
+    n->seq = 0; /* what it has is listed anew when it is back */
+    cube_member_hang_up(n);
+    cube_log(m->loop, CUBE_WARN, "node %s is lost: no sign of life for "
+             "%lld ms", n->name, (long long)m->lost_after_ms);
+    cube_manager_log_node(m, n);
+}
+
+/* Nodes that have been silent for too long; true when many went at once. */
+static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
+{
+    struct cube_list *link;
+    size_t lost = 0, known = 0;
+    bool has_lost = false;
+
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (n->state != CUBE_NODE_LOST && !(n->is_default && !n->has_stats) &&
+            now - n->last_sign_ms > m->lost_after_ms) {
+            cube_member_lose(n);
+            has_lost = true;
+        }
+        known++;
+        lost += n->state == CUBE_NODE_LOST;
+    }
+    m->is_paced = lost >= 3 && lost * 2 > known;
+    if (has_lost || m->is_paced)
+        m->has_room = true;
+}
+
+/* Was it we who slept? Then nobody else is to blame. */
+static void cube_manager_grace(struct cube_manager *m, int64_t now)
+{
+    struct cube_list *link;
+
+    cube_log(m->loop, CUBE_WARN, "this manager was asleep for %lld ms: every "
+             "node gets a new grace", (long long)(now - m->last_tick_ms));
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        n->last_sign_ms = now;
+    }
+}
+
+/* When an event's line was written; INT64_MIN when it does not say. */
+static int64_t cube_event_line_ns(const char *line, size_t len)
+{
+    static const char mark[] = "\"Time\":\"";
+    const char *at = memmem(line, len, mark, sizeof mark - 1);
+    const char *end;
+    struct cube_time t;
+
+    if (!at)
+        return INT64_MIN;
+    at += sizeof mark - 1;
+    end = memchr(at, '"', (size_t)(line + len - at));
+    if (!end || cube_time_parse(at, (size_t)(end - at), &t) < 0)
+        return INT64_MIN;
+    return cube_time_to_ns(&t);
+}
+
+/* Old events are removed, some at a time. */
+static void cube_manager_sweep_events(struct cube_manager *m, int64_t old_ns)
+{
+    struct cube_cursor *c =
+        cube_cursor_open(m->store, CUBE_TREE_EVENTS, NULL);
+    int more = c ? cube_cursor_first(c, NULL) : 0;
+
+    for (int i = 0; more > 0 && i < CUBE_SWEEP_EVENTS; i++) {
+        size_t len = 0, key_len;
+        const void *line = NULL, *key = cube_cursor_key(c, &key_len);
+
+        if (cube_cursor_value(c, &line, &len, NULL) < 0 ||
+            cube_event_line_ns(line, len) >= old_ns)
+            break;
+        (void)cube_store_del(m->store, CUBE_TREE_EVENTS, key, key_len, NULL);
+        more = cube_cursor_next(c, NULL);
+    }
+    cube_cursor_close(c);
+}
+
+static bool cube_charge_is_confirmed(struct cube_charge *c)
+{
+    struct cube_list *link;
+
+    for (link = c->manager->members.next; link != &c->manager->members;
+         link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (cube_member_report(n, c->rec->id) ||
+            (!n->is_listed && strcmp(n->name, c->rec->now->task->node) == 0))
+            return false;
+    }
+    return true;
+}
+
+/* What has ended is kept for a while; what its user has removed, until all
+ * that know of it have removed it too. */
+static void cube_manager_sweep(struct cube_manager *m)
+{
+    int64_t old = m->world->wall_ns(m->world->ctx) - m->keep_ms * 1000000;
+    struct cube_record *rec;
+
+    cube_manager_sweep_events(m, old);
+    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
+        const struct cube_version *v = rec->now;
+        bool is_old = cube_time_to_ns(&v->task->finish_time) < old;
+
+        if (rec->pending || v->is_gone || !cube_task_is_finished(v->task))
+            continue;
+        if (v->keep.is_hidden &&
+            (is_old || cube_charge_is_confirmed(cube_charge_of(m, rec)))) {
+            cube_record_remove(m->ledger, rec);
+        } else if (v->keep.is_hidden) {
+            cube_charge_touch(cube_charge_of(m, rec));
+        } else if (is_old) {
+            cube_record_edit(m->ledger, rec)->keep.is_hidden = true;
+            cube_manager_stage(m, rec);
+        }
+    }
+}
+
+static void cube_manager_tick(void *arg)
+{
+    struct cube_manager *m = arg;
+    int64_t now = cube_loop_now_ms(m->loop);
+    static const char beat[] = "{\"Type\":\"beat\"}\n";
+
+    if (now - m->last_tick_ms > CUBE_ASLEEP_MS)
+        cube_manager_grace(m, now);
+    m->last_tick_ms = now;
+    cube_manager_count_lost(m, now);
+    if (now - m->last_sweep_ms >= 1000) {
+        m->last_sweep_ms = now;
+        m->has_room = true; /* statistics have changed, orders are due again */
+        cube_manager_sweep(m);
+        cube_feed_beat(&m->feed, beat, sizeof beat - 1);
+    }
+    if (m->has_room) {
+        m->has_room = false;
+        cube_manager_touch_all(m);
+    }
+    cube_timer_set(m->loop, &m->tick, CUBE_TICK_MS, cube_manager_tick, m);
+}
+
+/* ---- Its API: tasks ---- */
+
+/* A new task, or one whose user removed it before: it waits to be placed. */
+static void cube_manager_accept(struct cube_manager *m,
+                                struct cube_record *rec, struct cube_task *t)
+{
+    int64_t attempt = 0;
+    struct cube_version *v;
+
+    if (rec && cube_record_latest(rec))
+        attempt = cube_record_latest(rec)->task->attempt;
+    if (!rec)
+        rec = cube_ledger_add(m->ledger, t->id);
+    v = cube_record_edit(m->ledger, rec);
+    cube_task_free(v->task);
+    v->task = t;
+    v->is_gone = false;
+    v->keep.is_hidden = false;
+    v->keep.moves = v->keep.restarts = 0;
+    v->keep.budget = -1;
+    v->keep.avoid[0] = 0;
+    t->state = CUBE_PENDING;
+    t->wanted = CUBE_WANT_RUN;
+    t->attempt = attempt;
+    t->restart_count = 0;
+    t->has_exit_code = false;
+    t->created_time = cube_manager_now(m);
+    memset(&t->start_time, 0, sizeof t->start_time);
+    memset(&t->finish_time, 0, sizeof t->finish_time);
+    memset(&t->restart_time, 0, sizeof t->restart_time);
+    cube_task_set(&t->container_id, "");
+    cube_task_set(&t->node, "");
+    cube_task_set(&t->error, "");
+    cube_task_set(&t->progress, "");
+    cube_task_unbind(t);
+    cube_manager_stage(m, rec);
+}
+
+/* Submitting a task that is there already. */
+static void cube_manager_resubmit(struct cube_manager *m,
+                                  struct cube_http_req *req,
+                                  const struct cube_version *v,
+                                  const struct cube_task *t)
+{
+    struct cube_buf body = {0};
+
+    if (cube_task_is_finished(v->task)) {
+        cube_http_reply_error(req, 409, "task %s has ended (%s): to run it "
+                              "again, remove it first (cube rm %s), or leave "
+                              "its ID out", t->id,
+                              cube_state_name(v->task->state), t->id);
+        return;
+    }
+    if (!cube_task_same_spec(v->task, t)) {
+        cube_http_reply_error(req, 409, "task %s exists with another "
+                              "specification: stop and remove it first, or "
+                              "leave the ID out", t->id);
+        return;
+    }
+    cube_task_print(v->task, &body);
+    cube_buf_puts(&body, "\n");
+    cube_reply_kept(m->commit, req, 201, &body);
+}
+
+static void cube_manager_want_stop(struct cube_manager *m,
+                                   struct cube_record *rec)
+{
+    if (cube_task_is_finished(cube_record_latest(rec)->task) ||
+        cube_record_latest(rec)->task->wanted == CUBE_WANT_STOP)
+        return;
+    cube_record_edit(m->ledger, rec)->task->wanted = CUBE_WANT_STOP;
+    cube_manager_stage(m, rec);
+}
+
+static void cube_manager_submit(struct cube_manager *m,
+                                struct cube_http_req *req,
+                                struct cube_event *e)
+{
+    struct cube_task *t = e->task;
+    struct cube_record *rec;
+    const struct cube_version *v;
+    struct cube_buf body = {0};
+
+    if (!*t->id)
+        cube_uuid_new(m->world, t->id);
+    rec = cube_ledger_find(m->ledger, t->id);
+    v = rec ? cube_record_latest(rec) : NULL;
+    if (v && (v->is_gone || v->keep.is_hidden))
+        v = NULL;
+    if (e->state == CUBE_COMPLETED && !v) {
+        cube_http_reply_error(req, 404, "task %s is unknown", t->id);
+        return;
+    }
+    if (v && e->state != CUBE_COMPLETED) {
+        cube_manager_resubmit(m, req, v, t);
+        return;
+    }
+    if (v) {
+        cube_manager_want_stop(m, rec);
+    } else {
+        e->task = NULL;
+        cube_manager_accept(m, rec, t);
+        rec = cube_ledger_find(m->ledger, t->id);
+    }
+    cube_task_print(cube_record_latest(rec)->task, &body);
+    cube_buf_puts(&body, "\n");
+    cube_reply_kept(m->commit, req, 201, &body);
+}
+
+static void cube_manager_post(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    struct cube_event *e = NULL;
+    struct cube_err err;
+    size_t len;
+    const char *body = cube_http_body(req, &len);
+
+    if (cube_task_or_event_parse(body, len, true, &e, &err) < 0 ||
+        (!e->task && cube_fail(&err, CUBE_EINVAL, "the event has no Task")) ||
+        (e->state != CUBE_RUNNING && e->state != CUBE_COMPLETED &&
+         cube_fail(&err, CUBE_EINVAL, "State is %d: an event asks for 2 (run) "
+                   "or 3 (stop)", (int)e->state)) ||
+        (e->state == CUBE_RUNNING && cube_task_check(e->task, &err) < 0))
+        cube_http_reply_error(req, 400, "%s", err.text);
+    else
+        cube_manager_submit(m, req, e);
+    cube_event_free(e);
+}
+
+/* The record that a path names, unless its user has removed it. */
+static struct cube_record *cube_manager_find(struct cube_manager *m,
+                                             struct cube_http_req *req)
+{
+    const char *text = cube_http_param(req, "id");
+    char id[CUBE_UUID_TEXT];
+    struct cube_record *rec = NULL;
+    const struct cube_version *v;
+
+    if (text && cube_uuid_parse(text, strlen(text), id) == 0)
+        rec = cube_ledger_find(m->ledger, id);
+    v = rec ? cube_record_latest(rec) : NULL;
+    if (v && !v->is_gone && !v->keep.is_hidden)
+        return rec;
+    cube_http_reply(req, 404, NULL, NULL, 0);
+    return NULL;
+}
+
+static void cube_manager_delete(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    struct cube_record *rec = cube_manager_find(m, req);
+    const struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
+
+    if (!rec)
+        return;
+    if (!cube_http_query(req, "forget")) {
+        cube_manager_want_stop(m, rec);
+    } else if (!cube_task_is_finished(v->task)) {
+        cube_http_reply_error(req, 409, "task %s is %s: stop it first "
+                              "(cube stop %s)", rec->id,
+                              cube_state_name(v->task->state), rec->id);
+        return;
+    } else {
+        cube_record_edit(m->ledger, rec)->keep.is_hidden = true;
+        cube_manager_stage(m, rec);
+    }
+    cube_reply_kept(m->commit, req, 204, NULL);
+}
+
+static void cube_manager_list(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+
+    cube_ledger_reply(m->ledger, req);
+}
+
+static void cube_manager_get(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    struct cube_record *rec = cube_manager_find(m, req);
+
+    if (rec && rec->now)
+        cube_reply_task(req, 200, rec->now->task);
+    else if (rec)
+        cube_http_reply(req, 404, NULL, NULL, 0);
+}
+
+static void cube_manager_events(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+
+    cube_feed_follow(&m->feed, req);
+}
+
+/* ---- Its API: what only the worker knows ---- */
+
+/* A request that is passed on to a worker, and its answer back. */
+struct cube_relay {
+    struct cube_http_req *req;
+    struct cube_http_call *call;
+    bool is_stream;
+};
+
+static void cube_relay_gone(void *arg)
+{
+    struct cube_relay *y = arg;
+
+    cube_http_call_cancel(y->call);
+    cube_free(y);
+}
+
+static void cube_relay_data(void *arg, const char *p, size_t len)
+{
+    struct cube_relay *y = arg;
+
+    if (!y->is_stream) {
+        cube_http_stream(y->req, 200, "text/plain; charset=utf-8");
+        y->is_stream = true;
+    }
+    cube_http_stream_write(y->req, p, len);
+}
+
+static void cube_relay_done(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_relay *y = arg;
+
+    cube_http_on_gone(y->req, NULL, NULL);
+    if (y->is_stream && a->err)
+        cube_http_stream_abort(y->req);
+    else if (y->is_stream)
+        cube_http_stream_end(y->req);
+    else if (a->err)
+        cube_http_reply_error(y->req, 502, "%s", a->err->text);
+    else
+        cube_http_reply(y->req, a->status,
+                        a->status == 200 ? "application/json" : NULL, a->body,
+                        a->body_len);
+    cube_free(y);
+}
+
+/* Passes a request on to the task's worker: /tasks/{id} and `tail`. */
+static void cube_manager_relay(struct cube_manager *m,
+                               struct cube_http_req *req, const char *tail,
+                               bool is_stream)
+{
+    struct cube_record *rec = cube_manager_find(m, req);
+    struct cube_member *n;
+    struct cube_http_request q;
+    struct cube_relay *y;
+    struct cube_buf target = {0};
+
+    if (!rec)
+        return;
+    n = cube_manager_member(m, cube_record_latest(rec)->task->node);
+    if (!n || n->state != CUBE_NODE_UP) {
+        cube_http_reply_error(req, n ? 502 : 404, "task %s: %s%s", rec->id,
+                              n ? "no answer from node " : "it has no node",
+                              n ? n->name : "");
+        return;
+    }
+    cube_buf_printf(&target, "/tasks/%s%s", rec->id, tail);
+    y = cube_alloc(sizeof *y);
+    y->req = req;
+    memset(&q, 0, sizeof q);
+    q.method = "GET";
+    q.target = target.data;
+    q.timeout_ms = is_stream ? 0 : CUBE_ORDER_MS;
+    q.on_data = is_stream ? cube_relay_data : NULL;
+    q.on_done = cube_relay_done;
+    q.max_body = 8 << 20;
+    q.arg = y;
+    y->call = cube_http_call(n->client, &q);
+    cube_http_on_gone(req, cube_relay_gone, y);
+    cube_buf_free(&target);
+}
+
+static void cube_manager_inspect(void *arg, struct cube_http_req *req)
+{
+    cube_manager_relay(arg, req, "", false);
+}
+
+static void cube_manager_logs(void *arg, struct cube_http_req *req)
+{
+    const char *tail = cube_http_query(req, "tail");
+    const char *follow = cube_http_query(req, "follow");
+    struct cube_buf query = {0};
+    uint64_t n;
+
+    cube_buf_printf(&query, "/logs?follow=%d",
+                    follow && strcmp(follow, "0") != 0);
+    if (tail && cube_text_u64(tail, strlen(tail), INT32_MAX, &n) < 0) {
+        cube_http_reply_error(req, 400, "tail=%s is not a number", tail);
+        cube_buf_free(&query);
+        return;
+    }
+    if (tail)
+        cube_buf_printf(&query, "&tail=%s", tail);
+    cube_manager_relay(arg, req, query.data, true);
+    cube_buf_free(&query);
+}
+
+/* ---- Its API: nodes ---- */
+
+static void cube_manager_nodes(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    struct cube_buf body = {0};
+    struct cube_list *link;
+
+    cube_buf_puts(&body, "[");
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (n->is_default && n->state == CUBE_NODE_NEW)
+            continue;
+        if (body.len > 1)
+            cube_buf_puts(&body, ",");
+        cube_member_print(n, &body);
+    }
+    cube_buf_puts(&body, "]\n");
+    cube_http_reply(req, 200, "application/json", body.data, body.len);
+    cube_buf_free(&body);
+}
+
+/* "host:port", with a port that can be. */
+static int cube_node_name_check(const char *name, struct cube_err *err)
+{
+    const char *colon = strrchr(name, ':');
+    uint64_t port;
+
+    if (!colon || colon == name || strlen(name) > 255 ||
+        strpbrk(name, "/ \t\r\n\"\\") ||
+        cube_text_u64(colon + 1, strlen(colon + 1), 65535, &port) < 0 ||
+        port == 0)
+        return cube_fail(err, CUBE_EINVAL,
+                         "node %s: expected host:port", name);
+    return 0;
+}
+
+/* A join or a removal that is on disk. */
+struct cube_joining {
+    struct cube_manager *manager;
+    struct cube_commit_wait wait;
+    char *name;
+    char uuid[CUBE_UUID_TEXT];
+    bool is_removal;
+};
+
+static void cube_manager_joined(void *arg, const struct cube_err *err)
+{
+    struct cube_joining *j = arg;
+    struct cube_manager *m = j->manager;
+    struct cube_member *n = cube_manager_member(m, j->name);
+
+    if (!err && j->is_removal && n)
+        cube_member_free(n);
+    else if (!err && !j->is_removal && !n)
+        n = cube_member_new(m, j->name, NULL);
+    if (!err && !j->is_removal && n)
+        n->is_default = false;
+    if (!err)
+        m->has_room = true;
+    cube_free(j->name);
+    cube_free(j);
+}
+
+static void cube_manager_note_node(struct cube_manager *m, const char *name,
+                                   const char *uuid, bool is_removal)
+{
+    struct cube_joining *j = cube_alloc(sizeof *j);
+
+    j->manager = m;
+    j->name = cube_text_dup(name);
+    j->is_removal = is_removal;
+    if (is_removal)
+        (void)cube_store_del(m->store, CUBE_TREE_NODES, name, strlen(name),
+                             NULL);
+    else
+        (void)cube_store_put(m->store, CUBE_TREE_NODES, name, strlen(name),
+                             uuid, strlen(uuid), NULL);
+    cube_commit_wait(m->commit, &j->wait, cube_manager_joined, j);
+}
+
+static void cube_manager_join(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    struct cube_err err;
+    size_t len;
+    const char *body = cube_http_body(req, &len);
+    struct json_value_s *root = cube_json_parse(body, len, &err);
+    const char *name = cube_json_str(cube_json_get(root, "Name"), NULL);
+    char uuid[CUBE_UUID_TEXT];
+
+    cube_json_uuid(cube_json_get(root, "Worker"), uuid);
+    if (!root || (!name && cube_fail(&err, CUBE_EINVAL, "Name is missing")) ||
+        (!*uuid && cube_fail(&err, CUBE_EINVAL, "Worker is no UUID")) ||
+        cube_node_name_check(name, &err) < 0)
+        cube_http_reply_error(req, 400, "%s", err.text);
+    else if (!cube_manager_member(m, name) && m->member_count >= CUBE_NODES_MAX)
+        cube_http_reply_error(req, 409, "there are %d nodes already",
+                              CUBE_NODES_MAX);
+    else {
+        cube_manager_note_node(m, name, uuid, false);
+        cube_reply_kept(m->commit, req, 201, NULL);
+    }
+    cube_json_free(root);
+}
+
+static void cube_manager_forget(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    const char *name = cube_http_param(req, "name");
+    struct cube_member *n = name ? cube_manager_member(m, name) : NULL;
+    struct cube_record *rec;
+
+    if (!n) {
+        cube_http_reply(req, 404, NULL, NULL, 0);
+        return;
+    }
+    for (size_t at = 0; n->state == CUBE_NODE_UP &&
+                        (rec = cube_ledger_next(m->ledger, &at));) {
+        if (!cube_task_holds(rec->now->task, name))
+            continue;
+        cube_http_reply_error(req, 409, "node %s is up and runs task %s: stop "
+                              "its tasks, or the worker, first", name, rec->id);
+        return;
+    }
+    cube_manager_note_node(m, name, "", true);
+    cube_reply_kept(m->commit, req, 204, NULL);
+}
+
+static const struct cube_http_route cube_manager_routes[] = {
+    {"POST", "/tasks", cube_manager_post},
+    {"GET", "/tasks", cube_manager_list},
+    {"GET", "/tasks/{id}", cube_manager_get},
+    {"DELETE", "/tasks/{id}", cube_manager_delete},
+    {"GET", "/tasks/{id}/logs", cube_manager_logs},
+    {"GET", "/tasks/{id}/inspect", cube_manager_inspect},
+    {"GET", "/nodes", cube_manager_nodes},
+    {"POST", "/nodes", cube_manager_join},
+    {"DELETE", "/nodes/{name}", cube_manager_forget},
+    {"GET", "/events", cube_manager_events},
+    {"GET", "/healthz", cube_reply_healthy},
+    {NULL, NULL, NULL},
+};
+
+/* ---- Beginning and end ---- */
+
+static bool cube_manager_feed_list(void *arg, size_t *at, struct cube_buf *out)
+{
+    struct cube_manager *m = arg;
+    struct cube_record *rec = cube_ledger_next(m->ledger, at);
+
+    if (rec && !rec->now->is_gone && !rec->now->keep.is_hidden)
+        cube_feed_task_line(&m->feed, m->feed.last, rec->now->task, false,
+                            out);
+    return rec != NULL;
+}
+
+static void cube_manager_hello(void *arg, struct cube_buf *out)
+{
+    struct cube_manager *m = arg;
+
+    cube_buf_printf(out, ",\"Cluster\":\"%s\",\"Epoch\":%lld", m->cluster,
+                    (long long)m->epoch);
+}
+
+/*
+ * The cluster and its epoch. With the persistent store both stand in its meta
+ * tree; a manager whose store is in memory keeps them in a small file, since
+ * without them no worker would take its orders after a restart. On disk
+ * before anything else is said.
+ */
+static int cube_manager_identify(struct cube_manager *m, bool is_memory,
+                                 struct cube_err *err)
+{
+    struct cube_buf text = {0}, path = {0};
+    uint64_t epoch = 0;
+    int r;
+
+    cube_buf_printf(&path, "%s/manager.id", m->data_dir);
+    if (is_memory && cube_file_read(m->world, path.data, &text, 100, NULL) == 0 &&
+        text.len > 37)
+        (void)cube_text_u64(text.data + 37, text.len - 37, INT64_MAX, &epoch);
+    else if (!is_memory && cube_meta_get(m->store, "epoch", &text))
+        (void)cube_text_u64(text.data, text.len, INT64_MAX, &epoch);
+    if (!is_memory)
+        (void)cube_meta_get(m->store, "cluster", &text);
+    if (text.len < 36 || cube_uuid_parse(text.data, 36, m->cluster) < 0)
+        cube_uuid_new(m->world, m->cluster);
+    m->epoch = (int64_t)epoch + 1;
+    cube_buf_clear(&text);
+    if (is_memory) {
+        cube_buf_printf(&text, "%s %lld", m->cluster, (long long)m->epoch);
+        r = cube_file_replace(m->world, path.data, text.data, text.len, err);
+    } else {
+        cube_buf_printf(&text, "%lld", (long long)m->epoch);
+        r = cube_meta_put(m->store, "cluster", m->cluster, err) < 0 ||
+            cube_meta_put(m->store, "epoch", text.data, err) < 0 ||
+            cube_store_commit(m->store, err) < 0 ? -1 : 0;
+    }
+    cube_buf_free(&text);
+    cube_buf_free(&path);
+    return r;
+}
+
+/* The last events of the store fill the ring, so that streams resume. */
+static int cube_manager_load_events(struct cube_manager *m,
+                                    struct cube_err *err)
+{
+    struct cube_cursor *c = cube_cursor_open(m->store, CUBE_TREE_EVENTS, err);
+    uint64_t last = 0;
+    size_t len;
+    unsigned char key[8];
+    int r = c ? cube_cursor_last(c, err) : -1;
+
+    if (r > 0) {
+        const void *k = cube_cursor_key(c, &len);
+
+        last = (uint64_t)cube_number_of_key(k, len);
+    }
+    cube_feed_init(&m->feed, m->loop, m->cluster,
+                   last > CUBE_FEED_RING ? last - CUBE_FEED_RING : 0);
+    cube_number_key((int64_t)m->feed.first, key);
+    if (r > 0)
+        r = cube_cursor_seek(c, key, sizeof key, err);
+    for (; r > 0; r = cube_cursor_next(c, err)) {
+        const void *k = cube_cursor_key(c, &len);
+        uint64_t seq = (uint64_t)cube_number_of_key(k, len);
+        const void *line;
+
+        if (cube_cursor_value(c, &line, &len, err) < 0) {
+            r = -1;
+            break;
+        }
+        if (seq != m->feed.last + 1) { /* older ones were removed */
+            m->feed.last = seq - 1;
+            m->feed.first = seq;
+        }
+        cube_feed_push(&m->feed, cube_text_ndup(line, len));
+    }
+    m->staged_seq = m->feed.last;
+    cube_cursor_close(c);
+    return r < 0 ? -1 : 0;
+}
+
+static int cube_manager_load_nodes(struct cube_manager *m,
+                                   struct cube_err *err)
+{
+    struct cube_cursor *c = cube_cursor_open(m->store, CUBE_TREE_NODES, err);
+    int r = c ? cube_cursor_first(c, err) : -1;
+
+    for (; r > 0; r = cube_cursor_next(c, err)) {
+        size_t len;
+        const char *key = cube_cursor_key(c, &len);
+        char *name = cube_text_ndup(key, len);
+
+        if (!cube_manager_member(m, name) && !cube_member_new(m, name, err))
+            r = -1;
+        cube_free(name);
+        if (r < 0)
+            break;
+    }
+    cube_cursor_close(c);
+    return r < 0 ? -1 : 0;
+}
+
+/* "a:5556,b:5557" */
+static int cube_manager_add_workers(struct cube_manager *m, const char *list,
+                                    struct cube_err *err)
+{
+    const char *p = list ? list : "localhost:5556";
+    int r = 0;
+
+    while (*p && r == 0) {
+        size_t len = strcspn(p, ",");
+        char *name = cube_text_ndup(p, len);
+        struct cube_member *n = NULL;
+
+        if (len > 0)
+            r = cube_node_name_check(name, err);
+        if (len > 0 && r == 0 && !cube_manager_member(m, name)) {
+            n = cube_member_new(m, name, err);
+            r = n ? 0 : -1;
+        }
+        if (n)
+            n->is_default = !list;
+        cube_free(name);
+        p += len + (p[len] == ',');
+    }
+    return r;
+}
+
+static int cube_manager_open_store(struct cube_manager *m, const char *kind,
+                                   struct cube_err *err)
+{
+    bool is_memory = kind && strcmp(kind, "memory") == 0;
+    struct cube_buf path = {0};
+
+    if (kind && !is_memory && strcmp(kind, "persistent") != 0)
+        return cube_fail(err, CUBE_EINVAL, "store %s: there are persistent "
+                         "and memory", kind);
+    if (cube_dir_make(m->world, m->data_dir, err) < 0)
+        return -1;
+    cube_buf_printf(&path, "%s/manager.cube", m->data_dir);
+    m->store = cube_store_open(m->world, is_memory ? NULL : path.data, NULL,
+                               err);
+    cube_buf_free(&path);
+    if (!m->store || cube_manager_identify(m, is_memory, err) < 0 ||
+        cube_manager_load_events(m, err) < 0)
+        return -1;
+    m->feed.list = cube_manager_feed_list;
+    m->feed.hello = cube_manager_hello;
+    m->feed.arg = m;
+    m->commit = cube_commit_open(m->loop, m->store);
+    m->ledger = cube_ledger_open(m->loop, m->store, m->commit,
+                                 cube_manager_changed, cube_manager_committed,
+                                 m, err);
+    return m->ledger ? 0 : -1;
+}
+
+static int cube_manager_start(struct cube_manager *m,
+                              const struct cube_manager_options *o,
+                              struct cube_err *err)
+{
+    struct cube_http_options http;
+    const char *name = o->scheduler_name ? o->scheduler_name : "epvm";
+
+    m->scheduler = o->scheduler;
+    if (!m->scheduler) {
+        m->own_scheduler = cube_scheduler_new(name, err);
+        m->scheduler = m->own_scheduler;
+    }
+    if (!m->scheduler || cube_manager_open_store(m, o->store, err) < 0)
+        return -1;
+    memset(&http, 0, sizeof http);
+    http.tokens[0] = o->tokens[0];
+    http.tokens[1] = o->tokens[1];
+    http.host_names = o->host_names;
+    m->server = cube_http_listen(m->loop,
+                                 o->listen ? o->listen : "127.0.0.1:5555",
+                                 cube_manager_routes, m, &http, err);
+    if (!m->server || cube_manager_load_nodes(m, err) < 0 ||
+        cube_manager_add_workers(m, o->workers, err) < 0)
+        return -1;
+    m->last_tick_ms = cube_loop_now_ms(m->loop);
+    cube_manager_tick(m);
+    return 0;
+}
+
+CUBE_API struct cube_manager *
+cube_manager_new(struct cube_loop *l, const struct cube_manager_options *o,
+                 struct cube_err *err)
+{
+    struct cube_manager *m = cube_alloc(sizeof *m);
+
+    m->loop = l;
+    m->world = cube_loop_world(l);
+    m->data_dir = cube_text_dup(o->data_dir ? o->data_dir : ".");
+    m->token = cube_text_dup(o->tokens[0]);
+    m->keep_ms = o->keep_ms > 0 ? o->keep_ms : CUBE_KEEP_MS;
+    m->lost_after_ms = o->lost_after_ms > 0 ? o->lost_after_ms : CUBE_LOST_MS;
+    cube_list_init(&m->members);
+    cube_list_init(&m->dirty);
+    cube_list_init(&m->lines);
+    cube_feed_init(&m->feed, l, "", 0);
+    if (cube_manager_start(m, o, err) < 0) {
+        cube_manager_free(m);
+        return NULL;
+    }
+    return m;
+}
+
+/* What it holds for each record and line. */
+static void cube_manager_free_parts(struct cube_manager *m)
+{
+    void *value;
+
+    while (!cube_list_is_empty(&m->lines)) {
+        struct cube_line *line =
+            CUBE_OF(m->lines.next, struct cube_line, link);
+
+        cube_list_remove(&line->link);
+        cube_free(line->text);
+        cube_free(line);
+    }
+    for (size_t at = 0;
+         m->ledger && cube_map_next(&m->ledger->records, &at, NULL, &value);)
+        cube_charge_free(((struct cube_record *)value)->owner);
+}
+
+CUBE_API void cube_manager_free(struct cube_manager *m)
+{
+    if (!m)
+        return;
+    cube_timer_clear(m->loop, &m->tick);
+    cube_feed_close(&m->feed);
+    cube_http_close(m->server);
+    while (!cube_list_is_empty(&m->members))
+        cube_member_free(CUBE_OF(m->members.next, struct cube_member, link));
+    cube_manager_free_parts(m);
+    cube_defer_clear(m->loop, &m->pass);
+    cube_ledger_close(m->ledger);
+    cube_commit_close(m->commit);
+    cube_store_close(m->store);
+    cube_scheduler_free(m->own_scheduler);
+    cube_free(m->data_dir);
+    cube_free(m->token);
+    cube_free(m);
+}
+
+CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
+{
+    return cube_http_port(m->server);
+}
 
 
 /* ==== Chapter 13. Client ==== uses: 1 2 3 5 6 7 ==== */

@@ -1129,7 +1129,9 @@ typedef void cube_runtime_fn(void *arg, struct cube_runtime *rt,
  * that one, or "auto": Docker where it answers (DOCKER_HOST, else
  * /var/run/docker.sock), else Podman (CONTAINER_HOST, else the socket of the
  * user or of root), else processes. */
-CUBE_API void cube_runtime_find(struct cube_loop *l, const char *which,
+struct cube_runtime_search;
+CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *search);
+CUBE_API struct cube_runtime_search *cube_runtime_find(struct cube_loop *l, const char *which,
                                 const char *dir, cube_runtime_fn *fn,
                                 void *arg);
 
@@ -1255,10 +1257,63 @@ CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
 
 /* ==== Chapter 11. Worker ==== */
 
+/*
+ * A worker runs tasks on this machine and keeps them true to what was asked.
+ * Zero or NULL is the default. Texts are copied.
+ */
+struct cube_worker_options {
+    const char *name;     /* of its file and its containers; "worker" */
+    const char *listen;   /* "127.0.0.1:5556" */
+    const char *data_dir; /* where its file and its processes live; needed */
+    const char *store;    /* "persistent", or "memory" */
+    const char *runtime;  /* "auto", "docker", "podman", "process" */
+    struct cube_runtime *own_runtime; /* or one's own; the worker frees it */
+    const char *join;     /* a manager's host:port to register with */
+    const char *advertise; /* host:port for managers, if `listen` is not it */
+    const char *tokens[2];
+    const char *const *host_names; /* accepted in Host; NULL-terminated */
+    bool take_over;       /* take orders from another cluster from now on */
+    int64_t keep_ms;      /* finished tasks are kept that long; 168 h */
+};
+
+struct cube_worker;
+
+/* Opens its store, listens, and goes on where it was. NULL: CUBE_EBUSY (its
+ * port or its file is in use), CUBE_EINVAL, CUBE_EIO, CUBE_ECORRUPT. */
+CUBE_API struct cube_worker *
+cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
+                struct cube_err *err);
+/* Ends the worker, not its tasks: they run on, and the next one adopts them. */
+CUBE_API void cube_worker_free(struct cube_worker *w);
+CUBE_API uint16_t cube_worker_port(struct cube_worker *w);
 
 
 /* ==== Chapter 12. Manager ==== */
 
+/* Zero or NULL is the default. Texts are copied. */
+struct cube_manager_options {
+    const char *listen;    /* "127.0.0.1:5555" */
+    const char *data_dir;  /* where its file lives; "." */
+    const char *store;     /* "persistent", or "memory" */
+    const char *workers;   /* "a:5556,b:5557"; "localhost:5556" */
+    const char *scheduler_name;             /* "roundrobin", ... ; "epvm" */
+    const struct cube_scheduler *scheduler; /* or one's own; borrowed */
+    const char *tokens[2];
+    const char *const *host_names; /* accepted in Host; NULL-terminated */
+    int64_t keep_ms;       /* finished tasks and events; 168 h */
+    int64_t lost_after_ms; /* without a sign of life; 5 s */
+};
+
+struct cube_manager;
+
+/* Opens its store, listens, and goes on where it was. NULL: CUBE_EBUSY (its
+ * port or its file is in use), CUBE_EINVAL, CUBE_EIO, CUBE_ECORRUPT. */
+CUBE_API struct cube_manager *
+cube_manager_new(struct cube_loop *l, const struct cube_manager_options *o,
+                 struct cube_err *err);
+/* Ends the manager; workers and tasks run on. */
+CUBE_API void cube_manager_free(struct cube_manager *m);
+CUBE_API uint16_t cube_manager_port(struct cube_manager *m);
 
 
 /* ==== Chapter 13. Client ==== */
