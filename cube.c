@@ -20160,6 +20160,814 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
 
 
 /* ==== Chapter 13. Client ==== uses: 1 2 3 5 6 7 ==== */
+/*
+ * The problem. A command line has one question at a time, and nothing to do
+ * until it is answered. Everything below this chapter is callbacks.
+ *
+ * The simplest thing that works: start the request, turn the loop until its
+ * callback has run, return what came. All of the chapter is built on that one
+ * wait, and on two ways to read what comes: whole, or piece by piece.
+ *
+ *      cube_client_tasks(c, &list, err)           the program
+ *            |  cube_client_call("GET", "/tasks")
+ *            v
+ *      cube_client_exchange: start; turn, turn, turn ...; done
+ *            |                        ^
+ *            v                        | on_head, on_data, on_done
+ *      chapter 6's client  - - -  the loop  - - -  whatever else lives there
+ *
+ * The loop is the program's own, so a program can put a manager on it and ask
+ * that manager in the same thread; the tests do. The price: a call must not
+ * be made from within a callback of that loop, since it would turn the loop
+ * inside itself.
+ *
+ * What went wrong is told in three kinds, which a command line turns into its
+ * exit codes: no manager answered (CUBE_ECONN, CUBE_ETIMEOUT), whatever the
+ * reason; the manager refused, in its own words, which are the best there
+ * are; or what answered is no manager (CUBE_EPROTO).
+ *
+ * Events come as lines of JSON in pieces of any size:
+ *
+ *      piece 1  {"Type":"hello","Stream":"5f..","Seq":7}\n{"Type":"ta
+ *      piece 2  sk","Stream":"5f..","Seq":8,"Task":{...}}\n
+ *      piece 3  \n                                     an empty line is none
+ *
+ * The bytes behind the last line end wait for the next piece. What a line
+ * says is checked no more than needed: a type that this version does not know
+ * counts as a sign of life, so that a newer manager can say more.
+ *
+ * A stream may be silent only as long as an answer may take: the manager
+ * sends a beat each second, so silence means that it, or the way to it, is
+ * gone. Logs have no beats; a task may say nothing for days, so they wait.
+ *
+ * HTTPS is libcurl's, if it was built in with CUBE_WITH_CURL=1, since a TLS
+ * of one's own would be longer than this whole file. It blocks the loop
+ * meanwhile, which is right for a command line and wrong for a server; no
+ * server uses it.
+ *
+ * Naive on purpose: a list is held whole, as text and as records, which is
+ * fine for the tens of thousands of tasks that a manager of this kind has.
+ */
 
+#ifndef CUBE_WITH_CURL
+#define CUBE_WITH_CURL 0
+#endif
+#if CUBE_WITH_CURL
+#include <curl/curl.h>
+#endif
+
+#define CUBE_CLIENT_TIMEOUT_MS 30000
+#define CUBE_CLIENT_ANSWER_MAX (256u << 20) /* bytes of a whole answer */
+#define CUBE_CLIENT_LINE_MAX (4u << 20)     /* bytes of one event */
+
+struct cube_client {
+    struct cube_loop *loop;
+    struct cube_http_client *http; /* NULL: libcurl's */
+    char *base, *token;
+    int timeout_ms;
+};
+
+/* One exchange: on the stack of the call that waits for it. */
+struct cube_client_wait {
+    struct cube_client *client;
+    cube_client_data_fn *fn; /* NULL: collect all */
+    void *arg;
+    int status;
+    bool is_done, is_enough;
+    struct cube_buf body; /* collected; of a stream only a refusal's */
+    struct cube_err err;  /* why no answer came, or not all of it */
+};
+
+/* ---- One exchange ---- */
+
+/* Takes a piece of the answer; false: no more is wanted. */
+static bool cube_client_take(struct cube_client_wait *w, const char *data,
+                             size_t len)
+{
+    if (w->fn && w->status == 200) {
+        w->is_enough = !w->fn(w->arg, data, len);
+        return !w->is_enough;
+    }
+    if (len > CUBE_CLIENT_ANSWER_MAX - w->body.len) {
+        (void)cube_fail(&w->err, CUBE_ETOOBIG, "an answer beyond %u bytes",
+                        CUBE_CLIENT_ANSWER_MAX);
+        return false;
+    }
+    cube_buf_add(&w->body, data, len);
+    return true;
+}
+
+/* The kind of a refusal. */
+static enum cube_code cube_client_code(int status)
+{
+    static const struct {
+        int status;
+        enum cube_code code;
+    } codes[] = {{400, CUBE_EINVAL}, {401, CUBE_EACCES}, {403, CUBE_EACCES},
+                 {404, CUBE_ENOENT}, {409, CUBE_EEXIST}, {413, CUBE_ETOOBIG},
+                 {503, CUBE_ESYNC},  {507, CUBE_ENOSPC}};
+
+    for (size_t i = 0; i < CUBE_COUNT(codes); i++) {
+        if (codes[i].status == status)
+            return codes[i].code;
+    }
+    return CUBE_EPROTO;
+}
+
+/* Turns a refusal into an error: the message in its JSON, else its text. */
+static int cube_client_refused(struct cube_client_wait *w,
+                               struct cube_err *err)
+{
+    const char *text = w->body.data ? w->body.data : "";
+    struct json_value_s *root = cube_json_parse(text, w->body.len, NULL);
+    const char *message =
+        cube_json_str(cube_json_get_nocase(root, "Message"), NULL);
+
+    (void)cube_fail(err, cube_client_code(w->status), "%.400s%s(%d)",
+                    message ? message : text, message || *text ? " " : "",
+                    w->status);
+    cube_json_free(root);
+    return -1;
+}
+
+/* What an exchange that has ended means for the call. */
+static int cube_client_outcome(struct cube_client_wait *w,
+                               struct cube_err *err)
+{
+    if (w->is_enough)
+        return 0;
+    if (w->err.code == CUBE_ETIMEOUT || w->err.code == CUBE_ETOOBIG)
+        return cube_fail(err, w->err.code, "%s", w->err.text);
+    if (w->err.code != CUBE_OK || w->status == 0)
+        return cube_fail(err, CUBE_ECONN, "%s", w->err.text);
+    if (w->status < 200 || w->status > 299)
+        return cube_client_refused(w, err);
+    return 0;
+}
+
+static void cube_client_on_head(void *arg, const struct cube_http_head *head)
+{
+    struct cube_client_wait *w = arg;
+
+    w->status = cube_http_head_status(head);
+}
+
+static void cube_client_on_data(void *arg, const char *data, size_t len)
+{
+    struct cube_client_wait *w = arg;
+
+    if (!w->is_enough && w->err.code == CUBE_OK)
+        (void)cube_client_take(w, data, len);
+}
+
+static void cube_client_on_done(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_client_wait *w = arg;
+
+    w->is_done = true;
+    w->status = a->status;
+    if (a->err && w->err.code == CUBE_OK)
+        w->err = *a->err;
+}
+
+/* By chapter 6: turns the loop until the callbacks above have what they
+ * wanted. */
+static int cube_client_by_loop(struct cube_client_wait *w,
+                               const struct cube_http_request *r,
+                               struct cube_err *err)
+{
+    struct cube_http_call *call = cube_http_call(w->client->http, r);
+    int result = 0;
+
+    while (!w->is_done && !w->is_enough && w->err.code == CUBE_OK &&
+           result == 0)
+        result = cube_loop_turn(w->client->loop, -1, err);
+    if (!w->is_done)
+        cube_http_call_cancel(call);
+    return result;
+}
+
+#if CUBE_WITH_CURL
+static size_t cube_client_on_curl(char *data, size_t size, size_t count,
+                                  void *arg)
+{
+    struct cube_client_wait *w = arg;
+    size_t len = size * count;
+
+    return cube_client_take(w, data, len) ? len : 0;
+}
+
+static size_t cube_client_on_curl_head(char *line, size_t size, size_t count,
+                                       void *arg)
+{
+    struct cube_client_wait *w = arg;
+    size_t len = size * count, i = 0;
+
+    while (i < len && line[i] != ' ')
+        i++;
+    if (len > 5 && memcmp(line, "HTTP/", 5) == 0 && len - i > 3)
+        w->status = (line[i + 1] - '0') * 100 + (line[i + 2] - '0') * 10 +
+                    (line[i + 3] - '0');
+    return len;
+}
+
+static struct curl_slist *cube_client_curl_fields(struct cube_client *c)
+{
+    struct cube_buf field = {NULL, 0, 0};
+    struct curl_slist *list =
+        curl_slist_append(NULL, "Content-Type: application/json");
+
+    list = curl_slist_append(list, "Expect:");
+    if (c->token) {
+        cube_buf_printf(&field, "Authorization: Bearer %s", c->token);
+        list = curl_slist_append(list, field.data);
+    }
+    cube_buf_free(&field);
+    return list;
+}
+
+static void cube_client_curl_options(CURL *curl, struct cube_client_wait *w,
+                                     const struct cube_http_request *r)
+{
+    curl_easy_setopt(curl, CURLOPT_CUSTOMREQUEST, r->method);
+    if (r->body) {
+        curl_easy_setopt(curl, CURLOPT_POSTFIELDS, (const char *)r->body);
+        curl_easy_setopt(curl, CURLOPT_POSTFIELDSIZE_LARGE,
+                         (curl_off_t)r->body_len);
+    }
+    curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
+    curl_easy_setopt(curl, CURLOPT_TIMEOUT_MS, (long)r->timeout_ms);
+    if (r->idle_timeout_ms > 0) {
+        curl_easy_setopt(curl, CURLOPT_LOW_SPEED_LIMIT, 1L);
+        curl_easy_setopt(curl, CURLOPT_LOW_SPEED_TIME,
+                         (long)r->idle_timeout_ms / 1000 + 1);
+    }
+    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, cube_client_on_curl);
+    curl_easy_setopt(curl, CURLOPT_WRITEDATA, w);
+    curl_easy_setopt(curl, CURLOPT_HEADERFUNCTION, cube_client_on_curl_head);
+    curl_easy_setopt(curl, CURLOPT_HEADERDATA, w);
+}
+
+/* By libcurl, which waits by itself. */
+static int cube_client_by_curl(struct cube_client_wait *w,
+                               const struct cube_http_request *r,
+                               struct cube_err *err)
+{
+    struct curl_slist *fields = cube_client_curl_fields(w->client);
+    struct cube_buf url = {NULL, 0, 0};
+    CURL *curl = curl_easy_init();
+    CURLcode code = CURLE_FAILED_INIT;
+
+    cube_buf_printf(&url, "%s%s", w->client->base, r->target);
+    if (curl && fields) {
+        curl_easy_setopt(curl, CURLOPT_URL, url.data);
+        curl_easy_setopt(curl, CURLOPT_HTTPHEADER, fields);
+        cube_client_curl_options(curl, w, r);
+        code = curl_easy_perform(curl);
+    }
+    if (code != CURLE_OK && !w->is_enough && w->err.code == CUBE_OK)
+        (void)cube_fail(&w->err,
+                        code == CURLE_OPERATION_TIMEDOUT ? CUBE_ETIMEOUT
+                                                         : CUBE_ECONN,
+                        "%s: %s", w->client->base, curl_easy_strerror(code));
+    curl_easy_cleanup(curl);
+    curl_slist_free_all(fields);
+    cube_buf_free(&url);
+    (void)err;
+    return 0;
+}
+#else
+static int cube_client_by_curl(struct cube_client_wait *w,
+                               const struct cube_http_request *r,
+                               struct cube_err *err)
+{
+    (void)r;
+    return cube_fail(err, CUBE_EINVAL, "%s: built without libcurl",
+                     w->client->base);
+}
+#endif
+
+/* One request, until it is answered, refused, or nobody answers. An answer
+ * that is collected has `patience_ms` for all of it; one that is streamed, for
+ * each silence (0: any). */
+static int cube_client_exchange(struct cube_client_wait *w,
+                                const char *method, const char *target,
+                                const char *body, size_t body_len,
+                                int patience_ms, struct cube_err *err)
+{
+    struct cube_http_request r;
+    int result;
+
+    memset(&r, 0, sizeof r);
+    r.method = method;
+    r.target = target;
+    r.body = body;
+    r.body_len = body_len;
+    r.timeout_ms = w->fn ? 0 : patience_ms;
+    r.idle_timeout_ms = w->fn ? patience_ms : 0;
+    r.on_head = cube_client_on_head;
+    r.on_data = cube_client_on_data;
+    r.on_done = cube_client_on_done;
+    r.arg = w;
+    result = w->client->http ? cube_client_by_loop(w, &r, err)
+                             : cube_client_by_curl(w, &r, err);
+    return result ? result : cube_client_outcome(w, err);
+}
+
+/* ---- A client ---- */
+
+/* Whom to ask, by libcurl where it has to be. */
+static int cube_client_connect(struct cube_client *c, struct cube_err *err)
+{
+    if (!cube_text_starts(c->base, "https://")) {
+        c->http = cube_http_client_new(c->loop, c->base, c->token, err);
+        return c->http ? 0 : -1;
+    }
+    if (CUBE_WITH_CURL)
+        return 0;
+    return cube_fail(err, CUBE_EINVAL, "%s: this program was built without "
+                     "libcurl, which https needs; build it with "
+                     "CUBE_WITH_CURL=1", c->base);
+}
+
+CUBE_API struct cube_client *cube_client_new(struct cube_loop *l,
+                                             const char *where,
+                                             const char *token,
+                                             struct cube_err *err)
+{
+    struct cube_client *c = cube_alloc(sizeof *c);
+    size_t len = strlen(where);
+
+    while (len > 0 && where[len - 1] == '/')
+        len--;
+    c->loop = l;
+    c->base = cube_text_ndup(where, len);
+    c->token = cube_text_dup(token);
+    c->timeout_ms = CUBE_CLIENT_TIMEOUT_MS;
+    if (cube_client_connect(c, err) == 0)
+        return c;
+    cube_client_free(c);
+    return NULL;
+}
+
+CUBE_API void cube_client_free(struct cube_client *c)
+{
+    if (!c)
+        return;
+    cube_http_client_free(c->http);
+    cube_free(c->base);
+    cube_free(c->token);
+    cube_free(c);
+}
+
+CUBE_API void cube_client_set_timeout(struct cube_client *c, int timeout_ms)
+{
+    c->timeout_ms = timeout_ms;
+}
+
+/* ---- Lists ---- */
+
+CUBE_API int cube_client_call(struct cube_client *c, const char *method,
+                              const char *target, const char *body,
+                              size_t body_len, struct cube_buf *answer,
+                              struct cube_err *err)
+{
+    struct cube_client_wait w;
+    int result;
+
+    memset(&w, 0, sizeof w);
+    w.client = c;
+    result = cube_client_exchange(&w, method, target, body, body_len,
+                                  c->timeout_ms, err);
+    if (result == 0 && answer && w.body.len > 0)
+        cube_buf_add(answer, w.body.data, w.body.len);
+    cube_buf_free(&w.body);
+    return result;
+}
+
+/* Asks for JSON. NULL: an error; else the caller frees it. `text`, which may
+ * be NULL, keeps the answer's bytes. */
+static struct json_value_s *cube_client_get(struct cube_client *c,
+                                            const char *target,
+                                            struct cube_buf *text,
+                                            struct cube_err *err)
+{
+    struct cube_buf own = {NULL, 0, 0};
+    struct cube_buf *b = text ? text : &own;
+    struct json_value_s *root = NULL;
+    struct cube_err why;
+
+    if (cube_client_call(c, "GET", target, NULL, 0, b, err) == 0) {
+        root = cube_json_parse(b->data ? b->data : "", b->len, &why);
+        if (!root)
+            (void)cube_fail(err, CUBE_EPROTO, "%s%s: no answer of a manager: "
+                            "%s", c->base, target, why.text);
+    }
+    cube_buf_free(&own);
+    return root;
+}
+
+CUBE_API void cube_task_list_free(struct cube_task_list *l)
+{
+    for (size_t i = 0; i < l->count; i++)
+        cube_task_free(l->list[i]);
+    cube_free(l->list);
+    memset(l, 0, sizeof *l);
+}
+
+/* How many items an array has; -1 for what is neither array nor null. */
+static int cube_client_count(struct json_value_s *root, size_t *out)
+{
+    *out = 0;
+    if (json_value_is_null(root))
+        return 0;
+    if (!json_value_as_array(root))
+        return -1;
+    *out = json_value_as_array(root)->length;
+    return 0;
+}
+
+CUBE_API int cube_client_tasks(struct cube_client *c,
+                               struct cube_task_list *out,
+                               struct cube_err *err)
+{
+    struct json_value_s *root = cube_client_get(c, "/tasks", NULL, err);
+    struct cube_err why = {CUBE_EPROTO, "no array"};
+    size_t count;
+    int result;
+
+    memset(out, 0, sizeof *out);
+    if (!root)
+        return -1;
+    result = cube_client_count(root, &count);
+    out->list = cube_alloc(count * sizeof(struct cube_task *));
+    for (struct json_array_element_s *i = cube_json_items(root);
+         i && result == 0; i = i->next) {
+        struct cube_task *t = cube_task_from_json(i->value, false, &why);
+
+        if (t)
+            out->list[out->count++] = t;
+        else
+            result = -1;
+    }
+    cube_json_free(root);
+    if (result == 0)
+        return 0;
+    cube_task_list_free(out);
+    return cube_fail(err, CUBE_EPROTO, "%s/tasks: no tasks of a manager: %s",
+                     c->base, why.text);
+}
+
+/* ---- Nodes ---- */
+
+static void cube_client_text(char **out, struct json_value_s *object,
+                             const char *key)
+{
+    const char *text = cube_json_str(cube_json_get_nocase(object, key), NULL);
+
+    *out = cube_text_dup(text ? text : "");
+}
+
+static void cube_node_info_free(struct cube_node_info *n)
+{
+    char *const texts[] = {n->name, n->api, n->role, n->state,
+                           n->worker, n->runtime, n->error, n->json};
+
+    for (size_t i = 0; i < CUBE_COUNT(texts); i++)
+        cube_free(texts[i]);
+}
+
+/* Reads one node; `json` is its text. */
+static void cube_node_info_read(struct cube_node_info *n,
+                                struct json_value_s *v, const char *json,
+                                size_t len)
+{
+    const struct {
+        char **out;
+        const char *key;
+    } texts[] = {{&n->name, "Name"},     {&n->api, "Api"},
+                 {&n->role, "Role"},     {&n->state, "State"},
+                 {&n->worker, "Worker"}, {&n->runtime, "Runtime"},
+                 {&n->error, "Error"}};
+    struct json_value_s *stats = cube_json_get_nocase(v, "Stats");
+
+    memset(n, 0, sizeof *n);
+    for (size_t i = 0; i < CUBE_COUNT(texts); i++)
+        cube_client_text(texts[i].out, v, texts[i].key);
+    (void)cube_json_i64(cube_json_get_nocase(v, "Memory"), &n->mem_kb);
+    (void)cube_json_i64(cube_json_get_nocase(v, "Disk"), &n->disk_bytes);
+    (void)cube_json_i64(cube_json_get_nocase(v, "TaskCount"),
+                        &n->task_count);
+    if (cube_json_f64(cube_json_get_nocase(stats, "CpuUse"), &n->cpu_use))
+        n->cpu_use = -1;
+    n->json = cube_text_ndup(json, len);
+}
+
+/* The text of the next item of an array whose parsing went well, from `*at`
+ * on, which starts at 0; false at its end. */
+static bool cube_client_slice(const char *text, size_t len, size_t *at,
+                              const char **item, size_t *item_len)
+{
+    int depth = *at > 0; /* inside the array, or in front of it */
+    size_t begin = 0;
+
+    for (size_t i = *at; i < len; i++) {
+        char ch = text[i];
+
+        if (ch == '"') {
+            for (i++; text[i] != '"'; i++)
+                i += text[i] == '\\';
+        } else if (ch == '{' || ch == '[') {
+            if (++depth == 2)
+                begin = i;
+        } else if ((ch == '}' || ch == ']') && --depth == 1) {
+            *item = text + begin;
+            *item_len = i + 1 - begin;
+            *at = i + 1;
+            return true;
+        }
+    }
+    return false;
+}
+
+CUBE_API int cube_client_nodes(struct cube_client *c,
+                               struct cube_node_list *out,
+                               struct cube_err *err)
+{
+    struct cube_buf text = {NULL, 0, 0};
+    struct json_value_s *root = cube_client_get(c, "/nodes", &text, err);
+    size_t at = 0, len, count;
+    const char *item;
+    int result = -1;
+
+    memset(out, 0, sizeof *out);
+    if (root)
+        result = cube_client_count(root, &count);
+    if (root && result)
+        (void)cube_fail(err, CUBE_EPROTO, "%s/nodes: no nodes of a manager",
+                        c->base);
+    if (result == 0) {
+        out->list = cube_alloc(count * sizeof *out->list);
+        for (struct json_array_element_s *i = cube_json_items(root); i;
+             i = i->next) {
+            if (json_value_as_object(i->value) &&
+                cube_client_slice(text.data, text.len, &at, &item, &len))
+                cube_node_info_read(&out->list[out->count++], i->value, item,
+                                    len);
+        }
+    }
+    cube_json_free(root);
+    cube_buf_free(&text);
+    return result;
+}
+
+CUBE_API void cube_node_list_free(struct cube_node_list *l)
+{
+    for (size_t i = 0; i < l->count; i++)
+        cube_node_info_free(&l->list[i]);
+    cube_free(l->list);
+    memset(l, 0, sizeof *l);
+}
+
+/* ---- Requests about one thing ---- */
+
+/* A path or query, and in its middle a name with what it needs to be
+ * encoded. */
+static void cube_client_target(struct cube_buf *b, const char *before,
+                               const char *name, const char *after)
+{
+    cube_buf_puts(b, before);
+    cube_http_encode(b, name);
+    cube_buf_puts(b, after);
+}
+
+/* A request without a body about `name`. */
+static int cube_client_about(struct cube_client *c, const char *method,
+                             const char *before, const char *name,
+                             const char *after, struct cube_buf *answer,
+                             struct cube_err *err)
+{
+    struct cube_buf target = {NULL, 0, 0};
+    int result;
+
+    cube_client_target(&target, before, name, after);
+    result = cube_client_call(c, method, target.data, NULL, 0, answer, err);
+    cube_buf_free(&target);
+    return result;
+}
+
+CUBE_API int cube_client_submit(struct cube_client *c,
+                                const struct cube_event *e,
+                                struct cube_task **out, struct cube_err *err)
+{
+    struct cube_buf body = {NULL, 0, 0}, answer = {NULL, 0, 0};
+    struct cube_task *t = NULL;
+    struct cube_err why;
+    int result;
+
+    cube_event_print(e, &body);
+    result = cube_client_call(c, "POST", "/tasks", body.data, body.len,
+                              &answer, err);
+    if (result == 0 &&
+        cube_task_parse(answer.data ? answer.data : "", answer.len, false, &t,
+                        &why))
+        result = cube_fail(err, CUBE_EPROTO, "%s/tasks: no answer of a "
+                           "manager: %s", c->base, why.text);
+    if (result == 0 && out)
+        *out = t;
+    else
+        cube_task_free(t);
+    cube_buf_free(&body);
+    cube_buf_free(&answer);
+    return result;
+}
+
+CUBE_API int cube_client_stop(struct cube_client *c, const char *task_id,
+                              struct cube_err *err)
+{
+    return cube_client_about(c, "DELETE", "/tasks/", task_id, "", NULL, err);
+}
+
+CUBE_API int cube_client_remove(struct cube_client *c, const char *task_id,
+                                struct cube_err *err)
+{
+    return cube_client_about(c, "DELETE", "/tasks/", task_id, "?remove=1",
+                             NULL, err);
+}
+
+CUBE_API int cube_client_node_remove(struct cube_client *c, const char *name,
+                                     struct cube_err *err)
+{
+    return cube_client_about(c, "DELETE", "/nodes/", name, "", NULL, err);
+}
+
+CUBE_API int cube_client_inspect(struct cube_client *c, const char *task_id,
+                                 struct cube_buf *json, struct cube_err *err)
+{
+    return cube_client_about(c, "GET", "/tasks/", task_id, "/inspect", json,
+                             err);
+}
+
+/* ---- Streams ---- */
+
+/* A GET whose answer goes to `fn` piece by piece. */
+static int cube_client_stream(struct cube_client *c, const char *target,
+                              cube_client_data_fn *fn, void *arg,
+                              int silence_ms, struct cube_err *err)
+{
+    struct cube_client_wait w;
+    int result;
+
+    memset(&w, 0, sizeof w);
+    w.client = c;
+    w.fn = fn;
+    w.arg = arg;
+    result = cube_client_exchange(&w, "GET", target, NULL, 0, silence_ms,
+                                  err);
+    cube_buf_free(&w.body);
+    return result;
+}
+
+CUBE_API int cube_client_logs(struct cube_client *c, const char *task_id,
+                              bool is_following, long tail,
+                              cube_client_data_fn *fn, void *arg,
+                              struct cube_err *err)
+{
+    struct cube_buf target = {NULL, 0, 0};
+    int result;
+
+    cube_client_target(&target, "/tasks/", task_id, "/logs");
+    cube_buf_puts(&target, is_following ? "?follow=1" : "?follow=0");
+    if (tail >= 0)
+        cube_buf_printf(&target, "&tail=%ld", tail);
+    result = cube_client_stream(c, target.data, fn, arg,
+                                is_following ? 0 : c->timeout_ms, err);
+    cube_buf_free(&target);
+    return result;
+}
+
+/* The reader of an event stream; on the stack of the call. */
+struct cube_client_lines {
+    cube_client_notice_fn *fn;
+    void *arg;
+    struct cube_buf rest; /* of a line that is not whole yet */
+    bool is_enough;
+    struct cube_err err;
+};
+
+static enum cube_notice_type cube_client_notice_type(struct json_value_s *v)
+{
+    static const char *const names[] = {"hello", "reset", "listed",
+                                        "task",  "gone",  "node"};
+    size_t len;
+    const char *type = cube_json_str(cube_json_get(v, "Type"), &len);
+
+    for (size_t i = 0; type && i < CUBE_COUNT(names); i++) {
+        if (cube_text_is(type, len, names[i]))
+            return (enum cube_notice_type)i;
+    }
+    return CUBE_NOTICE_BEAT;
+}
+
+/* "stream:seq", where the line has both. */
+static void cube_client_cursor(struct json_value_s *v, struct cube_buf *out)
+{
+    const char *stream = cube_json_str(cube_json_get(v, "Stream"), NULL);
+    int64_t seq;
+
+    if (stream && cube_json_i64(cube_json_get(v, "Seq"), &seq) == 0)
+        cube_buf_printf(out, "%.64s:%lld", stream, (long long)seq);
+}
+
+/* Hands one line on as a notice; -1: it makes no sense. */
+static int cube_client_line(struct cube_client_lines *l, const char *line,
+                            size_t len)
+{
+    struct json_value_s *v = cube_json_parse(line, len, &l->err);
+    struct cube_notice n = {.line = line, .len = len};
+    struct cube_buf cursor = {NULL, 0, 0};
+    struct cube_node_info node;
+    struct cube_task *task = NULL;
+    const char *time;
+    size_t time_len;
+
+    if (!v)
+        return -1;
+    memset(&node, 0, sizeof node);
+    n.type = cube_client_notice_type(v);
+    cube_client_cursor(v, &cursor);
+    n.cursor = cursor.data;
+    time = cube_json_str(cube_json_get(v, "Time"), &time_len);
+    if (!time || cube_time_parse(time, time_len, &n.time))
+        memset(&n.time, 0, sizeof n.time);
+    if (n.type == CUBE_NOTICE_TASK)
+        task = cube_task_from_json(cube_json_get(v, "Task"), false, &l->err);
+    cube_node_info_read(&node, cube_json_get(v, "Node"), "", 0);
+    n.task = task;
+    n.node = &node;
+    n.id = cube_json_str(cube_json_get(v, "ID"), NULL);
+    if (!task && n.type == CUBE_NOTICE_TASK)
+        n.type = CUBE_NOTICE_BEAT;
+    if (!n.id && n.type == CUBE_NOTICE_GONE)
+        n.type = CUBE_NOTICE_BEAT;
+    l->is_enough = !l->fn(l->arg, &n);
+    cube_task_free(task);
+    cube_node_info_free(&node);
+    cube_buf_free(&cursor);
+    cube_json_free(v);
+    return 0;
+}
+
+/* Takes a piece of the stream: as many whole lines as there are by now. */
+static bool cube_client_on_lines(void *arg, const char *data, size_t len)
+{
+    struct cube_client_lines *l = arg;
+    size_t at = 0;
+    char *end;
+
+    cube_buf_add(&l->rest, data, len);
+    while (!l->is_enough && l->err.code == CUBE_OK &&
+           (end = memchr(l->rest.data + at, '\n', l->rest.len - at))) {
+        size_t n = (size_t)(end - l->rest.data) - at;
+
+        if (n > 0 && cube_client_line(l, l->rest.data + at, n))
+            break;
+        at += n + 1;
+    }
+    cube_buf_drop(&l->rest, at);
+    if (l->rest.len > CUBE_CLIENT_LINE_MAX)
+        (void)cube_fail(&l->err, CUBE_ETOOBIG, "an event beyond %u bytes",
+                        CUBE_CLIENT_LINE_MAX);
+    return !l->is_enough && l->err.code == CUBE_OK;
+}
+
+CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
+                                const char *after, cube_client_notice_fn *fn,
+                                void *arg, struct cube_err *err)
+{
+    struct cube_client_lines l;
+    struct cube_buf target = {NULL, 0, 0};
+    int result;
+
+    memset(&l, 0, sizeof l);
+    l.fn = fn;
+    l.arg = arg;
+    cube_buf_puts(&target, "/events");
+    if (task_id)
+        cube_client_target(&target, "?task=", task_id, "");
+    if (after)
+        cube_client_target(&target, task_id ? "&after=" : "?after=", after,
+                           "");
+    result = cube_client_stream(c, target.data, cube_client_on_lines, &l,
+                                c->timeout_ms, err);
+    if (result == 0 && !l.is_enough && l.err.code != CUBE_OK)
+        result = cube_fail(err, CUBE_EPROTO, "%s%s: %s", c->base, target.data,
+                           l.err.text);
+    else if (result == 0 && !l.is_enough)
+        result = cube_fail(err, CUBE_ECONN, "%s ended the events", c->base);
+    cube_buf_free(&l.rest);
+    cube_buf_free(&target);
+    return result;
+}
 
 

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define CUBE_VERSION "0.1.0"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -1317,6 +1319,137 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m);
 
 
 /* ==== Chapter 13. Client ==== */
+
+/*
+ * What a program needs that talks to a manager as a person would: each call
+ * asks, turns the loop until the answer is there, and returns it. So it must
+ * not be called from a callback of the same loop; whatever else lives on that
+ * loop is served meanwhile.
+ *
+ *     struct cube_client *c =
+ *         cube_client_new(loop, "localhost:5555", NULL, &err);
+ *     struct cube_task_list l;
+ *
+ *     if (c && cube_client_tasks(c, &l, &err) == 0) {
+ *         for (size_t i = 0; i < l.count; i++)
+ *             printf("%s %s\n", l.list[i]->id,
+ *                    cube_state_name(l.list[i]->state));
+ *         cube_task_list_free(&l);
+ *     }
+ *     cube_client_free(c);
+ *
+ * All functions return 0 or -1. No manager answered: CUBE_ECONN, or
+ * CUBE_ETIMEOUT. The manager refused: CUBE_EINVAL (400), CUBE_EACCES (401,
+ * 403), CUBE_ENOENT (404), CUBE_EEXIST (409), CUBE_ENOSPC (507), CUBE_ESYNC
+ * (503), else CUBE_EPROTO, with the manager's own words.
+ */
+struct cube_client;
+
+/* `where` is "host:port", or a URL with http:// or https://; the latter needs
+ * a library built with CUBE_WITH_CURL=1. `token` may be NULL. Nothing is
+ * connected yet. CUBE_EINVAL: `where` cannot be right. */
+CUBE_API struct cube_client *cube_client_new(struct cube_loop *l,
+                                             const char *where,
+                                             const char *token,
+                                             struct cube_err *err);
+CUBE_API void cube_client_free(struct cube_client *c);
+/* How long an answer may take; 30 s by default. Streams may be silent as
+ * long. */
+CUBE_API void cube_client_set_timeout(struct cube_client *c, int timeout_ms);
+
+/* One request. `body` may be NULL; the answer is added to `answer`, which may
+ * be NULL too. The calls below are built on it. */
+CUBE_API int cube_client_call(struct cube_client *c, const char *method,
+                              const char *target, const char *body,
+                              size_t body_len, struct cube_buf *answer,
+                              struct cube_err *err);
+
+struct cube_task_list {
+    struct cube_task **list;
+    size_t count;
+};
+/* GET /tasks, in the manager's order. Free the list after a success. */
+CUBE_API int cube_client_tasks(struct cube_client *c,
+                               struct cube_task_list *out,
+                               struct cube_err *err);
+CUBE_API void cube_task_list_free(struct cube_task_list *l);
+
+/* A node as the manager tells of it. Texts are never NULL; what a Go manager
+ * does not tell is "". */
+struct cube_node_info {
+    char *name, *api, *role;
+    char *state;  /* "up", "lost", "new" */
+    char *worker; /* its UUID */
+    char *runtime, *error;
+    int64_t mem_kb, disk_bytes, task_count;
+    double cpu_use; /* 0 .. 1, of all cores; below 0: unknown */
+    char *json;     /* all of it */
+};
+struct cube_node_list {
+    struct cube_node_info *list;
+    size_t count;
+};
+/* GET /nodes. Free the list after a success. */
+CUBE_API int cube_client_nodes(struct cube_client *c,
+                               struct cube_node_list *out,
+                               struct cube_err *err);
+CUBE_API void cube_node_list_free(struct cube_node_list *l);
+
+/* POST /tasks. `*out`, which may be NULL, is the accepted task; free it. An
+ * event whose task has an ID can be submitted again when the outcome is
+ * unknown: the same ID with the same specification is the same task. */
+CUBE_API int cube_client_submit(struct cube_client *c,
+                                const struct cube_event *e,
+                                struct cube_task **out, struct cube_err *err);
+/* Asks that the task be stopped; it is later. CUBE_ENOENT: unknown. */
+CUBE_API int cube_client_stop(struct cube_client *c, const char *task_id,
+                              struct cube_err *err);
+/* Removes a finished task from the records. CUBE_EEXIST: it is not over. */
+CUBE_API int cube_client_remove(struct cube_client *c, const char *task_id,
+                                struct cube_err *err);
+/* Forgets a node that had joined by itself. */
+CUBE_API int cube_client_node_remove(struct cube_client *c, const char *name,
+                                     struct cube_err *err);
+/* What the engine says of the task's container, as its JSON. */
+CUBE_API int cube_client_inspect(struct cube_client *c, const char *task_id,
+                                 struct cube_buf *json, struct cube_err *err);
+
+/* A piece of a stream; false: enough, the call then returns 0. */
+typedef bool cube_client_data_fn(void *arg, const char *data, size_t len);
+/* What the task has written; the last `tail` lines of it (below 0: all). With
+ * `is_following` until the task ends. CUBE_ECONN: cut off before the end. */
+CUBE_API int cube_client_logs(struct cube_client *c, const char *task_id,
+                              bool is_following, long tail,
+                              cube_client_data_fn *fn, void *arg,
+                              struct cube_err *err);
+
+enum cube_notice_type {
+    CUBE_NOTICE_HELLO,  /* the first */
+    CUBE_NOTICE_RESET,  /* forget what you know: the full list follows */
+    CUBE_NOTICE_LISTED, /* that was the list; from here on it is changes */
+    CUBE_NOTICE_TASK,   /* `task`: as it is now */
+    CUBE_NOTICE_GONE,   /* `id`: its record was removed */
+    CUBE_NOTICE_NODE,   /* `node`: as it is now */
+    CUBE_NOTICE_BEAT    /* a sign of life; and what this version ignores */
+};
+/* One line of GET /events; borrowed, until the callback returns. */
+struct cube_notice {
+    enum cube_notice_type type;
+    const char *cursor;   /* where to resume behind it; NULL: nowhere */
+    struct cube_time time;
+    const struct cube_task *task;
+    const struct cube_node_info *node;
+    const char *id;
+    const char *line;     /* the JSON */
+    size_t len;
+};
+typedef bool cube_client_notice_fn(void *arg, const struct cube_notice *n);
+/* The events of one task, or of all for NULL, behind `after` (a cursor) or
+ * from a full list on for NULL, until `fn` says false. CUBE_ECONN,
+ * CUBE_ETIMEOUT: the stream broke; resume behind the last cursor. */
+CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
+                                const char *after, cube_client_notice_fn *fn,
+                                void *arg, struct cube_err *err);
 
 
 

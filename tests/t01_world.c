@@ -668,9 +668,9 @@ TEST(sigterm_reaches_the_whole_group)
     int inner;
 
     prepare(&r, test_dir(),
-            "trap 'wait; exit 6' TERM; " /* before the inner one can be seen */
             "sh -c 'trap \"echo 15 > got; exit\" TERM; echo $$ > inner; "
-            "while :; do sleep 0.01; done' & wait");
+            "while :; do sleep 0.01; done' & "
+            "trap 'wait; exit 6' TERM; wait");
     REQUIRE(start(&r) == 0);
     inner = number_in(at(&r, "work/inner"));
     REQUIRE(inner > 0);

@@ -1,0 +1,816 @@
+"""The command line by itself: usage, flags, what it asks of a manager, what
+it prints and how it exits, and completion in real shells.
+
+The manager is a fake one that notes the requests it gets and answers as
+the test wants it to.
+"""
+
+import http.server
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+
+import harness
+from harness import CUBE, TOP
+
+COMMANDS = ["manager", "worker", "dev", "run", "status", "stop", "rm", "logs",
+            "inspect", "events", "node", "node rm", "completion", "help",
+            "version"]
+CLIENTS = [["run", "-d", "busybox"], ["status"], ["stop", "web"],
+           ["rm", "web"], ["logs", "web"], ["inspect", "web"], ["events"],
+           ["node"], ["node", "rm", "a:1"]]
+
+IDS = ["1111aaaa-0000-4000-8000-000000000001",
+       "1111bbbb-0000-4000-8000-000000000002",
+       "2222cccc-0000-4000-8000-000000000003",
+       "3333dddd-0000-4000-8000-000000000004"]
+UNSET = "0001-01-01T00:00:00Z"
+
+
+def task(task_id, name, state=2, **more):
+    """A task as a manager sends it."""
+    t = {"ID": task_id, "ContainerID": "", "Name": name, "State": state,
+         "Image": "nginx:latest", "Cpu": 0, "Memory": 0, "Disk": 0,
+         "HostPorts": None, "ExposedPorts": None, "PortBindings": None,
+         "RestartPolicy": "", "StartTime": UNSET, "FinishTime": UNSET,
+         "HealthCheck": "", "RestartCount": 0}
+    t.update(more)
+    return t
+
+
+def ago(seconds):
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ",
+                         time.gmtime(time.time() - seconds))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=None, kind="application/json"):
+        data = b"" if body is None else (
+            body if isinstance(body, bytes) else json.dumps(body).encode())
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        if status != 204:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def refuse(self, status, message):
+        self.answer(status, {"HTTPStatusCode": status, "Message": message})
+
+    def chunk(self, data):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def events(self, query):
+        fake = self.server
+        seq = 0
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        lines = [{"Type": "hello", "Cluster": "c", "Epoch": 1},
+                 {"Type": "reset"}]
+        only = query.get("task", [None])[0]
+        for t in fake.tasks:
+            if only in (None, t["ID"]):
+                lines.append({"Type": "task", "Time": ago(0), "Task": t})
+        lines.append({"Type": "listed"})
+        for change in fake.changes:
+            lines.append(change)
+        for line in lines:
+            seq += 1
+            line = dict(line, Stream="s", Seq=seq)
+            text = json.dumps(line).encode() + b"\n"
+            # cut in two, as a network may
+            self.chunk(text[:7])
+            self.chunk(text[7:])
+        if fake.cuts:
+            fake.cuts -= 1
+            self.close_connection = True
+            return
+        fake.hold.wait(20)
+        self.chunk(b"")
+
+    def handle_any(self):
+        fake = self.server
+        url = urllib.parse.urlsplit(self.path)
+        query = urllib.parse.parse_qs(url.query)
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(size).decode()
+        fake.requests.append((self.command,
+                              urllib.parse.unquote(self.path), body,
+                              dict(self.headers)))
+        if fake.refusal:
+            return self.refuse(*fake.refusal)
+        path = urllib.parse.unquote(url.path)
+        if (self.command, path) == ("GET", "/tasks"):
+            return self.answer(200, json.dumps(fake.tasks).encode())
+        if (self.command, path) == ("GET", "/nodes"):
+            return self.answer(200, fake.nodes)
+        if (self.command, path) == ("GET", "/events"):
+            return self.events(query)
+        if (self.command, path) == ("POST", "/tasks"):
+            t = json.loads(body)["Task"]
+            t["State"] = 0
+            fake.tasks.append(dict(t, **fake.becomes))
+            return self.answer(201, t)
+        if self.command == "DELETE":
+            return self.answer(204)
+        if path.endswith("/logs"):
+            return self.answer(200, b"line 1\nline 2\n", "text/plain")
+        if path.endswith("/inspect"):
+            return self.answer(200, {"Id": "abc", "State": {}})
+        return self.refuse(404, "no such thing")
+
+    do_GET = do_POST = do_DELETE = handle_any
+
+
+class Fake(http.server.ThreadingHTTPServer):
+    """A manager that notes requests. `tasks`, `nodes`: what it lists;
+    `becomes`: fields of a task once it was submitted; `changes`: events
+    behind the list; `cuts`: how many event streams end too early;
+    `refusal`: the answer to everything."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.tasks, self.nodes = [], [], []
+        self.becomes, self.changes, self.cuts = {"State": 2}, [], 0
+        self.refusal = None
+        self.hold = threading.Event()
+        self.where = "127.0.0.1:%d" % self.server_address[1]
+        self.thread = threading.Thread(target=self.serve_forever,
+                                       args=(0.02,))
+        self.thread.start()
+
+    def handle_error(self, *_):
+        pass  # clients leave event streams in the middle
+
+    def close(self):
+        self.hold.set()
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+    def posted(self):
+        """The events that were submitted."""
+        return [json.loads(body) for method, path, body, _ in self.requests
+                if (method, path) == ("POST", "/tasks")]
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.fake = Fake()
+        self.addCleanup(self.fake.close)
+        self.dir = tempfile.mkdtemp(prefix="cube-cli-")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.env = {"CUBE_TOKEN": "", "TZ": "UTC"}
+
+    def cube(self, *argv, stdin="", env=None):
+        """Runs a client command against the fake."""
+        return harness.run(CUBE, *argv, "-m", self.fake.where, stdin=stdin,
+                           env=dict(self.env, **(env or {})), cwd=self.dir)
+
+    def ok(self, *argv, **more):
+        code, out, err = self.cube(*argv, **more)
+        self.assertEqual((code, err), (0, ""), argv)
+        return out
+
+    def file(self, text, name="t.json"):
+        path = os.path.join(self.dir, name)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text if isinstance(text, str) else json.dumps(text))
+        return path
+
+
+class Usage(Case):
+    def test_help_lists_every_command(self):
+        for argv in (["help"], ["--help"], ["-h"]):
+            code, out, err = harness.run(CUBE, *argv)
+            self.assertEqual((code, err), (0, ""))
+            for command in COMMANDS:
+                self.assertRegex(out, r"(?m)^  %s  +\w" % command)
+            self.assertNotIn("__complete", out)
+
+    def test_help_of_a_command_shows_its_flags_within_80_columns(self):
+        for command in COMMANDS:
+            words = command.split()
+            code, out, _ = harness.run(CUBE, "help", *words)
+            self.assertEqual(code, 0)
+            self.assertIn("Usage: cube " + command, out)
+            self.assertIn("-h, --help", out)
+            for line in out.splitlines():
+                self.assertLessEqual(len(line), 80, line)
+            for flag in ("-h", "--help"):
+                again = harness.run(CUBE, *words, flag)
+                self.assertEqual(again, (0, out, ""))
+
+    def test_flags_of_the_go_program_are_there(self):
+        for command, flags in {
+                "manager": "-H --host -p --port -w --workers -s --scheduler "
+                           "-d --dbType",
+                "worker": "-H --host -p --port -n --name -d --dbtype "
+                          "-r --runtime",
+                "run": "-f --filename -m --manager",
+                "status": "-m --manager", "stop": "-m --manager",
+                "node": "-m --manager"}.items():
+            _, out, _ = harness.run(CUBE, "help", command)
+            for flag in flags.split():
+                self.assertRegex(out, r"(?m)^ +.*%s\b" % flag, command)
+
+    def test_wrong_usage_exits_2_and_says_why(self):
+        rows = [
+            ([], "needs a command"),
+            (["stauts"], "did you mean status"),
+            (["frobnicate"], "unknown command frobnicate"),
+            (["status", "--al"], "unknown flag --al; did you mean --all"),
+            (["status", "-x"], "unknown flag -x"),
+            (["status", "web"], "\"web\""),
+            (["status", "--all=5"], "takes no value"),
+            (["status", "-o", "xml"], "one of text|json"),
+            (["status", "-m"], "--manager needs a value"),
+            (["stop"], "needs TASK"),
+            (["logs", "a", "b"], "\"b\""),
+            (["logs", "-n", "many", "web"], "many"),
+            (["completion", "tcsh"], "bash|zsh|fish|powershell"),
+            (["help", "nothing"], "unknown command nothing"),
+            (["manager", "-p", "65536"], "0 to 65535"),
+            (["manager", "-s", "best"], "epvm|greedy|roundrobin"),
+            (["manager", "--keep", "5"], "168h"),
+            (["worker", "-r", "rkt"], "auto|docker|podman|process"),
+            (["worker", "--join", "elsewhere:5555"], "--host"),
+            (["dev", "-n", "0"], "1 to 100"),
+            (["run"], "needs an image"),
+            (["run", "--name", "x"], "needs an image"),
+            (["run", "-p", "http", "a"], "8080:80"),
+            (["run", "-p", "80:0", "a"], "80:0"),
+            (["run", "-p", "1.2.3.4:80:80", "a"], "8080:80"),
+            (["run", "--memory", "lots", "a"], "64m"),
+            (["run", "--memory", "-1", "a"], "64m"),
+            (["run", "--cpu", "two", "a"], "0.5"),
+            (["run", "--cpu", "nan", "a"], "0.5"),
+            (["run", "--restart", "maybe", "a"], "on-failure"),
+            (["run", "--stop-grace", "10 s", "a"], "10 s"),
+            (["run", "-f", "x.json", "image"], "not from both"),
+            (["run", "-f", "x.json", "--name", "n"], "--name"),
+            (["run", "image", "-x"], "after --"),
+        ]
+        for argv, words in rows:
+            with self.subTest(argv=argv):
+                code, out, err = harness.run(CUBE, *argv, cwd=self.dir)
+                self.assertEqual((code, out), (2, ""), err)
+                self.assertIn(words, err)
+                self.assertIn("See: cube help", err)
+
+    def test_version_is_one_line(self):
+        for argv in (["version"], ["--version"]):
+            code, out, _ = harness.run(CUBE, *argv)
+            self.assertEqual(code, 0)
+            self.assertRegex(out, r"^cube \d+\.\d+\S*\n$")
+
+    def test_without_a_manager_every_client_exits_3(self):
+        where = "127.0.0.1:%d" % harness.free_port()
+        for argv in CLIENTS:
+            with self.subTest(argv=argv):
+                code, out, err = harness.run(CUBE, *argv, "-m", where,
+                                             env=self.env)
+                self.assertEqual((code, out), (3, ""), err)
+                self.assertIn("no manager answered at " + where, err)
+                self.assertIn("cube manager", err)
+
+    def test_a_name_that_is_none_exits_3(self):
+        code, _, err = harness.run(CUBE, "status", "-m", "no.invalid:5555")
+        self.assertEqual(code, 3, err)
+        self.assertIn("no.invalid", err)
+
+    def test_what_is_no_manager_is_told(self):
+        self.fake.tasks = {"not": "a list"}
+        code, _, err = self.cube("status")
+        self.assertEqual(code, 1)
+        self.assertIn(self.fake.where, err)
+
+    def test_output_that_cannot_be_written_is_a_failure(self):
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            done = subprocess.run([CUBE, "help"], stdout=full, check=False,
+                                  stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("standard output", done.stderr)
+
+    def test_https_is_there_or_says_how(self):
+        code, _, err = harness.run(CUBE, "status", "-m",
+                                   "https://127.0.0.1:%d" %
+                                   harness.free_port())
+        self.assertIn(code, (2, 3))
+        if code == 2:
+            self.assertIn("CUBE_WITH_CURL=1", err)
+
+
+class Run(Case):
+    def test_flags_become_a_task(self):
+        rows = [
+            (["nginx:latest"], {"Image": "nginx:latest", "Name": ""}),
+            (["--name", "web", "i"], {"Name": "web"}),
+            (["-p", "80", "i"], {"ExposedPorts": {"80/tcp": {}},
+                                 "PortBindings": None}),
+            (["-p", "8080:80", "i"], {"ExposedPorts": {"80/tcp": {}},
+                                      "PortBindings": {"80/tcp": "8080"}}),
+            (["-p", "53:53/udp", "-p", "90", "i"],
+             {"ExposedPorts": {"53/udp": {}, "90/tcp": {}},
+              "PortBindings": {"53/udp": "53"}}),
+            (["-e", "A=b", "-e", "B=c=d", "i"], {"Env": ["A=b", "B=c=d"]}),
+            (["-e", "FROM_HERE", "-e", "NOT_HERE", "i"],
+             {"Env": ["FROM_HERE=x y"]}),
+            (["--memory", "64m", "i"], {"Memory": 64 << 20}),
+            (["--memory", "1.5g", "i"], {"Memory": 3 << 29}),
+            (["--memory", "512KiB", "i"], {"Memory": 512 << 10}),
+            (["--memory", "1000", "i"], {"Memory": 1000}),
+            (["--disk", "10GB", "i"], {"Disk": 10 << 30}),
+            (["--cpu", "0.5", "i"], {"Cpu": 0.5}),
+            (["--restart", "always", "i"], {"RestartPolicy": "always"}),
+            (["--health", "/health", "i"], {"HealthCheck": "/health"}),
+            (["--health-start", "1m", "--health-interval", "1.5s",
+              "--health-timeout", "200ms", "--health-retries", "5", "i"],
+             {"HealthStart": 60000, "HealthInterval": 1500,
+              "HealthTimeout": 200, "HealthRetries": 5}),
+            (["--stop-grace", "1h30m", "i"], {"StopGrace": 5400000}),
+            (["i", "cmd", "-x", "--name"], {"Cmd": ["cmd", "-x", "--name"]}),
+            (["i", "--", "-x"], {"Cmd": ["-x"], "Image": "i"}),
+            (["--", "sleep", "5"], {"Cmd": ["sleep", "5"], "Image": ""}),
+            (["i", "--name", "n", "--", "c"], {"Name": "n", "Cmd": ["c"]}),
+            (["i", "c", "a \"q\" \\ \u00fc"],
+             {"Cmd": ["c", "a \"q\" \\ \u00fc"]}),
+        ]
+        for argv, want in rows:
+            with self.subTest(argv=argv):
+                self.fake.requests.clear()
+                code, out, err = harness.run(
+                    CUBE, "run", "-d", "-m", self.fake.where, *argv,
+                    env=dict(self.env, FROM_HERE="x y"))
+                self.assertEqual((code, err), (0, ""))
+                event, = self.fake.posted()
+                got = event["Task"]
+                self.assertEqual({k: got.get(k) for k in want}, want)
+                self.assertEqual(event["State"], 2)
+                self.assertEqual(out, got["ID"] + "\n")
+                self.assertEqual(got["State"], 0)
+
+    def test_flags_can_be_written_in_each_usual_way(self):
+        for argv in (["--name", "n"], ["--name=n"]):
+            for port in (["-p", "1:2"], ["-p1:2"], ["--publish=1:2"]):
+                for detach in (["-d"], ["--detach"], ["--detach=true"]):
+                    self.fake.requests.clear()
+                    self.ok("run", *argv, *port, *detach, "i")
+                    event, = self.fake.posted()
+                    self.assertEqual(event["Task"]["Name"], "n")
+                    self.assertEqual(event["Task"]["PortBindings"],
+                                     {"2/tcp": "1"})
+                    self.assertEqual(len(self.fake.requests), 1)
+
+    def test_letters_of_switches_can_stand_together(self):
+        self.fake.tasks = [task(IDS[0], "old", 3, FinishTime=ago(9000))]
+        out = self.ok("status", "-ao", "json")
+        self.assertEqual(json.loads(out)[0]["Name"], "old")
+
+    def test_a_file_holds_a_task_or_an_event(self):
+        bare = {"Name": "web", "Image": "nginx"}
+        event = {"ID": IDS[1], "State": 2, "Timestamp": ago(0),
+                 "Task": {"ID": IDS[0], "Name": "web", "Image": "nginx"}}
+        for text in (bare, event):
+            for by in ("file", "stdin", "default"):
+                with self.subTest(text=text, by=by):
+                    self.fake.requests.clear()
+                    if by == "file":
+                        self.ok("run", "-df", self.file(text))
+                    elif by == "stdin":
+                        self.ok("run", "-d", "-f", "-",
+                                stdin=json.dumps(text))
+                    else:
+                        self.file(text, "task.json")
+                        self.ok("run", "-d")
+                        os.unlink(os.path.join(self.dir, "task.json"))
+                    got, = self.fake.posted()
+                    self.assertEqual(got["Task"]["Name"], "web")
+                    if text is event:
+                        self.assertEqual(got["ID"], IDS[1])
+                        self.assertEqual(got["Task"]["ID"], IDS[0])
+
+    def test_a_bad_file_is_refused_before_anything_is_sent(self):
+        rows = [("{", "early"), ("", "t.json"),
+                ({"Name": "x", "Imgae": "y"}, "Imgae"),
+                ({"Name": "x", "Memory": "much"}, "Memory")]
+        for text, words in rows:
+            with self.subTest(text=text):
+                code, out, err = self.cube("run", "-f", self.file(text))
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(words, err)
+        code, _, err = self.cube("run", "-f", "missing.json")
+        self.assertEqual(code, 1)
+        self.assertIn("missing.json: No such file", err)
+        self.assertEqual(self.fake.requests, [])
+
+    def test_it_waits_until_the_task_runs(self):
+        self.fake.becomes = {"State": 1}
+        begin = time.monotonic()
+        threading.Timer(0.3, self.submit_running).start()
+        out = self.ok("run", "nginx")
+        self.assertGreater(time.monotonic() - begin, 0.2)
+        self.assertEqual(out, self.fake.tasks[0]["ID"] + "\n")
+
+    def submit_running(self):
+        """The running stream ends, and the next one says Running."""
+        self.fake.tasks[0]["State"] = 2
+        self.fake.hold.set()
+
+    def test_it_outlives_a_manager_that_restarts(self):
+        self.fake.becomes = {"State": 1}
+        self.fake.cuts = 1
+        threading.Timer(0.3, self.submit_running).start()
+        code, out, _ = self.cube("run", "nginx")
+        self.assertEqual((code, out), (0, self.fake.tasks[0]["ID"] + "\n"))
+
+    def test_a_task_that_fails_is_told_with_its_reason(self):
+        self.fake.becomes = {"State": 4, "Error": "no such image: nginx"}
+        code, out, err = self.cube("run", "--name", "web", "nginx")
+        self.assertEqual((code, out), (1, self.fake.tasks[0]["ID"] + "\n"))
+        self.assertIn("no such image: nginx", err)
+        self.assertIn("web", err)
+
+    def test_a_task_that_waits_for_room_says_so(self):
+        self.fake.becomes = {"State": 0, "Error": "no node has 9 TiB"}
+        threading.Timer(0.5, self.submit_running).start()
+        code, _, err = self.cube("run", "nginx")
+        self.assertEqual(code, 0)
+        self.assertIn("Pending: no node has 9 TiB", err)
+
+    def test_what_the_manager_refuses_is_told_in_its_words(self):
+        self.fake.refusal = (400, "Image: \"UPPER\" is no image")
+        code, out, err = self.cube("run", "UPPER")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("Image: \"UPPER\" is no image", err)
+
+    def test_output_as_json_is_the_task(self):
+        out = self.ok("run", "-o", "json", "nginx")
+        self.assertEqual(json.loads(out)["State"], 2)
+
+
+class Tasks(Case):
+    def setUp(self):
+        super().setUp()
+        self.fake.tasks = [
+            task(IDS[0], "web", 2, CreatedTime=ago(125), Node="n1:5556",
+                 ContainerID="c0ffee" * 10, RestartCount=2,
+                 HostPorts={"80/tcp": [
+                     {"HostIp": "0.0.0.0", "HostPort": "8080"},
+                     {"HostIp": "::", "HostPort": "8080"}]}),
+            task(IDS[1], "db", 0, Error="no node fits\nat all"),
+            task(IDS[2], "old", 3, FinishTime=ago(4000)),
+            task(IDS[3], "recent", 4, FinishTime=ago(60),
+                 Error="exit code 3"),
+        ]
+
+    def test_status_is_a_table_of_what_matters(self):
+        lines = self.ok("status").splitlines()
+        self.assertEqual(re.split(r"   +", lines[0]),
+                         ["ID", "NAME", "CREATED", "STATE", "CONTAINERNAME",
+                          "IMAGE", "NODE", "PORTS", "REASON"])
+        self.assertEqual(re.split(r"   +", lines[1]),
+                         ["1111aaaa", "web", "2 minutes ago", "Running",
+                          "c0ffeec0ffee", "nginx:latest", "n1:5556",
+                          "8080->80/tcp", "restarted 2 times"])
+        self.assertIn("no node fits at all", lines[2])
+        self.assertIn("exit code 3", lines[3])
+        self.assertEqual(len(lines), 4)
+
+    def test_status_shows_what_is_long_over_only_with_all(self):
+        self.assertNotIn("old", self.ok("status"))
+        for flag in ("-a", "--all"):
+            self.assertIn("old", self.ok("status", flag))
+
+    def test_status_as_json_is_a_list_of_tasks(self):
+        got = json.loads(self.ok("status", "-o", "json"))
+        self.assertEqual([t["Name"] for t in got], ["web", "db", "recent"])
+        self.fake.tasks = []
+        self.assertEqual(json.loads(self.ok("status", "-o", "json")), [])
+        self.fake.tasks = None
+        self.assertEqual(json.loads(self.ok("status", "-o", "json")), [])
+
+    def test_a_task_has_three_kinds_of_name(self):
+        for name in ("web", IDS[0], IDS[0].upper(), "1111a"):
+            self.fake.requests.clear()
+            self.assertEqual(self.ok("stop", "-d", name),
+                             "stopping web (1111aaaa)\n")
+            self.assertIn(("DELETE", "/tasks/" + IDS[0]),
+                          [r[:2] for r in self.fake.requests])
+
+    def test_an_ambiguous_name_lists_what_it_can_be(self):
+        code, _, err = self.cube("stop", "1111")
+        self.assertEqual(code, 1)
+        self.assertIn(IDS[0], err)
+        self.assertIn(IDS[1], err)
+        self.assertNotIn(IDS[2], err)
+        self.assertNotIn("DELETE", [r[0] for r in self.fake.requests])
+
+    def test_a_shared_name_means_the_task_that_is_not_over(self):
+        self.fake.tasks.append(task(IDS[2][:-1] + "9", "web", 3))
+        self.assertIn("1111aaaa", self.ok("stop", "-d", "web"))
+        self.assertIn("2222cccc", self.ok("rm", "web"))
+        self.fake.tasks.append(task(IDS[3][:-1] + "9", "web", 2))
+        code, _, err = self.cube("stop", "web")
+        self.assertEqual(code, 1)
+        self.assertIn(IDS[3][:-1] + "9", err)
+
+    def test_an_unknown_task_is_a_failure(self):
+        for argv in (["stop"], ["rm"], ["logs"], ["inspect"]):
+            code, out, err = self.cube(*argv, "nobody")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("\"nobody\"", err)
+
+    def test_stop_waits_until_it_is_true(self):
+        def later():
+            self.fake.tasks[0]["State"] = 3
+            self.fake.hold.set()
+        begin = time.monotonic()
+        threading.Timer(0.3, later).start()
+        self.assertEqual(self.ok("stop", "web"), "stopped web (1111aaaa)\n")
+        self.assertGreater(time.monotonic() - begin, 0.2)
+
+    def test_stop_goes_on_behind_a_name_that_is_none(self):
+        code, out, err = self.cube("stop", "-d", "nobody", "web", "db")
+        self.assertEqual((code, out), (1, "stopping web (1111aaaa)\n"
+                                          "stopping db (1111bbbb)\n"))
+        self.assertIn("nobody", err)
+
+    def test_rm_removes_the_record(self):
+        self.assertEqual(self.ok("rm", "old"), "removed old (2222cccc)\n")
+        self.assertEqual(self.fake.requests[-1][:2],
+                         ("DELETE", "/tasks/%s?remove=1" % IDS[2]))
+
+    def test_logs_are_printed_as_they_are(self):
+        self.assertEqual(self.ok("logs", "web"), "line 1\nline 2\n")
+        self.assertEqual(self.fake.requests[-1][1],
+                         "/tasks/%s/logs?follow=0" % IDS[0])
+        self.ok("logs", "-f", "--tail", "7", "web")
+        self.assertEqual(self.fake.requests[-1][1],
+                         "/tasks/%s/logs?follow=1&tail=7" % IDS[0])
+
+    def test_inspect_shows_record_and_container(self):
+        got = json.loads(self.ok("inspect", "web"))
+        self.assertEqual(got["Task"]["Name"], "web")
+        self.assertEqual(got["Container"]["Id"], "abc")
+
+    def test_events_end_with_the_list(self):
+        out = self.ok("events")
+        self.assertEqual(out.count("\n"), 4)
+        self.assertRegex(out, r"(?m)^\d\d:\d\d:\d\d  task web \(1111aaaa\) "
+                              r"Running on n1:5556: restarted 2 times$")
+        lines = [json.loads(line)
+                 for line in self.ok("events", "-o", "json").splitlines()]
+        self.assertEqual([line["Type"] for line in lines],
+                         ["hello", "reset"] + ["task"] * 4 + ["listed"])
+
+    def test_events_resume_where_they_broke_off(self):
+        self.fake.cuts = 1
+        self.fake.changes = [{"Type": "gone", "ID": IDS[2]}]
+        with harness.Process(CUBE, "events", "-f", "-m",
+                             self.fake.where) as p:
+            harness.wait_until("the stream is opened again", lambda: sum(
+                r[1].startswith("/events") for r in self.fake.requests) == 2)
+            self.assertIn("task 2222cccc removed", p.output())
+        self.assertEqual(self.fake.requests[-1][1], "/events?after=s:8")
+
+
+class Nodes(Case):
+    def setUp(self):
+        super().setUp()
+        base = {"Ip": "", "Memory": 8 << 20, "MemoryAllocated": 0,
+                "Disk": 100 << 30, "DiskAllocated": 0, "Role": "worker"}
+        self.fake.nodes = [
+            dict(base, Name="a:5556", Api="http://a:5556", TaskCount=3,
+                 State="up", Runtime="docker", Stats={"CpuUse": 0.256},
+                 Worker="abcdef00-0000-4000-8000-000000000000"),
+            dict(base, Name="b:5556", Api="http://b:5556", TaskCount=0,
+                 State="lost", Error="connect: refused", Stats=None),
+            dict(base, Name="go:5556", Api="http://go:5556", TaskCount=1)]
+
+    def test_node_is_a_table(self):
+        lines = [re.split(r"   +", line)
+                 for line in self.ok("node").splitlines()]
+        self.assertEqual(lines[0], ["NAME", "MEMORY (MiB)", "DISK (GiB)",
+                                    "ROLE", "TASKS", "STATE", "CPU",
+                                    "RUNTIME", "REASON"])
+        self.assertEqual(lines[1][:8], ["a:5556", "8192", "100", "worker",
+                                        "3", "up", "26 %", "docker"])
+        self.assertEqual(lines[2], ["b:5556", "8192", "100", "worker", "0",
+                                    "lost", "-", "-", "connect: refused"])
+        self.assertEqual(lines[3][:7], ["go:5556", "8192", "100", "worker",
+                                        "1", "-", "-"])
+
+    def test_node_as_json_is_what_the_manager_said(self):
+        self.assertEqual(json.loads(self.ok("node", "-o", "json")),
+                         self.fake.nodes)
+
+    def test_a_node_is_inspected_by_name_and_by_worker(self):
+        for name in ("a:5556", "abcdef"):
+            self.assertEqual(json.loads(self.ok("inspect", name)),
+                             self.fake.nodes[0])
+
+    def test_node_rm_forgets_it(self):
+        self.assertEqual(self.ok("node", "rm", "a:5556"),
+                         "removed a:5556\n")
+        self.assertEqual(self.fake.requests[-1][:2],
+                         ("DELETE", "/nodes/a:5556"))
+
+
+class Access(Case):
+    def token(self):
+        return self.fake.requests[-1][3].get("Authorization")
+
+    def test_a_token_comes_from_a_file_or_the_environment(self):
+        self.ok("status")
+        self.assertIsNone(self.token())
+        self.ok("status", env={"CUBE_TOKEN": "from-env"})
+        self.assertEqual(self.token(), "Bearer from-env")
+        path = self.file("\n  from-file \nold-one\n")
+        self.ok("status", "--token-file", path,
+                env={"CUBE_TOKEN": "from-env"})
+        self.assertEqual(self.token(), "Bearer from-file")
+
+    def test_a_file_without_a_token_is_refused(self):
+        code, _, err = self.cube("status", "--token-file", self.file("\n \n"))
+        self.assertEqual(code, 1)
+        self.assertIn("holds no token", err)
+
+    def test_a_refusal_says_how_to_give_a_token(self):
+        self.fake.refusal = (401, "a token is needed")
+        code, _, err = self.cube("status")
+        self.assertEqual(code, 1)
+        self.assertIn("a token is needed", err)
+        self.assertIn("--token-file", err)
+
+
+def type_in(argv, keys, env, until, prompt):
+    """Types keys into a program on a terminal; what it then shows."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvpe(argv[0], argv, env)
+    out, end, typed = "", time.monotonic() + 20, False
+    try:
+        while time.monotonic() < end and not re.search(until, out):
+            if select.select([fd], [], [], 0.1)[0]:
+                out += os.read(fd, 65536).decode(errors="replace")
+            if not typed and prompt in out:
+                typed = True
+                out = ""
+                os.write(fd, keys.encode())
+    finally:
+        os.close(fd)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    return out
+
+
+class Completion(Case):
+    def setUp(self):
+        super().setUp()
+        self.fake.tasks = [task(IDS[0], "web-one"), task(IDS[1], "web-two"),
+                           task(IDS[2], "", 2), task(IDS[3], "was", 3)]
+        self.fake.nodes = [{"Name": "n1:5556", "State": "up"},
+                           {"Name": "n1:5557", "State": "up"}]
+        self.path = dict(os.environ, TERM="dumb", HOME=self.dir, CUBE_TOKEN="",
+                         PATH=os.path.dirname(CUBE) + ":" +
+                         os.environ["PATH"])
+        self.m = "-m " + self.fake.where + " "
+
+    def rows(self):
+        """The line as typed, and what can follow its last word."""
+        m = self.m
+        return [
+            ("cube st", ["status", "stop"]),
+            ("cube node ", ["rm"]),
+            ("cube manager --sch", ["--scheduler"]),
+            ("cube manager -s ", ["epvm", "greedy", "roundrobin"]),
+            ("cube worker --dbt", ["--dbtype"]),
+            ("cube completion ", ["bash", "fish", "powershell", "zsh"]),
+            ("cube stop " + m + "web", ["web-one", "web-two"]),
+            ("cube stop " + m, ["2222cccc-0000-4000-8000-000000000003",
+                                "web-one", "web-two"]),
+            ("cube logs " + m + "wa", ["was"]),
+            ("cube help node r", ["rm"]),
+        ]
+
+    def test_candidates(self):
+        for line, want in self.rows() + [
+                ("cube manager --scheduler=e", ["--scheduler=epvm"]),
+                ("cube node rm " + self.m, ["n1:5556", "n1:5557"]),
+                ("cube stop " + self.m + "1111a", [IDS[0]]),
+                ("cube run -f ", [":file"]), ("cube worker --data ", [":dir"]),
+                ("cube run nginx -- --na", [])]:
+            with self.subTest(line=line):
+                code, out, _ = harness.run(CUBE, "__complete",
+                                           *line.split(" ")[1:],
+                                           env=self.env)
+                got = sorted(row.split("\t")[0] for row in out.splitlines())
+                self.assertEqual((code, got), (0, want))
+
+    def bash(self, line):
+        script = r"""
+            source <(cube completion bash) || exit 9
+            COMP_LINE=$1 COMP_POINT=${#1}
+            COMP_WORDBREAKS=$' \t\n"\'><=;|&(:'
+            _cube && printf '%s\n' "${COMPREPLY[@]}" | sort -u"""
+        code, out, err = harness.run("bash", "--norc", "-c", script, "bash",
+                                     line, env=self.path)
+        self.assertEqual((code, err), (0, ""))
+        return [word for word in out.split("\n") if word]
+
+    @unittest.skipUnless(shutil.which("bash"), "no bash")
+    def test_bash(self):
+        for line, want in self.rows() + [
+                # readline replaces what is behind the last : or =
+                ("cube manager --scheduler=e", ["epvm"]),
+                ("cube node rm " + self.m + "n1:", ["5556", "5557"])]:
+            with self.subTest(line=line):
+                self.assertEqual(self.bash(line), want)
+
+    @unittest.skipUnless(shutil.which("bash"), "no bash")
+    def test_bash_completes_files(self):
+        self.file("{}", "my task.json")
+        os.mkdir(os.path.join(self.dir, "my dir"))
+        here = os.getcwd()
+        try:
+            os.chdir(self.dir)
+            self.assertEqual(self.bash("cube run -f my"),
+                             ["my dir", "my task.json"])
+            self.assertEqual(self.bash("cube worker --data=my"), ["my dir"])
+        finally:
+            os.chdir(here)
+
+    @unittest.skipUnless(shutil.which("bash"), "no bash")
+    def test_bash_on_a_terminal(self):
+        out = type_in(
+            ["bash", "--norc", "--noprofile", "-i"],
+            "source <(cube completion bash)\r"
+            "cube node rm " + self.m + "n1:\t\t\t",
+            dict(self.path, PS1="ready> "), r"5556\s+5557", "ready>")
+        self.assertRegex(out, r"5556\s+5557")
+
+    @unittest.skipUnless(shutil.which("fish"), "no fish")
+    def test_fish(self):
+        for line, want in self.rows() + [
+                ("cube node rm " + self.m + "n1:", ["n1:5556", "n1:5557"])]:
+            with self.subTest(line=line):
+                code, out, err = harness.run(
+                    "fish", "--no-config", "-c",
+                    "cube completion fish | source; complete -C $argv[1]",
+                    line, env=self.path)
+                self.assertEqual((code, err), (0, ""))
+                got = sorted(row.split("\t")[0] for row in out.splitlines())
+                self.assertEqual(got, want)
+
+    @unittest.skipUnless(shutil.which("zsh"), "no zsh")
+    def test_zsh(self):
+        setup = ("autoload -U compinit; compinit -u -D; PS1='ready> '; "
+                 "LISTMAX=0; source <(cube completion zsh)\r")
+        for line, want in [("cube stat", ["cube status"]),
+                           ("cube stop " + self.m + "web", ["web-one",
+                                                            "web-two"]),
+                           ("cube node rm " + self.m + "n1:", ["n1:5556",
+                                                               "n1:5557"])]:
+            with self.subTest(line=line):
+                found = "(?s)" + "".join("(?=.*%s)" % w for w in want)
+                out = type_in(["zsh", "-f", "-i"], setup + line + "\t\t",
+                              dict(self.path, PS1="first> "), found, "first>")
+                self.assertRegex(out, found)
+
+    def test_powershell_script_is_printed(self):
+        code, out, _ = harness.run(CUBE, "completion", "powershell")
+        self.assertEqual(code, 0)
+        self.assertIn("Register-ArgumentCompleter", out)
+
+    @unittest.skipUnless(shutil.which("pwsh"), "no pwsh")
+    def test_powershell(self):
+        _, out, _ = harness.run(
+            "pwsh", "-NoProfile", "-Command",
+            "cube completion powershell | Out-String | Invoke-Expression; "
+            "(TabExpansion2 'cube sta' 8).CompletionMatches.CompletionText",
+            env=self.path)
+        self.assertEqual(out.split(), ["status"])
+
+
+if __name__ == "__main__":
+    harness.main()
