@@ -3460,7 +3460,8 @@ struct cube_json_build {
     struct cube_json_open open[JSON_MAX_RECURSION];
 };
 
-static inline void *cube_json_build_struct(struct cube_json_build *b, size_t size)
+static inline void *cube_json_build_struct(struct cube_json_build *b,
+                                           size_t size)
 {
     void *p = b->dom;
 
