@@ -2838,6 +2838,10 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  * string and number of a tree ends in a NUL that its size does not count;
  * keys keep their order and their duplicates.
  *
+ * Memory comes from CUBE_MALLOC unless the caller brings an allocator, so
+ * with the default a tree is released by free(), as upstream promises; a
+ * program that replaces CUBE_MALLOC releases it by its CUBE_FREE.
+ *
  * A typical sequence:
  *
  *    struct json_value_s *root = cube_json_parse(text, size, err);
