@@ -15086,6 +15086,17 @@ static void cube_machine_parse_mem(const char *p, size_t len,
     }
 }
 
+/* Digits and points: what a number in /proc is made of. JSON's numbers were
+ * checked when they were parsed; these were not. */
+static bool cube_machine_is_number(const struct cube_machine_text *t)
+{
+    for (size_t i = 0; i < t->left; i++) {
+        if (t->p[i] != '.' && (t->p[i] < '0' || t->p[i] > '9'))
+            return false;
+    }
+    return t->left > 0;
+}
+
 /* Numbers between spaces, as many as there are, into a group's fields. */
 static void cube_machine_parse_row(struct cube_machine_text row,
                                    const char *ends,
@@ -15097,7 +15108,8 @@ static void cube_machine_parse_row(struct cube_machine_text row,
     for (size_t i = 0; i < count; i++) {
         if (!cube_machine_take(&row, ends, &word))
             break;
-        (void)cube_machine_set(&fields[i], base, word.p, word.left);
+        if (cube_machine_is_number(&word))
+            (void)cube_machine_set(&fields[i], base, word.p, word.left);
     }
 }
 

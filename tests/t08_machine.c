@@ -298,6 +298,19 @@ TEST(loadavg_has_three_averages_and_three_counts)
     CHECK_UINT(l.last_pid, 23382);
 }
 
+/* Found by fuzzing: a float was read by the function for JSON's numbers,
+ * which are checked before, and its exponent ran below all limits. */
+TEST(loadavg_that_is_no_number_is_zero)
+{
+    static const char text[] = "1e-e-e-e-e-e-e-e-e-e-e-e-e-e -1 x 8/195 \v\n";
+    struct cube_load l;
+
+    cube_machine_parse_load(text, strlen(text), &l);
+    CHECK(l.last1min == 0 && l.last5min == 0 && l.last15min == 0);
+    CHECK_UINT(l.process_running, 8);
+    CHECK_UINT(l.last_pid, 0);
+}
+
 TEST(cpu_use_is_the_busy_share_of_what_passed)
 {
     static const struct {
