@@ -59,6 +59,40 @@
  * Disk first. What a manager has answered with 201 is on disk; no byte that
  * depends on a change leaves the process before that change is.
  *
+ * The life of a task, with the function that does it, and its chapter:
+ *
+ *   asked for   cube_client_submit (13) sends POST /tasks;
+ *               cube_manager_post (12) reads it (cube_task_or_event_parse, 7),
+ *               refuses what can never run (cube_task_check, 7), and writes
+ *               a record: Pending (cube_manager_accept, 12)
+ *   kept        the turn ends: one commit for all its changes
+ *               (cube_commit_turn, 5), the disk syncs beside the loop
+ *               (cube_world_job_start, 1), and only then the 201 leaves
+ *               (cube_reply_kept, 7)
+ *   placed      cube_charge_reconcile (12) sees a record without a node and
+ *               asks cube_schedule (10); cube_charge_assign (12) writes node
+ *               and attempt: Scheduled. On disk as well, before
+ *   delivered   cube_charge_deliver (12) sends it to the worker, which keeps
+ *               it in the same way (cube_worker_order, cube_worker_take, 11)
+ *   started     cube_unit_reconcile (11) sees a record without a container:
+ *               cube_unit_start has the runtime (9) pull, create and start
+ *               one; cube_unit_started writes what came of it: Running
+ *   told        the change is a line in the worker's feed (cube_feed_push, 7),
+ *               cube_member_on_task (12) reads it, cube_charge_copy writes it
+ *               to the manager's record, whose own feed shows it to whoever
+ *               waits for it, such as `cube run`
+ *   watched     cube_health_check (7) asks it for its health. Sick or exited
+ *               it is Failed (cube_unit_record_exit, 11), and after a while
+ *               started again (cube_unit_record_restart, 11)
+ *   moved       five seconds of silence and its node is lost
+ *               (cube_member_lose, 12): Pending (cube_charge_displace), then
+ *               as above, with the next attempt; when the node comes back,
+ *               the old one is stopped (cube_charge_see_strays, 12)
+ *   stopped     cube_manager_delete (12) writes the wish, then 204;
+ *               cube_report_stop tells the worker, cube_unit_dispose (11)
+ *               stops and removes the container: Completed
+ *   forgotten   a week later: cube_worker_sweep (11), cube_manager_sweep (12)
+ *
  * Words. A task is what shall run; a node is a machine's worker as a manager
  * sees it; an attempt is one assignment of a task to a node, numbered. A
  * function's name says its chapter: cube_store_commit is of chapter 4. What
