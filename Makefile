@@ -20,11 +20,12 @@ PREFIX   ?= /usr/local
 BUILD    ?= build
 EXAMPLES ?= examples
 FUZZ_SECONDS ?= 20
+JOBS     ?= $(shell nproc)
 
 WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef \
        -Wmissing-prototypes -Wstrict-prototypes
 BASE = -std=c11 -pthread -I.
-TEST_CFLAGS ?= -O1 -g
+TEST_CFLAGS ?= -O0 -g
 COMPILE = $(CC) $(BASE) $(WARN) $(CPPFLAGS) $(CFLAGS) -MMD -MP
 COMPILE_TEST = $(CC) $(BASE) $(WARN) -Wno-unused-function $(CPPFLAGS) \
                $(TEST_CFLAGS) -MMD -MP
@@ -82,7 +83,8 @@ $(BUILD)/bench_%: tools/bench_%.c $(BUILD)/cube.o
 
 build-tests: $(examples) $(suites)
 
-test: build-tests               ## run all suites (TESTS="a b" for some)
+test:                           ## run all suites (TESTS="a b" for some)
+	@$(MAKE) --no-print-directory -j$(JOBS) build-tests
 	@CUBE_BIN=$(CURDIR)/$(EXAMPLES)/cube CUBE_BUILD=$(CURDIR)/$(BUILD) \
 	    tools/runtests $(or $(TESTS),$(suites) $(scripts))
 
