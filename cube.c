@@ -15481,10 +15481,104 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
 
 /* ==== Chapter 9. Runtimes ==== uses: 1 2 3 5 6 7 ==== */
 /*
- * (the essay of this chapter)
+ * What runs a task is somebody else's program: Docker's, Podman's, or the
+ * kernel. This chapter is the distance between what a worker wants to say
+ * ("run this, tell me when it ends") and what those speak.
+ *
+ * The problem is not the happy path, which is three requests (create, start,
+ * inspect). It is that each of them can be lost, half done or refused, and
+ * that two sorts of failure look alike and must not be treated alike:
+ *
+ *    the engine says no       no such image, port taken, no such command:
+ *                             the task fails, in the engine's own words
+ *    the engine is in trouble it restarts, hangs, answers 500 to everything:
+ *                             nothing is known; wait, and ask again later
+ *
+ * A lost answer leaves a container behind that nobody knows of. The simplest
+ * thing that works is not to remember anything, and to write on the container
+ * itself whose it is:
+ *
+ *    cube.task      the task's ID               cube.attempt  which assignment
+ *    cube.worker    the worker that started it  cube.restart  which restart
+ *    cube.cluster   its store                   cube.spec     the task's JSON
+ *
+ * A start begins with a look for those labels, and so can be repeated until it
+ * gets through; a worker that lost all its files adopts what runs from them.
+ * What was refused: names as identity (people rename, and two tasks may have
+ * one name), a file of container IDs (it is stale exactly when it is needed),
+ * and the engine's own restart policies (uncounted, and after a reboot they
+ * bring back what by then runs elsewhere).
+ *
+ * One start, from left to right; each word is a request, `look` and `make`
+ * answer for what an earlier try left behind:
+ *
+ *            old ones           404: no such image
+ *           +--- clear       +------- pull ---+
+ *           v      |         |                v
+ *    ---> look ----+------> make (create) ----+--> start --> inspect --> done
+ *           |                ^  |   409: next name    | no
+ *           |  ours          +--+                     v
+ *           +--------------> start or inspect       check --> discard --> no
+ *
+ * An engine's 5xx is a no only if the engine is otherwise well: after one,
+ * a harmless question (`probe`, `check`) is asked, and if that fails too the
+ * 5xx was trouble. The image is not asked for first: a create that finds none
+ * says so, which also serves an image that is deleted between two requests.
+ *
+ * Versions. Each request carries one in its path, and engines refuse what is
+ * too old or too new for them. The first thing said is GET /_ping, which
+ * needs none; from then on it is the smaller of the engine's and ours. A 400
+ * that speaks of old or new asks again: engines are upgraded under us.
+ *
+ * Events are hints, not facts. An event names a task to look at; a stream
+ * that was cut is opened again with a growing delay, and then anything may
+ * have happened: "look at everything". So no event has to be trusted or
+ * counted, and none that was lost matters.
+ *
+ * Podman speaks the same interface with an accent, known by a header of its
+ * ping: a taken name is a 500, an event filter on a label's name finds
+ * nothing (so events are filtered here), a failed start keeps its port until
+ * the container is deleted (so it is), a pull's errors come inside a 200.
+ *
+ * A typical sequence:
+ *
+ *    rt->ops->watch(rt, on_change, worker);
+ *    rt->ops->start(rt, &what, on_started, worker);    later: on_started
+ *    ... on_change(worker, task) ...
+ *    rt->ops->inspect(rt, id, on_inspected, worker);   later: on_inspected
+ *    rt->ops->stop(rt, id, 10000, on_stopped, worker);
+ *    rt->ops->remove(rt, id, on_removed, worker);
+ *
+ * Naive on purpose: `list` inspects one container after the other, a
+ * millisecond each on Docker; with thousands on one engine that would want a
+ * few at a time.
  */
 
+#define CUBE_DOCKER_API 1044            /* 1.44, the newest that we speak */
+#define CUBE_DOCKER_BODY_MAX (64 << 20) /* bytes of one answer */
+#define CUBE_DOCKER_OBJECT_MAX (1 << 20) /* bytes of one streamed object */
+#define CUBE_DOCKER_LAYERS_MAX 512      /* layers of an image that we count */
+#define CUBE_DOCKER_CONFIG_MAX (1 << 20) /* bytes of ~/.docker/config.json */
+#define CUBE_DOCKER_LABEL "cube.task"
+
+/* How long each kind of call may take before the engine counts as hung. */
+#define CUBE_DOCKER_PING_MS 10000
+#define CUBE_DOCKER_ASK_MS 30000    /* inspect, list */
+#define CUBE_DOCKER_DO_MS 120000    /* create, start, kill, remove */
+#define CUBE_DOCKER_PULL_MS 300000  /* silence of a pull */
+#define CUBE_DOCKER_PROGRESS_MS 300 /* between two words on a pull */
+#define CUBE_DOCKER_CHECK_MS 15000  /* between two pings while we watch */
+#define CUBE_DOCKER_AGAIN_MS 100    /* first delay of a reconnect, doubled */
+#define CUBE_DOCKER_AGAIN_MAX_MS 5000
+
 /* ---- The interface ---- */
+
+/* A log stream's part that all runtimes share; theirs follows it. */
+struct cube_logs {
+    cube_data_fn *on_data;
+    cube_done_fn *on_end;
+    void *arg;
+};
 
 CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err)
 {
@@ -15498,10 +15592,2179 @@ CUBE_API void cube_runtime_free(struct cube_runtime *rt)
         rt->ops->free(rt);
 }
 
+static void cube_container_init(struct cube_container *c)
+{
+    char **texts[] = {&c->id, &c->name, &c->task, &c->cluster, &c->worker,
+                      &c->spec, &c->error};
 
+    memset(c, 0, sizeof *c);
+    for (size_t i = 0; i < CUBE_COUNT(texts); i++)
+        *texts[i] = cube_text_dup("");
+    c->ports.is_null = true;
+}
+
+/* Frees what a container owns. */
+static void cube_container_clear(struct cube_container *c)
+{
+    char *texts[] = {c->id, c->name, c->task, c->cluster, c->worker, c->spec,
+                     c->error};
+
+    for (size_t i = 0; i < CUBE_COUNT(texts); i++)
+        cube_free(texts[i]);
+    cube_ports_free(&c->ports);
+    memset(c, 0, sizeof *c);
+}
+
+/* ---- A stream of JSON objects ----
+ *
+ * Events and pulls are objects, one after another, with or without newlines
+ * between them, in chunks that end where they like. Only braces outside of
+ * strings count; whether the object between them makes sense is the parser's
+ * question.
+ *
+ *    chunk 1            chunk 2
+ *    {"status":"Pu      lling"}{"status":"}"}
+ *                             ^1            ^2   each() at 1 and at 2
+ */
+struct cube_objects {
+    struct cube_buf buf; /* the object that is not complete yet */
+    int depth;
+    bool is_string, is_escaped;
+};
+
+typedef void cube_object_fn(void *arg, struct json_value_s *object);
+
+static void cube_objects_reset(struct cube_objects *o)
+{
+    cube_buf_clear(&o->buf);
+    o->depth = 0;
+    o->is_string = o->is_escaped = false;
+}
+
+/* Takes one byte; is an object complete with it? */
+static bool cube_objects_step(struct cube_objects *o, char c)
+{
+    if (o->is_string) {
+        if (!o->is_escaped && c == '"')
+            o->is_string = false;
+        o->is_escaped = !o->is_escaped && c == '\\';
+        return false;
+    }
+    if (c == '"')
+        o->is_string = true;
+    else if (c == '{')
+        o->depth++;
+    else if (c == '}' && o->depth > 0)
+        return --o->depth == 0;
+    return false;
+}
+
+/* Feeds the next bytes; `each` gets every object that they complete. Objects
+ * beyond the limit are cut out, and so are those that are no JSON. */
+static void cube_objects_feed(struct cube_objects *o, const char *p,
+                              size_t len, cube_object_fn *each, void *arg)
+{
+    size_t from = 0;
+
+    for (size_t i = 0; i < len; i++) {
+        struct json_value_s *object;
+
+        if (!cube_objects_step(o, p[i]))
+            continue;
+        cube_buf_add(&o->buf, p + from, i + 1 - from);
+        from = i + 1;
+        object = cube_json_parse(o->buf.data, o->buf.len, NULL);
+        cube_buf_clear(&o->buf);
+        if (object)
+            each(arg, object);
+        cube_json_free(object);
+    }
+    if (o->buf.len + (len - from) <= CUBE_DOCKER_OBJECT_MAX)
+        cube_buf_add(&o->buf, p + from, len - from);
+}
+
+/* ---- Containers, as an engine describes them ----
+ *
+ * What is read of GET /containers/{id}/json; all of it may be missing or null.
+ *
+ *    {"Id":"4e5f..","Name":"/web",
+ *     "State":{"Status":"exited","Running":false,"OOMKilled":true,
+ *              "ExitCode":137,"Error":"","StartedAt":"2025-...","FinishedAt":
+ *              "2025-..."},
+ *     "Config":{"Tty":false,"Labels":{"cube.task":"...","cube.spec":"..."}},
+ *     "NetworkSettings":{"Ports":{"80/tcp":[{"HostIp":"0.0.0.0",
+ *                                            "HostPort":"32768"}]}}}
+ */
+
+/* The text of a key, or "". */
+static const char *cube_docker_text(struct json_value_s *object,
+                                    const char *key)
+{
+    const char *s = cube_json_str(cube_json_get(object, key), NULL);
+
+    return s ? s : "";
+}
+
+static int64_t cube_docker_number(const char *text)
+{
+    uint64_t n;
+
+    return cube_text_u64(text, strlen(text), INT64_MAX, &n) ? 0 : (int64_t)n;
+}
+
+static bool cube_docker_is(struct json_value_s *object, const char *key)
+{
+    bool is = false;
+
+    return !cube_json_bool(cube_json_get(object, key), &is) && is;
+}
+
+static void cube_docker_read_labels(struct cube_container *c,
+                                    struct json_value_s *labels)
+{
+    cube_text_set(&c->task, cube_docker_text(labels, CUBE_DOCKER_LABEL));
+    cube_text_set(&c->cluster, cube_docker_text(labels, "cube.cluster"));
+    cube_text_set(&c->worker, cube_docker_text(labels, "cube.worker"));
+    cube_text_set(&c->spec, cube_docker_text(labels, "cube.spec"));
+    c->attempt = cube_docker_number(cube_docker_text(labels, "cube.attempt"));
+    c->restart = cube_docker_number(cube_docker_text(labels, "cube.restart"));
+}
+
+/* An engine has more words than we need: "paused" runs, "dead" does not. */
+static enum cube_box_state cube_docker_state(const char *status,
+                                             bool is_running)
+{
+    static const char *const before[] = {"created", "configured",
+                                         "initialized"};
+
+    if (is_running || !strcmp(status, "running") || !strcmp(status, "paused"))
+        return CUBE_BOX_RUNNING;
+    for (size_t i = 0; i < CUBE_COUNT(before); i++) {
+        if (!strcmp(status, before[i]))
+            return CUBE_BOX_CREATED;
+    }
+    return CUBE_BOX_EXITED;
+}
+
+static void cube_docker_read_state(struct cube_container *c,
+                                   struct json_value_s *state)
+{
+    int64_t code = 0;
+
+    c->state = cube_docker_state(cube_docker_text(state, "Status"),
+                                 cube_docker_is(state, "Running"));
+    (void)cube_json_i64(cube_json_get(state, "ExitCode"), &code);
+    c->exit_code = (int)code;
+    c->has_exit = c->state == CUBE_BOX_EXITED;
+    c->is_oom_killed = cube_docker_is(state, "OOMKilled");
+    cube_text_set(&c->error, c->is_oom_killed && c->has_exit && code != 0
+                                 ? "killed: out of memory"
+                                 : cube_docker_text(state, "Error"));
+    (void)cube_json_time(cube_json_get(state, "StartedAt"), &c->started);
+    (void)cube_json_time(cube_json_get(state, "FinishedAt"), &c->finished);
+    /* Engines note the two in two threads: a short one "ends" first. */
+    if (c->has_exit && cube_time_is_set(&c->started) &&
+        cube_time_to_ns(&c->finished) < cube_time_to_ns(&c->started))
+        c->finished = c->started;
+}
+
+/* Podman leaves the address of "everywhere" empty. */
+static void cube_docker_read_ports(struct cube_container *c,
+                                   struct json_value_s *ports)
+{
+    for (struct json_object_element_s *m = cube_json_members(ports); m;
+         m = m->next) {
+        struct cube_port *port = cube_port_slot(&c->ports, m->name->string);
+
+        if (!port)
+            return;
+        port->is_null = json_value_is_null(m->value);
+        for (struct json_array_element_s *i = cube_json_items(m->value); i;
+             i = i->next) {
+            const char *ip = cube_docker_text(i->value, "HostIp");
+
+            cube_port_add(port, *ip ? ip : "0.0.0.0",
+                          cube_docker_text(i->value, "HostPort"));
+        }
+    }
+}
+
+/* Fills an initialised container from an inspection. */
+static int cube_docker_read(struct cube_container *c, const char *json,
+                            size_t len, struct cube_err *err)
+{
+    struct cube_err why;
+    struct json_value_s *root = cube_json_parse(json, len, &why);
+    struct json_value_s *config = cube_json_get(root, "Config");
+    struct json_value_s *network = cube_json_get(root, "NetworkSettings");
+    const char *name = cube_docker_text(root, "Name");
+
+    if (!root)
+        return cube_fail(err, CUBE_EPROTO, "inspect: %s", why.text);
+    cube_text_set(&c->id, cube_docker_text(root, "Id"));
+    cube_text_set(&c->name, *name == '/' ? name + 1 : name);
+    cube_docker_read_labels(c, cube_json_get(config, "Labels"));
+    cube_docker_read_state(c, cube_json_get(root, "State"));
+    if (c->state == CUBE_BOX_RUNNING)
+        cube_docker_read_ports(c, cube_json_get(network, "Ports"));
+    cube_json_free(root);
+    if (!*c->id)
+        return cube_fail(err, CUBE_EPROTO, "inspect: no Id in the answer");
+    return 0;
+}
+
+/* ---- What to create ---- */
+
+/* The container's name for a task's: `web`, then `web-1a2b3c4d` when somebody
+ * has that, then "", which lets the engine choose. Engines want two characters
+ * at least of [a-zA-Z0-9][a-zA-Z0-9_.-]*. */
+static void cube_docker_name(const struct cube_task *t, int try,
+                             struct cube_buf *out)
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyz"
+                                "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-";
+
+    cube_buf_clear(out);
+    cube_buf_puts(out, "");
+    if (try > 1)
+        return;
+    for (const char *p = t->name; *p && out->len < 200; p++)
+        cube_buf_addc(out, strchr(plain, *p) ? *p : '-');
+    while (out->len > 0 && strchr("_.-", *out->data))
+        cube_buf_drop(out, 1);
+    if (out->len == 0)
+        cube_buf_puts(out, "cube");
+    if (try > 0 || out->len < 2 || !*t->name)
+        cube_buf_printf(out, "-%.8s", t->id);
+}
+
+static void cube_docker_put_texts(struct cube_buf *out, const char *key,
+                                  const struct cube_texts *texts)
+{
+    if (texts->count == 0)
+        return;
+    cube_buf_printf(out, ",\"%s\":", key);
+    for (size_t i = 0; i < texts->count; i++) {
+        cube_buf_addc(out, i == 0 ? '[' : ',');
+        cube_json_put_text(out, texts->list[i]);
+    }
+    cube_buf_addc(out, ']');
+}
+
+static const char *cube_docker_host_port(const struct cube_task *t,
+                                         const char *port)
+{
+    char full[64], other[64];
+
+    cube_port_full(port, full);
+    for (size_t i = 0; i < t->port_bindings.count; i++) {
+        cube_port_full(t->port_bindings.list[i].port, other);
+        if (!strcmp(full, other))
+            return t->port_bindings.list[i].host_port;
+    }
+    return NULL;
+}
+
+/* Each port of the task once: those exposed, then those only published. */
+static void cube_docker_put_exposed(struct cube_buf *out,
+                                    const struct cube_task *t)
+{
+    const char *comma = "";
+    char full[64];
+
+    cube_buf_puts(out, ",\"ExposedPorts\":{");
+    for (size_t i = 0; i < t->exposed_ports.count; i++) {
+        if (cube_docker_host_port(t, t->exposed_ports.list[i]))
+            continue;
+        cube_port_full(t->exposed_ports.list[i], full);
+        cube_buf_puts(out, comma);
+        cube_json_put_text(out, full);
+        cube_buf_puts(out, ":{}");
+        comma = ",";
+    }
+    for (size_t i = 0; i < t->port_bindings.count; i++) {
+        cube_port_full(t->port_bindings.list[i].port, full);
+        cube_buf_puts(out, comma);
+        cube_json_put_text(out, full);
+        cube_buf_puts(out, ":{}");
+        comma = ",";
+    }
+    cube_buf_addc(out, '}');
+}
+
+/* Does the engine have to choose host ports? For a port that is exposed and
+ * not published, and, as the Go program has it, for those that the image
+ * exposes when the task says nothing about ports. */
+static bool cube_docker_is_publishing_all(const struct cube_task *t)
+{
+    for (size_t i = 0; i < t->exposed_ports.count; i++) {
+        if (!cube_docker_host_port(t, t->exposed_ports.list[i]))
+            return true;
+    }
+    return t->port_bindings.count == 0;
+}
+
+static void cube_docker_put_host(struct cube_buf *out,
+                                 const struct cube_task *t)
+{
+    char full[64];
+
+    cube_buf_printf(out, ",\"HostConfig\":{\"PublishAllPorts\":%s",
+                    cube_docker_is_publishing_all(t) ? "true" : "false");
+    if (t->mem_bytes > 0)
+        cube_buf_printf(out, ",\"Memory\":%lld", (long long)t->mem_bytes);
+    if (t->cpu > 0)
+        cube_buf_printf(out, ",\"NanoCpus\":%lld",
+                        (long long)(t->cpu * 1e9 + 0.5));
+    cube_buf_puts(out, ",\"PortBindings\":{");
+    for (size_t i = 0; i < t->port_bindings.count; i++) {
+        cube_port_full(t->port_bindings.list[i].port, full);
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, full);
+        cube_buf_puts(out, ":[{\"HostPort\":");
+        cube_json_put_text(out, t->port_bindings.list[i].host_port);
+        cube_buf_puts(out, "}]");
+    }
+    cube_buf_puts(out, "}}");
+}
+
+static void cube_docker_put_labels(struct cube_buf *out,
+                                   const struct cube_start *what)
+{
+    struct cube_buf spec = {0};
+
+    cube_task_print(what->task, &spec);
+    cube_buf_printf(out, ",\"Labels\":{\"" CUBE_DOCKER_LABEL "\":\"%s\"",
+                    what->task->id);
+    cube_buf_puts(out, ",\"cube.cluster\":");
+    cube_json_put_text(out, what->cluster);
+    cube_buf_puts(out, ",\"cube.worker\":");
+    cube_json_put_text(out, what->worker);
+    cube_buf_printf(out, ",\"cube.attempt\":\"%lld\",\"cube.restart\":\"%lld\"",
+                    (long long)what->attempt,
+                    (long long)what->task->restart_count);
+    cube_buf_puts(out, ",\"cube.spec\":");
+    cube_json_put_str(out, spec.data, spec.len);
+    cube_buf_addc(out, '}');
+    cube_buf_free(&spec);
+}
+
+/* The body of a create. */
+static void cube_docker_spec(const struct cube_start *what,
+                             struct cube_buf *out)
+{
+    cube_buf_clear(out);
+    cube_buf_puts(out, "{\"Image\":");
+    cube_json_put_text(out, what->task->image);
+    cube_docker_put_texts(out, "Cmd", &what->task->cmd);
+    cube_docker_put_texts(out, "Env", &what->task->env);
+    cube_docker_put_labels(out, what);
+    cube_docker_put_exposed(out, what->task);
+    cube_docker_put_host(out, what->task);
+    cube_buf_addc(out, '}');
+}
+
+/* ---- Images and credentials ---- */
+
+/* The query that pulls an image: "nginx" is its tag latest, a digest goes
+ * where the tag goes. */
+static void cube_docker_put_image(struct cube_buf *out, const char *image)
+{
+    const char *slash = strrchr(image, '/');
+    const char *at = strchr(image, '@');
+    const char *colon = strrchr(slash ? slash : image, ':');
+    struct cube_buf name = {0};
+
+    if (at)
+        colon = memchr(slash ? slash : image, ':',
+                       (size_t)(at - (slash ? slash : image)));
+    cube_buf_add(&name, image,
+                 colon ? (size_t)(colon - image)
+                       : at ? (size_t)(at - image) : strlen(image));
+    cube_buf_puts(out, "fromImage=");
+    cube_http_encode(out, name.data);
+    cube_buf_puts(out, "&tag=");
+    cube_http_encode(out, at ? at + 1 : colon ? colon + 1 : "latest");
+    cube_buf_free(&name);
+}
+
+/* The registry of an image: what stands before the first slash, if it looks
+ * like a host, else Docker's own. */
+static void cube_registry_of(const char *image, struct cube_buf *out)
+{
+    size_t len = strcspn(image, "/");
+    bool is_host = image[len] == '/' &&
+                   (memchr(image, '.', len) || memchr(image, ':', len) ||
+                    cube_text_is(image, len, "localhost"));
+
+    cube_buf_clear(out);
+    if (is_host && !cube_text_is(image, len, "docker.io"))
+        cube_buf_add(out, image, len);
+    else
+        cube_buf_puts(out, "index.docker.io");
+}
+
+/* Keys of `auths` are hosts or addresses: "https://index.docker.io/v1/". */
+static bool cube_registry_is(const char *key, const char *registry)
+{
+    const char *host = strstr(key, "://");
+
+    host = host ? host + 3 : key;
+    return cube_text_is(host, strcspn(host, "/"), registry);
+}
+
+/*
+ * The header X-Registry-Auth: base64url of {"username","password",
+ * "serveraddress"}, made of an entry of `auths`, which has user and password
+ * as base64 of "user:password", or in two fields, or as a token.
+ */
+static void cube_registry_header(struct json_value_s *entry,
+                                 const char *registry, struct cube_buf *out)
+{
+    const char *auth = cube_docker_text(entry, "auth"), *colon;
+    const char *token = cube_docker_text(entry, "identitytoken");
+    struct cube_buf plain = {0}, json = {0};
+
+    if (*auth && !cube_base64_decode(&plain, auth, strlen(auth)) &&
+        plain.len > 0 && (colon = memchr(plain.data, ':', plain.len)))
+        plain.data[colon - plain.data] = 0;
+    else
+        colon = NULL;
+    cube_buf_puts(&json, "{\"username\":");
+    cube_json_put_text(&json, colon ? plain.data
+                                    : cube_docker_text(entry, "username"));
+    cube_buf_puts(&json, ",\"password\":");
+    cube_json_put_text(&json, colon ? colon + 1
+                                    : cube_docker_text(entry, "password"));
+    cube_buf_puts(&json, ",\"serveraddress\":");
+    cube_json_put_text(&json, registry);
+    if (*token) {
+        cube_buf_puts(&json, ",\"identitytoken\":");
+        cube_json_put_text(&json, token);
+    }
+    cube_buf_addc(&json, '}');
+    cube_base64_encode(out, json.data, json.len, true);
+    cube_buf_free(&plain);
+    cube_buf_free(&json);
+}
+
+/* What the user of this process has told `docker login` about the registry of
+ * `image`; leaves `out` empty when that is nothing. Read at each pull: people
+ * log in while we run. */
+static void cube_registry_auth(const struct cube_world *w, const char *image,
+                               struct cube_buf *out)
+{
+    const char *dir = w->env(w->ctx, "DOCKER_CONFIG");
+    const char *home = w->env(w->ctx, "HOME");
+    struct cube_buf path = {0}, text = {0}, registry = {0};
+    struct json_value_s *root = NULL;
+
+    cube_buf_printf(&path, "%s%s/config.json", dir ? dir : home ? home : "",
+                    dir ? "" : "/.docker");
+    if (!cube_file_read(w, path.data, &text, CUBE_DOCKER_CONFIG_MAX, NULL))
+        root = cube_json_parse(text.data, text.len, NULL);
+    cube_registry_of(image, &registry);
+    for (struct json_object_element_s *m =
+             cube_json_members(cube_json_get(root, "auths"));
+         m && out->len == 0; m = m->next) {
+        if (cube_registry_is(m->name->string, registry.data))
+            cube_registry_header(m->value, registry.data, out);
+    }
+    cube_json_free(root);
+    cube_buf_free(&path);
+    cube_buf_free(&text);
+    cube_buf_free(&registry);
+}
+
+/* ---- A pull's progress ----
+ *
+ *    {"status":"Pulling from library/nginx","id":"latest"}
+ *    {"status":"Pulling fs layer","progressDetail":{},"id":"a2abf6c4d29d"}
+ *    {"status":"Downloading","progressDetail":{"current":262,"total":9100},
+ *     "id":"a2abf6c4d29d"}
+ *    {"status":"Pull complete","progressDetail":{},"id":"a2abf6c4d29d"}
+ *    {"errorDetail":{"message":"..."},"error":"..."}
+ */
+struct cube_layer {
+    char *id;
+    int64_t bytes; /* downloaded */
+    bool is_done;
+};
+
+struct cube_pull {
+    struct cube_objects objects;
+    struct cube_layer *layers;
+    size_t count;
+    char *error; /* NULL: none came */
+    bool is_podman; /* which says no more of a layer once it has come */
+};
+
+static void cube_pull_clear(struct cube_pull *p)
+{
+    for (size_t i = 0; i < p->count; i++)
+        cube_free(p->layers[i].id);
+    cube_free(p->layers);
+    cube_free(p->error);
+    cube_buf_free(&p->objects.buf);
+    memset(p, 0, sizeof *p);
+}
+
+/* Linear search: an image has a dozen layers. */
+static struct cube_layer *cube_pull_layer(struct cube_pull *p, const char *id)
+{
+    for (size_t i = 0; i < p->count; i++) {
+        if (!strcmp(p->layers[i].id, id))
+            return &p->layers[i];
+    }
+    if (p->count == CUBE_DOCKER_LAYERS_MAX)
+        return NULL;
+    p->layers = cube_resize(p->layers, (p->count + 1) * sizeof *p->layers);
+    p->layers[p->count] = (struct cube_layer){cube_text_dup(id), 0, false};
+    return &p->layers[p->count++];
+}
+
+/* One line of a pull. */
+static void cube_pull_line(void *arg, struct json_value_s *line)
+{
+    struct cube_pull *p = arg;
+    const char *status = cube_docker_text(line, "status");
+    const char *id = cube_docker_text(line, "id");
+    struct json_value_s *detail = cube_json_get(line, "progressDetail");
+    struct cube_layer *layer;
+
+    if (cube_json_get(line, "error")) {
+        const char *error = cube_docker_text(line, "error");
+
+        if (!p->error)
+            p->error = cube_text_dup(*error ? error : "it failed");
+        return;
+    }
+    if (!*id || cube_text_starts(status, "Pulling from"))
+        return;
+    layer = cube_pull_layer(p, id);
+    if (!layer)
+        return;
+    if (!strcmp(status, "Downloading"))
+        (void)cube_json_i64(cube_json_get(detail, "current"), &layer->bytes);
+    if (!strcmp(status, "Pull complete") ||
+        !strcmp(status, "Already exists") ||
+        (p->is_podman && !strcmp(status, "Download complete")))
+        layer->is_done = true;
+}
+
+/* "pulling nginx:latest: 3 of 5 layers, 12.3 MB" */
+static void cube_pull_words(const struct cube_pull *p, const char *image,
+                            struct cube_buf *out)
+{
+    size_t done = 0;
+    double bytes = 0;
+
+    for (size_t i = 0; i < p->count; i++) {
+        done += p->layers[i].is_done;
+        bytes += (double)p->layers[i].bytes;
+    }
+    cube_buf_clear(out);
+    cube_buf_printf(out, "pulling %s", image);
+    if (p->count > 0)
+        cube_buf_printf(out, ": %zu of %zu layer%s", done, p->count,
+                        p->count == 1 ? "" : "s");
+    if (bytes >= 1e5)
+        cube_buf_printf(out, ", %.1f MB", bytes / 1e6);
+}
+
+/* ---- Talking to an engine ----
+ *
+ * An op is something that was asked of the engine and takes one request after
+ * another, never two at once. It waits while the version is not known, and is
+ * called back with each answer until it ends itself:
+ *
+ *            ask                version known            answer
+ *    (idle) -----> (waiting) ------------------> (sent) ---------> on_answer
+ *       ^             ^                             |                 |
+ *       |             +---- 400: other version -----+                 |
+ *       +---------------------- ask the next one <--------------------+
+ */
+struct cube_docker;
+struct cube_docker_op;
+
+/* `trouble` set: no (complete) answer came, and nothing else counts. */
+struct cube_docker_answer {
+    int status;
+    const char *body;
+    size_t len;
+    const struct cube_http_head *head;
+    const struct cube_err *trouble;
+};
+
+typedef void cube_docker_answer_fn(struct cube_docker_op *op,
+                                   const struct cube_docker_answer *a);
+typedef void cube_docker_piece_fn(struct cube_docker_op *op, const char *p,
+                                  size_t len);
+
+/* The first part of each struct below; lives in docker->ops. */
+struct cube_docker_op {
+    struct cube_list link;
+    struct cube_docker *d;
+    void (*free)(struct cube_docker_op *op); /* of the whole struct */
+    cube_docker_answer_fn *on_answer;
+    cube_docker_piece_fn *on_piece; /* set: a 200's body comes in pieces */
+    struct cube_http_call *call;    /* sent */
+    bool is_waiting;                /* for the version */
+    bool is_again;                  /* its version was refused once */
+    unsigned round;                 /* of the waiting */
+    const char *method;
+    struct cube_buf target, body, auth;
+    struct cube_buf said; /* the body of a streamed answer that is no 200 */
+    int timeout_ms, idle_timeout_ms;
+    int status;           /* of a streamed answer whose head has come */
+};
+
+/* What is asked of events; one a runtime. */
+struct cube_docker_watch {
+    struct cube_docker_op op, ping;
+    struct cube_timer again, check;
+    int64_t delay_ms;
+    struct cube_objects objects;
+    cube_change_fn *fn; /* NULL: nobody watches */
+    void *arg;
+};
+
+struct cube_docker {
+    struct cube_runtime rt;
+    struct cube_http_client *client;
+    char *where;
+    struct cube_list ops;
+    struct cube_docker_op hello; /* asks for version and name */
+    int version;                 /* 1041 is 1.41; 0: not known */
+    int least;                   /* the engine refused what is below */
+    bool is_podman;
+    bool is_down;                /* and it was said in the log */
+    unsigned round;
+    struct cube_docker_watch watch;
+};
+
+/* Mutual recursion: a request may first need the version, and the version is
+ * asked for by a request. */
+static void cube_docker_greet(struct cube_docker *d);
+
+static struct cube_docker *cube_docker_of(struct cube_runtime *rt)
+{
+    return CUBE_OF(rt, struct cube_docker, rt);
+}
+
+static void cube_docker_op_init(struct cube_docker *d,
+                                struct cube_docker_op *op,
+                                cube_docker_answer_fn *on_answer,
+                                void (*free)(struct cube_docker_op *op))
+{
+    memset(op, 0, sizeof *op);
+    op->d = d;
+    op->on_answer = on_answer;
+    op->free = free;
+    cube_list_add(&d->ops, &op->link);
+}
+
+/* Gives up what it has asked; no answer comes. */
+static void cube_docker_op_cancel(struct cube_docker_op *op)
+{
+    if (op->call)
+        cube_http_call_cancel(op->call);
+    op->call = NULL;
+    op->is_waiting = false;
+}
+
+/* Frees what an op holds, but not the struct it is in. */
+static void cube_docker_op_clear(struct cube_docker_op *op)
+{
+    cube_docker_op_cancel(op);
+    cube_list_remove(&op->link);
+    cube_buf_free(&op->target);
+    cube_buf_free(&op->body);
+    cube_buf_free(&op->auth);
+    cube_buf_free(&op->said);
+}
+
+/* Says in the log, once each time, that the engine is gone or back. */
+static void cube_docker_notice(struct cube_docker *d,
+                               const struct cube_docker_answer *a)
+{
+    d->rt.is_up = !a->trouble && a->status < 500;
+    if (a->trouble && !d->is_down) {
+        cube_log(d->rt.loop, CUBE_WARN, "the engine at %s does not answer: %s",
+                 d->where, a->trouble->text);
+        d->is_down = true;
+    } else if (d->rt.is_up && d->is_down) {
+        cube_log(d->rt.loop, CUBE_INFO, "the engine at %s answers again",
+                 d->where);
+        d->is_down = false;
+    }
+}
+
+/* "1.41" is 1041; 0 for what is no version. */
+static int cube_docker_version(const char *text)
+{
+    size_t major = strspn(text, "0123456789");
+    size_t minor;
+    uint64_t a, b;
+
+    if (text[major] != '.')
+        return 0;
+    minor = strspn(text + major + 1, "0123456789");
+    if (cube_text_u64(text, major, 1000, &a) ||
+        cube_text_u64(text + major + 1, minor, 999, &b))
+        return 0;
+    return (int)(a * 1000 + b);
+}
+
+/* Does this 400 refuse our version? Then it may say, in JSON or in plain
+ * text, which one the engine wants: "client version 1.12 is too old. Minimum
+ * supported API version is 1.44, please upgrade". */
+static bool cube_docker_is_other_version(struct cube_docker *d,
+                                         const struct cube_docker_answer *a)
+{
+    static const char least[] = "Minimum supported API version is ";
+    const char *found;
+
+    if (a->trouble || a->status != 400)
+        return false;
+    if (!strstr(a->body, "is too old") && !strstr(a->body, "is too new"))
+        return false;
+    found = strstr(a->body, least);
+    d->least = found ? cube_docker_version(found + sizeof least - 1) : 0;
+    return true;
+}
+
+static void cube_docker_on_head(void *arg, const struct cube_http_head *head)
+{
+    struct cube_docker_op *op = arg;
+
+    op->status = cube_http_head_status(head);
+    if (op->status == 200)
+        op->on_piece(op, "", 0);
+}
+
+static void cube_docker_on_data(void *arg, const char *p, size_t len)
+{
+    struct cube_docker_op *op = arg;
+
+    if (op->status == 200)
+        op->on_piece(op, p, len);
+    else if (op->said.len + len <= CUBE_DOCKER_OBJECT_MAX)
+        cube_buf_add(&op->said, p, len);
+}
+
+/* Whatever keeps an answer from coming is trouble of the engine, a socket that
+ * is not there and one that we may not open included. */
+static void cube_docker_on_done(void *arg, const struct cube_http_answer *from)
+{
+    struct cube_docker_op *op = arg;
+    struct cube_docker_answer a = {from->status, from->body, from->body_len,
+                                   from->head, NULL};
+    struct cube_err trouble;
+
+    op->call = NULL;
+    if (op->on_piece && op->said.len > 0) {
+        a.body = op->said.data;
+        a.len = op->said.len;
+    }
+    if (from->err) {
+        trouble = *from->err;
+        if (!cube_runtime_is_trouble(&trouble))
+            trouble.code = CUBE_ECONN;
+        a.trouble = &trouble;
+    }
+    if (!op->is_again && op != &op->d->hello &&
+        cube_docker_is_other_version(op->d, &a)) {
+        op->is_again = op->is_waiting = true;
+        op->round = op->d->round;
+        op->d->version = 0;
+        cube_docker_greet(op->d);
+        return;
+    }
+    cube_docker_notice(op->d, &a);
+    op->on_answer(op, &a);
+}
+
+static void cube_docker_send(struct cube_docker_op *op)
+{
+    struct cube_docker *d = op->d;
+    const char *headers[] = {"X-Registry-Auth", op->auth.data, NULL};
+    struct cube_http_request r = {0};
+    struct cube_buf target = {0};
+
+    if (op == &d->hello)
+        cube_buf_puts(&target, op->target.data);
+    else
+        cube_buf_printf(&target, "/v%d.%d%s", d->version / 1000,
+                        d->version % 1000, op->target.data);
+    r.method = op->method;
+    r.target = target.data;
+    r.headers = op->auth.len > 0 ? headers : NULL;
+    r.body = op->body.data;
+    r.body_len = op->body.len;
+    r.timeout_ms = op->timeout_ms;
+    r.idle_timeout_ms = op->idle_timeout_ms;
+    r.max_body = CUBE_DOCKER_BODY_MAX;
+    r.on_head = op->on_piece ? cube_docker_on_head : NULL;
+    r.on_data = op->on_piece ? cube_docker_on_data : NULL;
+    r.on_done = cube_docker_on_done;
+    r.arg = op;
+    op->status = 0;
+    cube_buf_clear(&op->said);
+    op->call = cube_http_call(d->client, &r);
+    cube_buf_free(&target);
+}
+
+/* Sends what op->method, target, body and auth say, once the version is
+ * known. */
+static void cube_docker_ask(struct cube_docker_op *op, int timeout_ms,
+                            int idle_timeout_ms)
+{
+    op->timeout_ms = timeout_ms;
+    op->idle_timeout_ms = idle_timeout_ms;
+    op->is_again = false;
+    if (op->d->version > 0) {
+        cube_docker_send(op);
+        return;
+    }
+    op->is_waiting = true;
+    op->round = op->d->round;
+    cube_docker_greet(op->d);
+}
+
+/* The plain case: a method, "/containers/%s/json" and the ID. */
+static void cube_docker_ask_id(struct cube_docker_op *op, const char *method,
+                               const char *before, const char *id,
+                               const char *after, int timeout_ms)
+{
+    op->method = method;
+    cube_buf_clear(&op->target);
+    cube_buf_clear(&op->body);
+    cube_buf_clear(&op->auth);
+    cube_buf_puts(&op->target, before);
+    cube_http_encode(&op->target, id);
+    cube_buf_puts(&op->target, after);
+    cube_docker_ask(op, timeout_ms, 0);
+}
+
+/* ---- The engine's words ---- */
+
+/* What an answer that is no success says: `message` of its JSON, else the
+ * text itself, else its number. */
+static void cube_docker_words(const struct cube_docker_answer *a,
+                              struct cube_buf *out)
+{
+    struct json_value_s *root = cube_json_parse(a->body, a->len, NULL);
+    const char *message = cube_docker_text(root, "message");
+
+    cube_buf_clear(out);
+    cube_buf_puts(out, *message ? message : root ? "" : a->body);
+    while (out->len > 0 && strchr("\r\n ", out->data[out->len - 1]))
+        out->data[--out->len] = 0;
+    if (out->len == 0)
+        cube_buf_printf(out, "the engine answered with status %d", a->status);
+    cube_json_free(root);
+}
+
+/* The error that an answer is: trouble as it came, a 5xx as trouble, else a
+ * no of its kind. Always -1. */
+static int cube_docker_fail(const struct cube_docker_answer *a,
+                            const char *what, struct cube_err *err)
+{
+    struct cube_buf words = {0};
+    enum cube_code code = CUBE_EINVAL;
+
+    if (a->trouble) {
+        *err = *a->trouble;
+        return -1;
+    }
+    if (a->status >= 500)
+        code = CUBE_EIO;
+    else if (a->status == 404)
+        code = CUBE_ENOENT;
+    else if (a->status == 409)
+        code = CUBE_EBUSY;
+    else if (a->status == 401 || a->status == 403)
+        code = CUBE_EACCES;
+    else if (a->status < 400) /* not what this call answers with */
+        code = CUBE_EPROTO;
+    cube_docker_words(a, &words);
+    (void)cube_fail(err, code, "%s: %s", what, words.data);
+    cube_buf_free(&words);
+    return -1;
+}
+
+/* ---- Greeting: version and name ---- */
+
+/* Lets those go on that waited for the version; `a` set: there is none. Only
+ * those that waited before this, since a callback may ask anew. */
+static void cube_docker_wait_over(struct cube_docker *d,
+                                  const struct cube_docker_answer *a)
+{
+    unsigned round = d->round++;
+    struct cube_list *at = d->ops.next;
+
+    while (at != &d->ops) {
+        struct cube_docker_op *op = CUBE_OF(at, struct cube_docker_op, link);
+
+        at = at->next;
+        if (!op->is_waiting || op->round != round)
+            continue;
+        op->is_waiting = false;
+        if (!a) {
+            cube_docker_send(op);
+            continue;
+        }
+        op->on_answer(op, a);
+        at = d->ops.next; /* that may have freed any of them */
+    }
+}
+
+/* GET /info tells who it is; nothing but words depends on it. Podman makes up
+ * an ID for each answer, so there its storage on its host is who it is. */
+static void cube_docker_on_info(struct cube_docker_op *op,
+                                const struct cube_docker_answer *a)
+{
+    struct cube_docker *d = op->d;
+    struct json_value_s *root = NULL;
+    struct cube_buf text = {0};
+
+    if (!a->trouble && a->status == 200)
+        root = cube_json_parse(a->body, a->len, NULL);
+    cube_buf_printf(&text, "%s %s at %s",
+                    d->is_podman ? "Podman" : "Docker Engine",
+                    cube_docker_text(root, "ServerVersion"), d->where);
+    if (root)
+        cube_text_set(&d->rt.words, text.data);
+    cube_buf_clear(&text);
+    cube_buf_printf(&text, "podman:%s:%s", cube_docker_text(root, "Name"),
+                    cube_docker_text(root, "DockerRootDir"));
+    if (root)
+        cube_text_set(&d->rt.engine_id, d->is_podman
+                                            ? text.data
+                                            : cube_docker_text(root, "ID"));
+    cube_buf_free(&text);
+    cube_json_free(root);
+    cube_docker_wait_over(d, NULL);
+}
+
+static void cube_docker_on_hello(struct cube_docker_op *op,
+                                 const struct cube_docker_answer *a)
+{
+    struct cube_docker *d = op->d;
+    struct cube_docker_answer no = *a;
+    struct cube_err err;
+    const char *text;
+
+    if (a->trouble || a->status != 200) {
+        (void)cube_docker_fail(a, "greet the engine", &err);
+        if (!cube_runtime_is_trouble(&err))
+            err.code = CUBE_EPROTO;
+        no.trouble = &err;
+        cube_docker_wait_over(d, &no);
+        return;
+    }
+    text = cube_http_head_get(a->head, "Api-Version");
+    d->version = text ? cube_docker_version(text) : 0;
+    if (d->version == 0 || d->version > CUBE_DOCKER_API)
+        d->version = CUBE_DOCKER_API;
+    if (d->version < d->least)
+        d->version = d->least;
+    d->is_podman = cube_http_head_get(a->head, "Libpod-Api-Version") != NULL;
+    d->rt.name = d->is_podman ? "podman" : "docker";
+    op->on_answer = cube_docker_on_info;
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/info");
+    op->timeout_ms = CUBE_DOCKER_ASK_MS;
+    cube_docker_send(op);
+}
+
+static void cube_docker_greet(struct cube_docker *d)
+{
+    struct cube_docker_op *op = &d->hello;
+
+    if (op->call)
+        return;
+    op->on_answer = cube_docker_on_hello;
+    op->method = "GET";
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/_ping");
+    op->timeout_ms = CUBE_DOCKER_PING_MS;
+    cube_docker_send(op);
+}
+
+/* ---- Plain questions: stop, kill, remove, inspect ---- */
+
+/* What answers count as success beside 2xx, and what the words begin with. */
+struct cube_docker_verb {
+    const char *name;
+    int fine[3];
+};
+
+static const struct cube_docker_verb cube_docker_stop_verb = {
+    "stop", {304, 404, 0}}; /* ended already; gone */
+static const struct cube_docker_verb cube_docker_kill_verb = {
+    "kill", {409, 404, 0}}; /* does not run; gone */
+static const struct cube_docker_verb cube_docker_remove_verb = {
+    "remove", {404, 0, 0}};
+static const struct cube_docker_verb cube_docker_inspect_verb = {
+    "inspect", {0, 0, 0}};
+
+/* One of the callbacks is set. */
+struct cube_docker_plain {
+    struct cube_docker_op op;
+    const struct cube_docker_verb *verb;
+    char *id;
+    cube_done_fn *on_done;
+    cube_container_fn *on_container;
+    cube_text_fn *on_text;
+    void *arg;
+};
+
+static void cube_docker_plain_free(struct cube_docker_op *op)
+{
+    struct cube_docker_plain *p = CUBE_OF(op, struct cube_docker_plain, op);
+
+    cube_docker_op_clear(op);
+    cube_free(p->id);
+    cube_free(p);
+}
+
+/* Reports, and is gone. */
+static void cube_docker_plain_end(struct cube_docker_plain *p,
+                                  const struct cube_docker_answer *a,
+                                  const struct cube_err *err)
+{
+    struct cube_container c;
+    struct cube_err why;
+
+    cube_container_init(&c);
+    if (!err && p->on_container && cube_docker_read(&c, a->body, a->len, &why))
+        err = &why;
+    if (p->on_done)
+        p->on_done(p->arg, err);
+    else if (p->on_text)
+        p->on_text(p->arg, err ? NULL : a->body, err ? 0 : a->len, err);
+    else
+        p->on_container(p->arg, err ? NULL : &c, err);
+    cube_container_clear(&c);
+    cube_docker_plain_free(&p->op);
+}
+
+static bool cube_docker_is_fine(const struct cube_docker_verb *verb,
+                                const struct cube_docker_answer *a)
+{
+    if (a->trouble)
+        return false;
+    if (a->status / 100 == 2)
+        return true;
+    for (size_t i = 0; i < CUBE_COUNT(verb->fine) && verb->fine[i]; i++) {
+        if (a->status == verb->fine[i])
+            return true;
+    }
+    return false;
+}
+
+/* After a kill that the engine failed: if the container does not run, it is
+ * as well. (Podman answers so, with a 500, for one that has ended.) */
+static void cube_docker_on_kill_check(struct cube_docker_op *op,
+                                      const struct cube_docker_answer *a)
+{
+    struct cube_docker_plain *p = CUBE_OF(op, struct cube_docker_plain, op);
+    struct cube_container c;
+    struct cube_err err;
+    bool is_ended = !a->trouble && a->status == 404;
+
+    cube_container_init(&c);
+    if (!a->trouble && a->status == 200 &&
+        !cube_docker_read(&c, a->body, a->len, NULL))
+        is_ended = c.state != CUBE_BOX_RUNNING;
+    cube_container_clear(&c);
+    if (!is_ended && (a->trouble || a->status != 200))
+        (void)cube_docker_fail(a, "kill", &err);
+    else
+        (void)cube_fail(&err, CUBE_EIO, "kill: it still runs");
+    cube_docker_plain_end(p, a, is_ended ? NULL : &err);
+}
+
+static void cube_docker_on_plain(struct cube_docker_op *op,
+                                 const struct cube_docker_answer *a)
+{
+    struct cube_docker_plain *p = CUBE_OF(op, struct cube_docker_plain, op);
+    struct cube_err err;
+
+    if (cube_docker_is_fine(p->verb, a)) {
+        cube_docker_plain_end(p, a, NULL);
+        return;
+    }
+    if (p->verb == &cube_docker_kill_verb && !a->trouble) {
+        op->on_answer = cube_docker_on_kill_check;
+        cube_docker_ask_id(op, "GET", "/containers/", p->id, "/json",
+                           CUBE_DOCKER_ASK_MS);
+        return;
+    }
+    (void)cube_docker_fail(a, p->verb->name, &err);
+    if (p->verb == &cube_docker_remove_verb && err.code == CUBE_EBUSY)
+        err.code = CUBE_EIO; /* somebody else is at it: ask again */
+    cube_docker_plain_end(p, a, &err);
+}
+
+static struct cube_docker_plain *
+cube_docker_plain_new(struct cube_runtime *rt,
+                      const struct cube_docker_verb *verb, const char *id,
+                      void *arg)
+{
+    struct cube_docker_plain *p = cube_alloc(sizeof *p);
+
+    cube_docker_op_init(cube_docker_of(rt), &p->op, cube_docker_on_plain,
+                        cube_docker_plain_free);
+    p->verb = verb;
+    p->id = cube_text_dup(id);
+    p->arg = arg;
+    return p;
+}
+
+/* The engine counts the grace in seconds, and answers when it is over. */
+static void cube_docker_stop(struct cube_runtime *rt, const char *id,
+                             int64_t grace_ms, cube_done_fn *fn, void *arg)
+{
+    struct cube_docker_plain *p =
+        cube_docker_plain_new(rt, &cube_docker_stop_verb, id, arg);
+    int64_t seconds = grace_ms <= 0         ? 0
+                      : grace_ms > 86400000 ? 86400
+                                            : (grace_ms + 999) / 1000;
+    char after[40];
+
+    p->on_done = fn;
+    (void)snprintf(after, sizeof after, "/stop?t=%d", (int)seconds);
+    cube_docker_ask_id(&p->op, "POST", "/containers/", id, after,
+                       (int)seconds * 1000 + CUBE_DOCKER_DO_MS);
+}
+
+static void cube_docker_kill(struct cube_runtime *rt, const char *id,
+                             cube_done_fn *fn, void *arg)
+{
+    struct cube_docker_plain *p =
+        cube_docker_plain_new(rt, &cube_docker_kill_verb, id, arg);
+
+    p->on_done = fn;
+    cube_docker_ask_id(&p->op, "POST", "/containers/", id, "/kill",
+                       CUBE_DOCKER_DO_MS);
+}
+
+static void cube_docker_remove(struct cube_runtime *rt, const char *id,
+                               cube_done_fn *fn, void *arg)
+{
+    struct cube_docker_plain *p =
+        cube_docker_plain_new(rt, &cube_docker_remove_verb, id, arg);
+
+    p->on_done = fn;
+    cube_docker_ask_id(&p->op, "DELETE", "/containers/", id, "?force=1&v=1",
+                       CUBE_DOCKER_DO_MS);
+}
+
+static void cube_docker_inspect(struct cube_runtime *rt, const char *id,
+                                cube_container_fn *fn, void *arg)
+{
+    struct cube_docker_plain *p =
+        cube_docker_plain_new(rt, &cube_docker_inspect_verb, id, arg);
+
+    p->on_container = fn;
+    cube_docker_ask_id(&p->op, "GET", "/containers/", id, "/json",
+                       CUBE_DOCKER_ASK_MS);
+}
+
+static void cube_docker_inspect_json(struct cube_runtime *rt, const char *id,
+                                     cube_text_fn *fn, void *arg)
+{
+    struct cube_docker_plain *p =
+        cube_docker_plain_new(rt, &cube_docker_inspect_verb, id, arg);
+
+    p->on_text = fn;
+    cube_docker_ask_id(&p->op, "GET", "/containers/", id, "/json",
+                       CUBE_DOCKER_ASK_MS);
+}
+
+/* ---- Start ----
+ *
+ * The steps are drawn at the opening of the chapter. Each has a function that
+ * asks and one that takes the answer; the answer's name is the step's.
+ */
+struct cube_docker_start {
+    struct cube_docker_op op;
+    struct cube_task *task;
+    char *cluster, *worker;
+    int64_t attempt;
+    void (*progress)(void *arg, const char *words);
+    cube_container_fn *fn;
+    void *arg;
+
+    char *id;               /* the container, once there is one; or NULL */
+    int name_try;           /* which name: cube_docker_name */
+    int pulls, tries;       /* how often the image, the container was made */
+    struct cube_err why;    /* what it will have failed of */
+    bool is_cancelled;
+    bool can_cancel_now;    /* what is asked can be cut short */
+    struct cube_defer defer;
+    struct cube_pull pull;
+    struct cube_buf words;  /* the last progress told */
+    int64_t told_ms;
+};
+
+#define CUBE_DOCKER_PULLS_MAX 2 /* an image may go between pull and create */
+#define CUBE_DOCKER_TRIES_MAX 8 /* containers removed under our hands */
+
+/* Mutual recursion: the steps are a graph with two ways back. */
+static void cube_docker_look(struct cube_docker_start *s);
+static void cube_docker_make(struct cube_docker_start *s);
+
+static struct cube_docker_start *cube_docker_start_of(struct cube_docker_op *op)
+{
+    return CUBE_OF(op, struct cube_docker_start, op);
+}
+
+static void cube_docker_start_free(struct cube_docker_op *op)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    cube_defer_clear(op->d->rt.loop, &s->defer);
+    cube_docker_op_clear(op);
+    cube_pull_clear(&s->pull);
+    cube_buf_free(&s->words);
+    cube_task_free(s->task);
+    cube_free(s->cluster);
+    cube_free(s->worker);
+    cube_free(s->id);
+    cube_free(s);
+}
+
+/* Reports, and is gone. `c` NULL: for the reason in s->why. */
+static void cube_docker_start_end(struct cube_docker_start *s,
+                                  const struct cube_container *c)
+{
+    s->fn(s->arg, c, c ? NULL : &s->why);
+    cube_docker_start_free(&s->op);
+}
+
+static void cube_docker_start_fail(struct cube_docker_start *s,
+                                   const struct cube_docker_answer *a,
+                                   const char *what)
+{
+    (void)cube_docker_fail(a, what, &s->why);
+    cube_docker_start_end(s, NULL);
+}
+
+/* Asks GET, POST or DELETE of "/containers/{id}..." for one step. */
+static void cube_docker_step(struct cube_docker_start *s, const char *method,
+                             const char *after, int timeout_ms,
+                             cube_docker_answer_fn *answer)
+{
+    s->op.on_answer = answer;
+    s->op.on_piece = NULL;
+    s->can_cancel_now = false;
+    cube_docker_ask_id(&s->op, method, "/containers/", s->id, after,
+                       timeout_ms);
+}
+
+/* The same of a target that stands in op->target; it changes nothing there,
+ * or can be done in part, and so can be cut short. */
+static void cube_docker_query(struct cube_docker_start *s, const char *method,
+                              int timeout_ms, cube_docker_answer_fn *answer)
+{
+    s->op.on_answer = answer;
+    s->op.on_piece = NULL;
+    s->op.method = method;
+    cube_buf_clear(&s->op.body);
+    cube_buf_clear(&s->op.auth);
+    s->can_cancel_now = true;
+    cube_docker_ask(&s->op, timeout_ms, 0);
+}
+
+/* discard: whatever the engine says to it, the reason of the failure stands;
+ * only trouble replaces it, since then a repeated start finds the rest. */
+static void cube_docker_discarded(struct cube_docker_op *op,
+                                  const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    if (a->trouble || a->status >= 500)
+        (void)cube_docker_fail(a, "remove", &s->why);
+    cube_docker_start_end(s, NULL);
+}
+
+static void cube_docker_discard(struct cube_docker_start *s)
+{
+    cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
+                     cube_docker_discarded);
+}
+
+/* At the begin of each answer: was it cancelled meanwhile? Then it ends here,
+ * and the caller returns at once. */
+static bool cube_docker_is_over(struct cube_docker_start *s)
+{
+    if (!s->is_cancelled)
+        return false;
+    (void)cube_fail(&s->why, CUBE_ECANCELED, "start of %s: cancelled",
+                    s->task->id);
+    if (s->id)
+        cube_docker_discard(s);
+    else
+        cube_docker_start_end(s, NULL);
+    return true;
+}
+
+/* inspect: the end of a start that went well. */
+static void cube_docker_inspected(struct cube_docker_op *op,
+                                  const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+    struct cube_container c;
+
+    if (cube_docker_is_over(s))
+        return;
+    if (a->trouble || a->status != 200) {
+        cube_docker_start_fail(s, a, "inspect");
+        return;
+    }
+    cube_container_init(&c);
+    if (cube_docker_read(&c, a->body, a->len, &s->why))
+        cube_docker_start_end(s, NULL);
+    else
+        cube_docker_start_end(s, &c);
+    cube_container_clear(&c);
+}
+
+/* probe: after a 5xx to create or pull. The engine is well: it was a no. */
+static void cube_docker_probed(struct cube_docker_op *op,
+                               const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    if (cube_docker_is_over(s))
+        return;
+    if (!a->trouble && a->status == 200)
+        s->why.code = CUBE_EINVAL;
+    cube_docker_start_end(s, NULL);
+}
+
+/* The step `what` failed with an answer: a no, unless it needs a probe. */
+static void cube_docker_refused(struct cube_docker_start *s,
+                                const struct cube_docker_answer *a,
+                                const char *what)
+{
+    (void)cube_docker_fail(a, what, &s->why);
+    if (a->trouble || a->status < 500) {
+        cube_docker_start_end(s, NULL);
+        return;
+    }
+    cube_buf_clear(&s->op.target);
+    cube_buf_puts(&s->op.target, "/containers/json?limit=1");
+    cube_docker_query(s, "GET", CUBE_DOCKER_ASK_MS, cube_docker_probed);
+}
+
+/* check: after a start that failed. Is it there, does it run after all, or
+ * did the engine mean its no? */
+static void cube_docker_checked(struct cube_docker_op *op,
+                                const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+    struct cube_container c;
+
+    if (cube_docker_is_over(s))
+        return;
+    if (!a->trouble && a->status == 404 && s->tries < CUBE_DOCKER_TRIES_MAX) {
+        cube_free(s->id); /* removed by somebody: make another one */
+        s->id = NULL;
+        cube_docker_make(s);
+        return;
+    }
+    if (a->trouble || a->status != 200) {
+        cube_docker_start_fail(s, a, "inspect");
+        return;
+    }
+    cube_container_init(&c);
+    if (cube_docker_read(&c, a->body, a->len, &s->why)) {
+        cube_docker_start_end(s, NULL);
+    } else if (c.state == CUBE_BOX_RUNNING) {
+        cube_docker_start_end(s, &c);
+    } else {
+        if (s->why.code == CUBE_EIO)
+            s->why.code = CUBE_EINVAL;
+        cube_docker_discard(s);
+    }
+    cube_container_clear(&c);
+}
+
+/* start: 304 says that it runs already. */
+static void cube_docker_started(struct cube_docker_op *op,
+                                const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    if (cube_docker_is_over(s))
+        return;
+    if (a->trouble) {
+        cube_docker_start_fail(s, a, "start");
+        return;
+    }
+    if (a->status / 100 == 2 || a->status == 304) {
+        cube_docker_step(s, "GET", "/json", CUBE_DOCKER_ASK_MS,
+                         cube_docker_inspected);
+        return;
+    }
+    (void)cube_docker_fail(a, "start", &s->why);
+    cube_docker_step(s, "GET", "/json", CUBE_DOCKER_ASK_MS,
+                     cube_docker_checked);
+}
+
+static void cube_docker_run(struct cube_docker_start *s)
+{
+    cube_docker_step(s, "POST", "/start", CUBE_DOCKER_DO_MS,
+                     cube_docker_started);
+}
+
+/* pull: its success is a 200 without an error among its lines. */
+static void cube_docker_pulled(struct cube_docker_op *op,
+                               const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+    struct cube_buf what = {0};
+
+    if (cube_docker_is_over(s))
+        return;
+    cube_buf_printf(&what, "pull %s", s->task->image);
+    if (a->trouble || a->status != 200) {
+        cube_docker_refused(s, a, what.data);
+    } else if (s->pull.error) {
+        (void)cube_fail(&s->why, CUBE_ENOENT, "%s: %s", what.data,
+                        s->pull.error);
+        cube_docker_start_end(s, NULL);
+    } else {
+        cube_docker_make(s);
+    }
+    cube_buf_free(&what);
+}
+
+/* Tells how far it is, when that has changed, and not too often. */
+static void cube_docker_pull_tell(struct cube_docker_start *s)
+{
+    int64_t now = cube_loop_now_ms(s->op.d->rt.loop);
+    struct cube_buf words = {0};
+
+    if (!s->progress || (s->words.len > 0 &&
+                         now - s->told_ms < CUBE_DOCKER_PROGRESS_MS))
+        return;
+    cube_pull_words(&s->pull, s->task->image, &words);
+    if (s->words.len == 0 || strcmp(words.data, s->words.data)) {
+        s->told_ms = now;
+        cube_buf_clear(&s->words);
+        cube_buf_add(&s->words, words.data, words.len);
+        s->progress(s->arg, s->words.data);
+    }
+    cube_buf_free(&words);
+}
+
+static void cube_docker_pull_piece(struct cube_docker_op *op, const char *p,
+                                   size_t len)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    cube_objects_feed(&s->pull.objects, p, len, cube_pull_line, &s->pull);
+    if (!s->is_cancelled)
+        cube_docker_pull_tell(s);
+}
+
+static void cube_docker_pull(struct cube_docker_start *s)
+{
+    struct cube_docker_op *op = &s->op;
+
+    s->pulls++;
+    cube_pull_clear(&s->pull);
+    s->pull.is_podman = op->d->is_podman;
+    op->on_answer = cube_docker_pulled;
+    op->on_piece = cube_docker_pull_piece;
+    op->method = "POST";
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/images/create?");
+    cube_docker_put_image(&op->target, s->task->image);
+    cube_buf_clear(&op->body);
+    cube_buf_clear(&op->auth);
+    cube_registry_auth(cube_loop_world(op->d->rt.loop), s->task->image,
+                       &op->auth);
+    s->can_cancel_now = true;
+    cube_docker_ask(op, 0, CUBE_DOCKER_PULL_MS);
+}
+
+/* A 409, or Podman's 500: "... the container name "web" is already in use". */
+static bool cube_docker_is_name_taken(const struct cube_docker_answer *a)
+{
+    return a->status == 409 ||
+           (a->status == 500 && strstr(a->body, "name") &&
+            strstr(a->body, "already in use"));
+}
+
+/* make (create): a container, or no image, or no name. */
+static void cube_docker_made(struct cube_docker_op *op,
+                             const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+    struct json_value_s *root;
+
+    if (!a->trouble && a->status / 100 == 2) {
+        root = cube_json_parse(a->body, a->len, NULL);
+        if (*cube_docker_text(root, "Id"))
+            cube_text_set(&s->id, cube_docker_text(root, "Id"));
+        cube_json_free(root);
+    }
+    if (cube_docker_is_over(s))
+        return;
+    if (s->id)
+        cube_docker_run(s);
+    else if (!a->trouble && a->status == 404 &&
+             s->pulls < CUBE_DOCKER_PULLS_MAX)
+        cube_docker_pull(s);
+    else if (!a->trouble && s->name_try < 2 && cube_docker_is_name_taken(a)) {
+        s->name_try++;
+        cube_docker_make(s);
+    } else
+        cube_docker_refused(s, a, "create");
+}
+
+static void cube_docker_make(struct cube_docker_start *s)
+{
+    struct cube_start what = {s->task, s->cluster, s->worker, s->attempt,
+                              NULL};
+    struct cube_docker_op *op = &s->op;
+    struct cube_buf name = {0};
+
+    s->tries++;
+    cube_docker_name(s->task, s->name_try, &name);
+    op->on_answer = cube_docker_made;
+    op->on_piece = NULL;
+    op->method = "POST";
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/containers/create");
+    if (name.len > 0)
+        cube_buf_printf(&op->target, "?name=%s", name.data);
+    cube_buf_clear(&op->auth);
+    cube_docker_spec(&what, &op->body);
+    s->can_cancel_now = false;
+    cube_docker_ask(op, CUBE_DOCKER_DO_MS, 0);
+    cube_buf_free(&name);
+}
+
+/* clear: an older container of this task is gone; look again. */
+static void cube_docker_cleared(struct cube_docker_op *op,
+                                const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+
+    cube_free(s->id);
+    s->id = NULL;
+    if (cube_docker_is_over(s))
+        return;
+    if (a->trouble || (a->status / 100 != 2 && a->status != 404)) {
+        (void)cube_docker_fail(a, "remove", &s->why);
+        if (!a->trouble)
+            s->why.code = CUBE_EIO; /* it may be at it: ask again later */
+        cube_docker_start_end(s, NULL);
+        return;
+    }
+    cube_docker_look(s);
+}
+
+/* What was found of this task: the container that this very start, or an
+ * earlier try of it, has made (1), an older one of ours (-1), or nothing that
+ * matters (0). */
+static int cube_docker_judge(const struct cube_docker_start *s,
+                             struct json_value_s *labels)
+{
+    const char *worker = cube_docker_text(labels, "cube.worker");
+    const char *task = cube_docker_text(labels, CUBE_DOCKER_LABEL);
+    int64_t attempt, restart;
+
+    if (strcmp(worker, s->worker) || strcmp(task, s->task->id))
+        return 0;
+    attempt = cube_docker_number(cube_docker_text(labels, "cube.attempt"));
+    restart = cube_docker_number(cube_docker_text(labels, "cube.restart"));
+    if (attempt != s->attempt)
+        return attempt < s->attempt ? -1 : 0;
+    if (restart != s->task->restart_count)
+        return restart < s->task->restart_count ? -1 : 0;
+    return 1;
+}
+
+/* look: GET /containers/json gives for each `Id`, `Labels`, `State`. */
+static void cube_docker_looked(struct cube_docker_op *op,
+                               const struct cube_docker_answer *a)
+{
+    struct cube_docker_start *s = cube_docker_start_of(op);
+    struct json_value_s *root = NULL;
+    enum cube_box_state state = CUBE_BOX_EXITED;
+    int found = 0;
+
+    if (cube_docker_is_over(s))
+        return;
+    if (a->trouble || a->status != 200 || ++s->tries > CUBE_DOCKER_TRIES_MAX ||
+        !(root = cube_json_parse(a->body, a->len, NULL))) {
+        cube_docker_start_fail(s, a, "list");
+        return;
+    }
+    for (struct json_array_element_s *i = cube_json_items(root);
+         i && found >= 0; i = i->next) {
+        int is = cube_docker_judge(s, cube_json_get(i->value, "Labels"));
+
+        if (is == 0)
+            continue;
+        found = is;
+        cube_text_set(&s->id, cube_docker_text(i->value, "Id"));
+        state = cube_docker_state(cube_docker_text(i->value, "State"), false);
+    }
+    cube_json_free(root);
+    if (found < 0)
+        cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
+                         cube_docker_cleared);
+    else if (found == 0)
+        cube_docker_make(s);
+    else if (state == CUBE_BOX_CREATED)
+        cube_docker_run(s);
+    else
+        cube_docker_step(s, "GET", "/json", CUBE_DOCKER_ASK_MS,
+                         cube_docker_inspected);
+}
+
+/* The query of a list: all containers that carry these labels. */
+static void cube_docker_put_filter(struct cube_buf *target, const char *a,
+                                   const char *b)
+{
+    struct cube_buf filter = {0};
+
+    cube_buf_clear(target);
+    cube_buf_puts(target, "/containers/json?all=1&filters=");
+    cube_buf_puts(&filter, "{\"label\":[");
+    cube_json_put_text(&filter, a);
+    if (b) {
+        cube_buf_addc(&filter, ',');
+        cube_json_put_text(&filter, b);
+    }
+    cube_buf_puts(&filter, "]}");
+    cube_http_encode(target, filter.data);
+    cube_buf_free(&filter);
+}
+
+static void cube_docker_look(struct cube_docker_start *s)
+{
+    struct cube_buf label = {0};
+
+    cube_buf_printf(&label, CUBE_DOCKER_LABEL "=%s", s->task->id);
+    cube_docker_put_filter(&s->op.target, label.data, NULL);
+    cube_docker_query(s, "GET", CUBE_DOCKER_ASK_MS, cube_docker_looked);
+    cube_buf_free(&label);
+}
+
+static void cube_docker_start(struct cube_runtime *rt,
+                              const struct cube_start *what,
+                              cube_container_fn *fn, void *arg)
+{
+    struct cube_docker_start *s = cube_alloc(sizeof *s);
+
+    cube_docker_op_init(cube_docker_of(rt), &s->op, cube_docker_looked,
+                        cube_docker_start_free);
+    s->task = cube_task_copy(what->task);
+    s->cluster = cube_text_dup(what->cluster ? what->cluster : "");
+    s->worker = cube_text_dup(what->worker ? what->worker : "");
+    s->attempt = what->attempt;
+    s->progress = what->progress;
+    s->fn = fn;
+    s->arg = arg;
+    cube_docker_look(s);
+}
+
+static void cube_docker_start_give_up(void *arg)
+{
+    (void)cube_docker_is_over(arg);
+}
+
+/* A pull is cut short, which makes the engine drop it too; a create or start
+ * on its way is waited for, since its container has to be removed. */
+static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
+{
+    struct cube_docker *d = cube_docker_of(rt);
+
+    for (struct cube_list *at = d->ops.next; at != &d->ops; at = at->next) {
+        struct cube_docker_op *op = CUBE_OF(at, struct cube_docker_op, link);
+        struct cube_docker_start *s;
+
+        if (op->free != cube_docker_start_free)
+            continue;
+        s = cube_docker_start_of(op);
+        if (strcmp(s->task->id, task) || s->is_cancelled)
+            continue;
+        s->is_cancelled = true;
+        if (!s->can_cancel_now && !op->is_waiting)
+            continue;
+        cube_docker_op_cancel(op);
+        cube_defer_set(rt->loop, &s->defer, cube_docker_start_give_up, s);
+    }
+}
+
+/* ---- List ---- */
+
+struct cube_docker_list {
+    struct cube_docker_op op;
+    char **ids;
+    size_t id_count, at; /* inspected so far */
+    struct cube_container *found;
+    size_t count;
+    cube_containers_fn *fn;
+    void *arg;
+};
+
+static void cube_docker_list_free(struct cube_docker_op *op)
+{
+    struct cube_docker_list *l = CUBE_OF(op, struct cube_docker_list, op);
+
+    cube_docker_op_clear(op);
+    for (size_t i = 0; i < l->id_count; i++)
+        cube_free(l->ids[i]);
+    for (size_t i = 0; i < l->count; i++)
+        cube_container_clear(&l->found[i]);
+    cube_free(l->ids);
+    cube_free(l->found);
+    cube_free(l);
+}
+
+static void cube_docker_list_end(struct cube_docker_list *l,
+                                 const struct cube_err *err)
+{
+    l->fn(l->arg, err ? NULL : l->found, err ? 0 : l->count, err);
+    cube_docker_list_free(&l->op);
+}
+
+/* Asks for the next one that was listed, or reports. */
+static void cube_docker_list_next(struct cube_docker_list *l)
+{
+    if (l->at == l->id_count)
+        cube_docker_list_end(l, NULL);
+    else
+        cube_docker_ask_id(&l->op, "GET", "/containers/", l->ids[l->at],
+                           "/json", CUBE_DOCKER_ASK_MS);
+}
+
+/* One that was removed since it was listed is none. */
+static void cube_docker_list_inspected(struct cube_docker_op *op,
+                                       const struct cube_docker_answer *a)
+{
+    struct cube_docker_list *l = CUBE_OF(op, struct cube_docker_list, op);
+    struct cube_err err;
+
+    l->at++;
+    if (!a->trouble && a->status == 404) {
+        cube_docker_list_next(l);
+        return;
+    }
+    cube_container_init(&l->found[l->count]);
+    l->count++;
+    if (a->trouble || a->status != 200)
+        (void)cube_docker_fail(a, "inspect", &err);
+    else if (!cube_docker_read(&l->found[l->count - 1], a->body, a->len,
+                               &err)) {
+        cube_docker_list_next(l);
+        return;
+    }
+    cube_docker_list_end(l, &err);
+}
+
+static void cube_docker_list_listed(struct cube_docker_op *op,
+                                    const struct cube_docker_answer *a)
+{
+    struct cube_docker_list *l = CUBE_OF(op, struct cube_docker_list, op);
+    struct json_value_s *root = NULL;
+    struct cube_err err;
+    size_t count = 0;
+
+    if (a->trouble || a->status != 200 ||
+        !(root = cube_json_parse(a->body, a->len, NULL))) {
+        (void)cube_docker_fail(a, "list", &err);
+        cube_docker_list_end(l, &err);
+        return;
+    }
+    for (struct json_array_element_s *i = cube_json_items(root); i;
+         i = i->next)
+        count++;
+    l->ids = cube_alloc(count * sizeof *l->ids);
+    l->found = cube_alloc(count * sizeof *l->found);
+    for (struct json_array_element_s *i = cube_json_items(root); i;
+         i = i->next) {
+        const char *id = cube_docker_text(i->value, "Id");
+
+        if (*id)
+            l->ids[l->id_count++] = cube_text_dup(id);
+    }
+    cube_json_free(root);
+    op->on_answer = cube_docker_list_inspected;
+    cube_docker_list_next(l);
+}
+
+static void cube_docker_list(struct cube_runtime *rt, const char *worker,
+                             cube_containers_fn *fn, void *arg)
+{
+    struct cube_docker_list *l = cube_alloc(sizeof *l);
+    struct cube_buf label = {0};
+
+    cube_docker_op_init(cube_docker_of(rt), &l->op, cube_docker_list_listed,
+                        cube_docker_list_free);
+    l->fn = fn;
+    l->arg = arg;
+    l->op.method = "GET";
+    if (worker)
+        cube_buf_printf(&label, "cube.worker=%s", worker);
+    cube_docker_put_filter(&l->op.target, CUBE_DOCKER_LABEL, label.data);
+    cube_buf_free(&label);
+    cube_docker_ask(&l->op, CUBE_DOCKER_ASK_MS, 0);
+}
+
+/* ---- Logs ----
+ *
+ * Without a terminal, output and errors share the stream in frames; a frame,
+ * its head as well, may be cut anywhere by the chunks that carry it:
+ *
+ *      0      1   2   3      4          8
+ *    +--------+---+---+---+-----------+------------- - - -
+ *    | stream | 0 | 0 | 0 | length BE | payload
+ *    +--------+---+---+---+-----------+------------- - - -
+ *      1 out, 2 err                     01 000000 00000004 "out\n"
+ *
+ * With a terminal there are no frames. Ours have none, but who knows what the
+ * container is that somebody wants the log of: so it is inspected first.
+ */
+struct cube_docker_logs {
+    struct cube_logs logs;
+    struct cube_docker_op op;
+    struct cube_logs_options options;
+    char *id;
+    bool is_raw;
+    unsigned char head[8];
+    size_t have;   /* bytes of the head */
+    uint32_t left; /* bytes of the payload still to come */
+    bool is_busy;  /* inside on_data, which may cancel */
+    bool is_cancelled;
+};
+
+static void cube_docker_logs_free(struct cube_docker_op *op)
+{
+    struct cube_docker_logs *l = CUBE_OF(op, struct cube_docker_logs, op);
+
+    cube_docker_op_clear(op);
+    cube_free(l->id);
+    cube_free(l);
+}
+
+/* Takes some of `len` bytes, and says how many. */
+static size_t cube_docker_logs_take(struct cube_docker_logs *l, const char *p,
+                                    size_t len)
+{
+    size_t n = l->is_raw || l->left > len ? len : l->left;
+
+    if (!l->is_raw && l->left == 0) {
+        n = sizeof l->head - l->have < len ? sizeof l->head - l->have : len;
+        memcpy(l->head + l->have, p, n);
+        l->have += n;
+        if (l->have == sizeof l->head) {
+            l->left = (uint32_t)l->head[4] << 24 | (uint32_t)l->head[5] << 16 |
+                      (uint32_t)l->head[6] << 8 | l->head[7];
+            l->have = 0;
+        }
+        return n;
+    }
+    if (!l->is_raw)
+        l->left -= (uint32_t)n;
+    l->logs.on_data(l->logs.arg, p, n);
+    return n;
+}
+
+static void cube_docker_logs_piece(struct cube_docker_op *op, const char *p,
+                                   size_t len)
+{
+    struct cube_docker_logs *l = CUBE_OF(op, struct cube_docker_logs, op);
+
+    l->is_busy = true;
+    while (len > 0 && !l->is_cancelled) {
+        size_t n = cube_docker_logs_take(l, p, len);
+
+        p += n;
+        len -= n;
+    }
+    l->is_busy = false;
+    if (l->is_cancelled)
+        cube_docker_logs_free(op);
+}
+
+static void cube_docker_logs_end(struct cube_docker_logs *l,
+                                 const struct cube_err *err)
+{
+    l->is_busy = true;
+    l->logs.on_end(l->logs.arg, err);
+    cube_docker_logs_free(&l->op);
+}
+
+static void cube_docker_logs_over(struct cube_docker_op *op,
+                                  const struct cube_docker_answer *a)
+{
+    struct cube_docker_logs *l = CUBE_OF(op, struct cube_docker_logs, op);
+    struct cube_err err;
+
+    if (!a->trouble && a->status == 200) {
+        cube_docker_logs_end(l, NULL);
+        return;
+    }
+    (void)cube_docker_fail(a, "logs", &err);
+    cube_docker_logs_end(l, &err);
+}
+
+static void cube_docker_logs_inspected(struct cube_docker_op *op,
+                                       const struct cube_docker_answer *a)
+{
+    struct cube_docker_logs *l = CUBE_OF(op, struct cube_docker_logs, op);
+    struct json_value_s *root;
+    char after[80], tail[24] = "all";
+
+    if (a->trouble || a->status != 200) {
+        cube_docker_logs_over(op, a);
+        return;
+    }
+    root = cube_json_parse(a->body, a->len, NULL);
+    l->is_raw = cube_docker_is(cube_json_get(root, "Config"), "Tty");
+    cube_json_free(root);
+    if (l->options.tail >= 0)
+        (void)snprintf(tail, sizeof tail, "%lld", (long long)l->options.tail);
+    (void)snprintf(after, sizeof after, "/logs?stdout=1&stderr=1%s&tail=%s",
+                   l->options.is_following ? "&follow=1" : "", tail);
+    op->on_answer = cube_docker_logs_over;
+    op->on_piece = cube_docker_logs_piece;
+    cube_docker_ask_id(op, "GET", "/containers/", l->id, after, 0);
+}
+
+static struct cube_logs *
+cube_docker_logs(struct cube_runtime *rt, const char *id,
+                 const struct cube_logs_options *options,
+                 cube_data_fn *on_data, cube_done_fn *on_end, void *arg)
+{
+    struct cube_docker_logs *l = cube_alloc(sizeof *l);
+
+    cube_docker_op_init(cube_docker_of(rt), &l->op,
+                        cube_docker_logs_inspected, cube_docker_logs_free);
+    l->logs.on_data = on_data;
+    l->logs.on_end = on_end;
+    l->logs.arg = arg;
+    l->options = *options;
+    l->id = cube_text_dup(id);
+    cube_docker_ask_id(&l->op, "GET", "/containers/", id, "/json",
+                       CUBE_DOCKER_ASK_MS);
+    return &l->logs;
+}
+
+static void cube_docker_logs_cancel(struct cube_runtime *rt,
+                                    struct cube_logs *logs)
+{
+    struct cube_docker_logs *l = CUBE_OF(logs, struct cube_docker_logs, logs);
+
+    (void)rt;
+    l->is_cancelled = true;
+    cube_docker_op_cancel(&l->op);
+    if (!l->is_busy)
+        cube_docker_logs_free(&l->op);
+}
+
+/* ---- Events ----
+ *
+ *    {"Type":"container","Action":"die","Actor":{"ID":"4e5f...","Attributes":
+ *     {"cube.task":"efeadce0-...","exitCode":"3","image":"...",...}},...}
+ *
+ *             head came            cut, or no ping
+ *    (away) ------------> (open) ------------------> (away)
+ *       ^    says NULL       | says the task            |
+ *       +---- delay: 100 ms, doubled, at most 5 s ------+
+ */
+
+/* Mutual recursion: what was cut is opened again, and may be cut again. */
+static void cube_docker_watch_open(void *arg);
+
+/* One event. What is executed inside a container (health checks of the
+ * engine's own) is none of ours, and frequent. */
+static void cube_docker_event(void *arg, struct json_value_s *event)
+{
+    struct cube_docker *d = arg;
+    struct json_value_s *actor = cube_json_get(event, "Actor");
+    const char *task = cube_docker_text(cube_json_get(actor, "Attributes"),
+                                        CUBE_DOCKER_LABEL);
+
+    if (d->watch.fn && *task &&
+        !cube_text_starts(cube_docker_text(event, "Action"), "exec_"))
+        d->watch.fn(d->watch.arg, task);
+}
+
+static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
+                                    size_t len)
+{
+    struct cube_docker *d = op->d;
+
+    if (len > 0) {
+        cube_objects_feed(&d->watch.objects, p, len, cube_docker_event, d);
+        return;
+    }
+    d->watch.delay_ms = 0; /* the head: it is open */
+    if (d->watch.fn)
+        d->watch.fn(d->watch.arg, NULL);
+}
+
+/* It is cut: again, after a while. */
+static void cube_docker_watch_cut(struct cube_docker_op *op,
+                                  const struct cube_docker_answer *a)
+{
+    struct cube_docker *d = op->d;
+    int64_t delay = d->watch.delay_ms * 2;
+
+    (void)a;
+    if (delay < CUBE_DOCKER_AGAIN_MS)
+        delay = CUBE_DOCKER_AGAIN_MS;
+    if (delay > CUBE_DOCKER_AGAIN_MAX_MS)
+        delay = CUBE_DOCKER_AGAIN_MAX_MS;
+    d->watch.delay_ms = delay;
+    cube_timer_set(d->rt.loop, &d->watch.again, delay, cube_docker_watch_open,
+                   d);
+}
+
+static void cube_docker_watch_open(void *arg)
+{
+    struct cube_docker *d = arg;
+    struct cube_docker_op *op = &d->watch.op;
+
+    cube_objects_reset(&d->watch.objects);
+    op->method = "GET";
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/events?filters=");
+    cube_http_encode(&op->target, "{\"type\":[\"container\"]}");
+    cube_docker_ask(op, 0, 0);
+}
+
+static void cube_docker_watch_check(void *arg);
+
+/* A stream that says nothing can be a quiet engine or a dead one; the ping
+ * tells. */
+static void cube_docker_watch_pinged(struct cube_docker_op *op,
+                                     const struct cube_docker_answer *a)
+{
+    struct cube_docker *d = op->d;
+
+    if (a->trouble && d->watch.op.call) {
+        cube_docker_op_cancel(&d->watch.op);
+        cube_docker_watch_cut(&d->watch.op, a);
+    }
+    cube_timer_set(d->rt.loop, &d->watch.check, CUBE_DOCKER_CHECK_MS,
+                   cube_docker_watch_check, d);
+}
+
+static void cube_docker_watch_check(void *arg)
+{
+    struct cube_docker *d = arg;
+    struct cube_docker_op *op = &d->watch.ping;
+
+    op->method = "GET";
+    cube_buf_clear(&op->target);
+    cube_buf_puts(&op->target, "/_ping");
+    cube_docker_ask(op, CUBE_DOCKER_PING_MS, 0);
+}
+
+static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
+                              void *arg)
+{
+    struct cube_docker *d = cube_docker_of(rt);
+    struct cube_docker_watch *w = &d->watch;
+
+    cube_docker_op_cancel(&w->op);
+    cube_docker_op_cancel(&w->ping);
+    cube_timer_clear(rt->loop, &w->again);
+    cube_timer_clear(rt->loop, &w->check);
+    w->fn = fn;
+    w->arg = arg;
+    w->delay_ms = 0;
+    if (!fn)
+        return;
+    cube_timer_set(rt->loop, &w->again, 0, cube_docker_watch_open, d);
+    cube_timer_set(rt->loop, &w->check, CUBE_DOCKER_CHECK_MS,
+                   cube_docker_watch_check, d);
+}
+
+/* ---- Docker and Podman: the whole ---- */
+
+static void cube_docker_free(struct cube_runtime *rt)
+{
+    struct cube_docker *d = cube_docker_of(rt);
+
+    cube_docker_watch(rt, NULL, NULL);
+    while (!cube_list_is_empty(&d->ops)) {
+        struct cube_docker_op *op =
+            CUBE_OF(d->ops.next, struct cube_docker_op, link);
+
+        op->free(op);
+    }
+    cube_buf_free(&d->watch.objects.buf);
+    cube_http_client_free(d->client);
+    cube_free(d->where);
+    cube_free(d->rt.words);
+    cube_free(d->rt.engine_id);
+    cube_free(d);
+}
+
+static const struct cube_runtime_ops cube_docker_ops = {
+    .start = cube_docker_start,
+    .start_cancel = cube_docker_start_cancel,
+    .stop = cube_docker_stop,
+    .kill = cube_docker_kill,
+    .remove = cube_docker_remove,
+    .list = cube_docker_list,
+    .inspect = cube_docker_inspect,
+    .inspect_json = cube_docker_inspect_json,
+    .logs = cube_docker_logs,
+    .logs_cancel = cube_docker_logs_cancel,
+    .watch = cube_docker_watch,
+    .free = cube_docker_free,
+};
+
+CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
+                                              const char *where,
+                                              struct cube_err *err)
+{
+    struct cube_http_client *client =
+        cube_http_client_new(l, where, NULL, err);
+    struct cube_docker *d;
+
+    if (!client)
+        return NULL;
+    d = cube_alloc(sizeof *d);
+    d->client = client;
+    d->where = cube_text_dup(where);
+    d->rt.ops = &cube_docker_ops;
+    d->rt.loop = l;
+    d->rt.name = "docker";
+    d->rt.words = cube_text_dup(where);
+    d->rt.engine_id = cube_text_dup("");
+    cube_list_init(&d->ops);
+    cube_docker_op_init(d, &d->hello, cube_docker_on_hello,
+                        cube_docker_op_clear);
+    cube_docker_op_init(d, &d->watch.op, cube_docker_watch_cut,
+                        cube_docker_op_clear);
+    cube_docker_op_init(d, &d->watch.ping, cube_docker_watch_pinged,
+                        cube_docker_op_clear);
+    d->watch.op.on_piece = cube_docker_watch_piece;
+    return &d->rt;
+}
 
 
 /* ---- Processes ---- */
+
 
 
 
