@@ -10154,6 +10154,7 @@ enum cube_http_wait {
 
 #define CUBE_HTTP_LINGER_MS 2000
 #define CUBE_HTTP_ACCEPT_PAUSE_MS 100
+#define CUBE_HTTP_GRACE_MS 1000 /* idle for less: it may have just spoken */
 #define CUBE_HTTP_ACCEPT_BATCH 64
 
 struct cube_http_listener {
@@ -10175,7 +10176,7 @@ struct cube_http_server {
     int listener_count;
     struct cube_list conns;  /* of struct cube_http_req; idle longest first */
     int conn_count;
-    struct cube_timer pause; /* set: accepting waits */
+    struct cube_timer pause; /* until accepting is tried again */
     bool is_paused;
     int64_t date_sec;        /* of the text below */
     char date[40];
@@ -10440,7 +10441,7 @@ static void cube_http_drop(struct cube_http_req *req)
     s->world->close(s->world->ctx, req->fd);
     req->fd = -1;
     req->server = NULL;
-    if (s->is_paused && !cube_timer_is_set(&s->pause))
+    if (s->is_paused)
         cube_http_listen_on(s, true);
     if (cube_http_is_open(req) && req->on_gone) {
         req->phase = CUBE_HTTP_OVER;
@@ -11200,16 +11201,19 @@ static void cube_http_add_conn(struct cube_http_server *s, int fd,
     cube_http_settle(req);
 }
 
-/* Closes the connection that has been idle longest; false if none is. */
+/* Closes the connection that has been idle longest; false if none is. One
+ * that is idle for a moment may have a request on its way. */
 static bool cube_http_make_room(struct cube_http_server *s)
 {
+    int64_t until = cube_loop_now_ms(s->loop) - CUBE_HTTP_GRACE_MS +
+                    s->options.idle_timeout_ms;
     struct cube_list *at;
 
     for (at = s->conns.next; at != &s->conns; at = at->next) {
         struct cube_http_req *req = CUBE_OF(at, struct cube_http_req, link);
 
-        if (!req->is_busy &&
-            cube_http_waits_for(req) == CUBE_HTTP_WAIT_IDLE) {
+        if (!req->is_busy && req->wait == CUBE_HTTP_WAIT_IDLE &&
+            req->deadline_ms <= until) {
             cube_http_drop(req);
             return true;
         }
@@ -11222,43 +11226,47 @@ static void cube_http_resume(void *arg)
     cube_http_listen_on(arg, true);
 }
 
-/* One connection; false when there is none, or no room for it. Without
- * descriptors the kernel would report the listener ready for ever: it is left
- * alone for a moment. */
-static bool cube_http_accept_one(struct cube_http_listener *l)
+static void cube_http_pause(struct cube_http_server *s)
 {
-    struct cube_http_server *s = l->server;
-    struct cube_addr peer;
-    int fd;
+    cube_http_listen_on(s, false);
+    cube_timer_set(s->loop, &s->pause, CUBE_HTTP_ACCEPT_PAUSE_MS,
+                   cube_http_resume, s);
+}
 
-    if (s->conn_count >= s->options.max_connections &&
-        !cube_http_make_room(s)) {
-        cube_http_listen_on(s, false);
-        return false;
-    }
-    fd = s->world->accept(s->world->ctx, l->fd, &peer);
-    if (fd >= 0) {
-        cube_http_add_conn(s, fd, &peer);
-        return true;
-    }
-    if (fd == -EAGAIN || (fd != -EMFILE && fd != -ENFILE && fd != -ENOBUFS &&
-                          fd != -ENOMEM))
+/* Without descriptors the kernel would report the listener ready for ever:
+ * it is left alone for a moment. True: there is one again. */
+static bool cube_http_is_short(struct cube_http_server *s, int r)
+{
+    if (r != -EMFILE && r != -ENFILE && r != -ENOBUFS && r != -ENOMEM)
         return false;
     if (cube_http_make_room(s))
         return true;
     cube_log(s->loop, CUBE_WARN, "accept a connection: %s",
-             cube_errno_text(fd));
-    cube_http_listen_on(s, false);
-    cube_timer_set(s->loop, &s->pause, CUBE_HTTP_ACCEPT_PAUSE_MS,
-                   cube_http_resume, s);
+             cube_errno_text(r));
+    cube_http_pause(s);
     return false;
 }
 
+/* At least one connection waits. With as many as there may be, an idle one
+ * makes room for it, or it waits. */
 static void cube_http_on_accept(void *arg, unsigned events)
 {
+    struct cube_http_listener *l = arg;
+    struct cube_http_server *s = l->server;
+    int max = s->options.max_connections;
+
     (void)events;
-    for (int i = 0; i < CUBE_HTTP_ACCEPT_BATCH; i++) {
-        if (!cube_http_accept_one(arg))
+    if (s->conn_count >= max && !cube_http_make_room(s)) {
+        cube_http_pause(s);
+        return;
+    }
+    for (int i = 0; i < CUBE_HTTP_ACCEPT_BATCH && s->conn_count < max; i++) {
+        struct cube_addr peer;
+        int fd = s->world->accept(s->world->ctx, l->fd, &peer);
+
+        if (fd >= 0)
+            cube_http_add_conn(s, fd, &peer);
+        else if (!cube_http_is_short(s, fd))
             break;
     }
 }
@@ -11266,6 +11274,7 @@ static void cube_http_on_accept(void *arg, unsigned events)
 static void cube_http_listen_on(struct cube_http_server *s, bool is_on)
 {
     s->is_paused = !is_on;
+    cube_timer_clear(s->loop, &s->pause);
     for (int i = 0; i < s->listener_count; i++) {
         struct cube_http_listener *l = &s->listeners[i];
 

@@ -7,13 +7,530 @@
 
 #include <sys/mman.h>
 
-/* ---- A world whose clock can be moved ---- */
+/* ---- The parser alone ---- */
+
+/* What a message, or several, came to, as one text:
+ * "GET /a 1.1|Host=x|:body.  " for a request, "200|..." for an answer, "!400"
+ * for a refusal, "..." when more is awaited. */
+static void describe_head(const struct cube_http_parser *p,
+                          struct cube_buf *out)
+{
+    const char *text = p->head.text.data;
+
+    if (p->is_answer)
+        cube_buf_printf(out, "%d 1.%d", p->head.status, p->head.minor);
+    else
+        cube_buf_printf(out, "%s %s 1.%d", text, text + p->head.target,
+                        p->head.minor);
+    for (size_t i = 0; i < p->head.field_count; i++)
+        cube_buf_printf(out, "|%s=%s", text + p->head.fields[i].name,
+                        text + p->head.fields[i].value);
+    cube_buf_printf(out, "|%s:", p->is_kept ? "keep" : "close");
+}
+
+/* One event into the description; false at the end of it. */
+static bool describe(struct cube_http_parser *p, enum cube_http_event e,
+                     struct cube_buf *out)
+{
+    bool is_answer = p->is_answer, is_to_head = p->is_to_head;
+
+    switch (e) {
+    case CUBE_HTTP_HEAD:
+        describe_head(p, out);
+        return true;
+    case CUBE_HTTP_DATA:
+        cube_buf_add(out, p->piece, p->piece_len);
+        return true;
+    case CUBE_HTTP_END:
+        cube_buf_puts(out, ".");
+        cube_http_parser_reset(p);
+        p->is_answer = is_answer;
+        p->is_to_head = is_to_head;
+        return true;
+    case CUBE_HTTP_ERROR:
+        cube_buf_printf(out, "!%d %s", p->status, p->words);
+        return false;
+    case CUBE_HTTP_MORE:
+    case CUBE_HTTP_GO_ON:
+        break;
+    }
+    return false;
+}
+
+/* Parses `text` fed in pieces of `step` bytes, each of which ends where a
+ * page ends that may not be touched. */
+static void parse_in_steps(const char *text, size_t len, size_t step,
+                           const char *mode, struct cube_buf *out)
+{
+    struct cube_http_parser p;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t room = (len / page + 1) * page;
+    char *map = mmap(NULL, room + page, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    bool goes_on = true;
+
+    REQUIRE(map != MAP_FAILED);
+    mprotect(map + room, page, PROT_NONE);
+    memset(&p, 0, sizeof p);
+    p.is_answer = strchr(mode, 'a') != NULL;
+    p.is_to_head = strchr(mode, 'h') != NULL;
+    for (size_t at = 0; at < len && goes_on; at += step) {
+        size_t n = len - at < step ? len - at : step;
+        struct cube_http_input in = {map + room - n, n};
+        enum cube_http_event e;
+
+        memcpy(map + room - n, text + at, n);
+        do {
+            e = cube_http_parse(&p, &in);
+            goes_on = describe(&p, e, out);
+            if (e == CUBE_HTTP_END && in.len == 0)
+                break;
+        } while (goes_on);
+        goes_on = e != CUBE_HTTP_ERROR;
+    }
+    if (goes_on && strchr(mode, 'e')) {
+        if (cube_http_parse_eof(&p) == CUBE_HTTP_END)
+            cube_buf_puts(out, ".");
+        else
+            cube_buf_puts(out, "!early");
+    } else if (goes_on && !cube_http_parser_is_fresh(&p)) {
+        cube_buf_puts(out, "...");
+    }
+    cube_buf_free(&p.head.text);
+    munmap(map, room + page);
+}
+
+struct message {
+    const char *mode; /* a: answer, h: to a HEAD, e: then the input ends */
+    const char *text, *want, *reason;
+};
+
+/* A row's expectation holds however the bytes are cut. */
+static void check_messages(const struct message *rows, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        size_t len = strlen(rows[i].text);
+
+        for (size_t step = 1; step <= len + 1; step = step * 2 + 1) {
+            struct cube_buf out = {0};
+
+            test_row("row %zu, %s, in steps of %zu", i, rows[i].reason, step);
+            parse_in_steps(rows[i].text, len, step, rows[i].mode, &out);
+            if (rows[i].want[0] == '!' && out.len > strlen(rows[i].want))
+                out.data[strlen(rows[i].want)] = 0; /* without the words */
+            CHECK_STR(out.data ? out.data : "", rows[i].want);
+            cube_buf_free(&out);
+        }
+    }
+}
+
+TEST(good_requests_are_understood)
+{
+    static const struct message rows[] = {
+        {"", "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+         "GET / 1.1|Host=a|keep:.", "the least there is"},
+        {"", "GET / HTTP/1.1\r\nhOST:a\r\n\r\nGET /b HTTP/1.1\r\nHost:b\r\n"
+         "\r\n", "GET / 1.1|hOST=a|keep:.GET /b 1.1|Host=b|keep:.",
+         "two in one piece, no blank after the colon"},
+        {"", "\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+         "GET / 1.1|Host=a|keep:.", "RFC 9112, 2.2: empty lines before"},
+        {"", "GET / HTTP/1.0\r\n\r\n", "GET / 1.0|close:.",
+         "1.0 needs no Host and does not keep"},
+        {"", "GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+         "GET / 1.0|Connection=Keep-Alive|keep:.", "1.0 that keeps"},
+        {"", "GET / HTTP/1.1\r\nHost: a\r\nConnection: foo , close\r\n\r\n",
+         "GET / 1.1|Host=a|Connection=foo , close|close:.",
+         "close in a list"},
+        {"", "GET / HTTP/1.9\r\nHost: a\r\n\r\n", "GET / 1.1|Host=a|keep:.",
+         "a later minor version is 1.1 to us"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+         "POST / 1.1|Host=a|Content-Length=5|keep:hello.", "a body"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 005\r\n"
+         "Content-Length:5 , 5\r\n\r\nhello",
+         "POST / 1.1|Host=a|Content-Length=005|Content-Length=5 , 5|keep:"
+         "hello.", "RFC 9110, 8.6: the same length again and again"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel",
+         "POST / 1.1|Host=a|Content-Length=5|keep:hel...", "half a body"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: Chunked\r\n"
+         "\r\n5\r\nhello\r\n00A;x=\"y\"\r\n 123456789\r\n0\r\n\r\n",
+         "POST / 1.1|Host=a|Transfer-Encoding=Chunked|keep:hello 123456789.",
+         "chunks, an extension, hexadecimal digits"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
+         "\r\n1\r\nx\r\n0\r\nA: b\r\nC:\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n"
+         "\r\n",
+         "POST / 1.1|Host=a|Transfer-Encoding=chunked|keep:x."
+         "GET / 1.1|Host=a|keep:.", "trailers, and the next request"},
+        {"", "GET / HTTP/1.1\r\nHost:\r\nEmpty:\r\nTab:\t a\tb \t\r\n\r\n",
+         "GET / 1.1|Host=|Empty=|Tab=a\tb|keep:.",
+         "empty values, tabs, blanks around"},
+        {"", "GET / HTTP/1.1\r\nHost: a\r\nX: \xc3\xa9\xff\r\n\r\n",
+         "GET / 1.1|Host=a|X=\xc3\xa9\xff|keep:.",
+         "RFC 9110, 5.5: obs-text in a value"},
+        {"", "M-1 http://a/b?c=%20 HTTP/1.1\r\nHost: a\r\n!#$%&'*+-.^_`|~: b"
+         "\r\n\r\n",
+         "M-1 http://a/b?c=%20 1.1|Host=a|!#$%&'*+-.^_`|~=b|keep:.",
+         "any token is a method or a name"},
+        {"", "GET / HTTP/1.1\r\nHost: a\r\n\r", "...", "one byte is missing"},
+    };
+
+    check_messages(rows, COUNT(rows));
+}
+
+#define HEAD_OF "POST / HTTP/1.1\r\nHost: a\r\n"
+#define CHUNKED HEAD_OF "Transfer-Encoding: chunked\r\n\r\n"
+#define CHUNKED_OUT "POST / 1.1|Host=a|Transfer-Encoding=chunked|keep:"
+
+TEST(bad_requests_are_refused)
+{
+    static const struct message rows[] = {
+        {"", HEAD_OF "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"
+         "\r\n", "!400", "smuggling: a length and a coding"},
+        {"", HEAD_OF "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n"
+         "\r\n", "!400", "the same the other way round"},
+        {"", HEAD_OF "Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+         "!400", "smuggling: two lengths"},
+        {"", HEAD_OF "Content-Length: 5, 6\r\n\r\n", "!400",
+         "two lengths in one field"},
+        {"", HEAD_OF "Content-Length: +5\r\n\r\n", "!400", "a sign"},
+        {"", HEAD_OF "Content-Length: -5\r\n\r\n", "!400", "a sign"},
+        {"", HEAD_OF "Content-Length: 0x5\r\n\r\n", "!400", "hexadecimal"},
+        {"", HEAD_OF "Content-Length: 5 5\r\n\r\n", "!400", "a blank inside"},
+        {"", HEAD_OF "Content-Length:\r\n\r\n", "!400", "no number at all"},
+        {"", HEAD_OF "Content-Length: ,\r\n\r\n", "!400", "an empty list"},
+        {"", HEAD_OF "Transfer-Encoding:\r\n\r\n", "!400", "no coding"},
+        {"", HEAD_OF "Transfer-Encoding: chunked, gzip\r\n\r\n", "!400",
+         "chunked is not last"},
+        {"", HEAD_OF "Transfer-Encoding: chunked\r\n"
+         "Transfer-Encoding: chunked\r\n\r\n", "!400", "chunked twice"},
+        {"", HEAD_OF "Transfer-Encoding: chunked\r\n"
+         "Transfer-Encoding: identity\r\n\r\n", "!400",
+         "smuggling: a second field hides the first"},
+        {"", HEAD_OF "Transfer-Encoding: gzip, chunked\r\n\r\n", "!501",
+         "a coding that we do not know"},
+        {"", HEAD_OF "Transfer-Encoding: xchunked\r\n\r\n", "!501",
+         "smuggling: nearly chunked"},
+        {"", HEAD_OF "Transfer-Encoding: \"chunked\"\r\n\r\n", "!501",
+         "smuggling: in quotes"},
+        {"", HEAD_OF "Transfer-Encoding: \x0b" "chunked\r\n\r\n", "!400",
+         "smuggling: a vertical tab before it"},
+        {"", "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", "!400",
+         "HTTP/1.0 knows no chunks"},
+        {"", HEAD_OF "Transfer-Encoding : chunked\r\n\r\n", "!400",
+         "smuggling: space before the colon"},
+        {"", HEAD_OF "A: b\r\n c\r\n\r\n", "!400", "smuggling: folded"},
+        {"", "GET / HTTP/1.1\r\n Host: a\r\n\r\n", "!400",
+         "a blank before the first field"},
+        {"", HEAD_OF "A: b\n\r\n", "!400", "bare LF in the head"},
+        {"", "GET / HTTP/1.1\nHost: a\r\n\r\n", "!400",
+         "bare LF after the request line"},
+        {"", HEAD_OF "A: b\rC: d\r\n\r\n", "!400", "bare CR in a value"},
+        {"", HEAD_OF "A: b\r\r\n\r\n", "!400", "two CR"},
+        {"", HEAD_OF ": b\r\n\r\n", "!400", "no name"},
+        {"", HEAD_OF "A\r\n\r\n", "!400", "no colon"},
+        {"", HEAD_OF "A b: c\r\n\r\n", "!400", "a blank in a name"},
+        {"", HEAD_OF "\xc3\xa9: c\r\n\r\n", "!400", "a name not of ASCII"},
+        {"", HEAD_OF "A: \x7f\r\n\r\n", "!400", "a control character"},
+        {"", "GET / HTTP/1.1\r\n\r\n", "!400", "no Host"},
+        {"", "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", "!400",
+         "two Hosts"},
+        {"", "GET / HTTP/1.1\r\nHost: a b\r\n\r\n", "!400",
+         "a Host with a blank"},
+        {"", "GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "!400", "two spaces"},
+        {"", "GET / HTTP/1.1 \r\nHost: a\r\n\r\n", "!400", "a space after"},
+        {"", "GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n", "!400", "a tab"},
+        {"", "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", "!400",
+         "a blank in the target"},
+        {"", "GET /\x80 HTTP/1.1\r\nHost: a\r\n\r\n", "!400",
+         "a target not of ASCII"},
+        {"", "G(T / HTTP/1.1\r\nHost: a\r\n\r\n", "!400",
+         "the method is no token"},
+        {"", "GET /\r\n\r\n", "!400", "HTTP/0.9"},
+        {"", "GET / HTTP/2.0\r\nHost: a\r\n\r\n", "!505", "HTTP/2"},
+        {"", "GET / HTTP/0.9\r\nHost: a\r\n\r\n", "!505", "HTTP/0.9 by name"},
+        {"", "GET / http/1.1\r\nHost: a\r\n\r\n", "!400", "in lower case"},
+        {"", "GET / HTTP/1.10\r\nHost: a\r\n\r\n", "!400", "two digits"},
+        {"", "GET / HTTP/11\r\nHost: a\r\n\r\n", "!400", "no dot"},
+        {"", "\x16\x03\x01\x02", "!400", "TLS is refused at its first byte"},
+        {"", "\r\n\r\n\r\n\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", "!400",
+         "too many empty lines before"},
+    };
+
+    check_messages(rows, COUNT(rows));
+}
+
+TEST(bad_chunks_are_refused)
+{
+    static const struct {
+        const char *body, *out, *reason;
+    } rows[] = {
+        {"5\nhello\r\n0\r\n\r\n", "!400", "bare LF after a size"},
+        {"5\r\nhello\n0\r\n\r\n", "hello!400", "bare LF after a chunk"},
+        {"5\r\nhello\r\n0\n\r\n", "hello!400", "bare LF after the last"},
+        {"5\r\nhello\r\n0\r\n\n", "hello!400", "bare LF at the end"},
+        {"5\r\nhello0\r\n\r\n", "hello!400", "a chunk longer than its size"},
+        {"5\r\nhel\r\n0\r\n\r\n", "hel\r\n!400", "a chunk shorter"},
+        {"5 \r\nhello\r\n", "!400", "a blank after a size"},
+        {" 5\r\nhello\r\n", "!400", "a blank before a size"},
+        {"0x5\r\nhello\r\n", "!400", "a prefix"},
+        {"+5\r\nhello\r\n", "!400", "a sign"},
+        {"\r\nhello\r\n", "!400", "no size"},
+        {";a=b\r\nhello\r\n", "!400", "an extension alone"},
+        {"g\r\nhello\r\n", "!400", "no hexadecimal digit"},
+        {"5;a\rb\r\nhello\r\n", "!400", "a CR in an extension"},
+        {"5\r\r\nhello\r\n", "!400", "two CR"},
+        {"fffffffffffffffff\r\nhello\r\n", "!400", "more than 64 bits"},
+        {"8000000000000000\r\nhello\r\n", "!400", "more than 63 bits"},
+        {"0\r\nA : b\r\n\r\n", "!400", "a bad trailer"},
+        {"0\r\n A: b\r\n\r\n", "!400", "a folded trailer"},
+        {"0\r\nA\r\n\r\n", "!400", "a trailer without colon"},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char text[400], want[400];
+        struct message row = {"", text, want, rows[i].reason};
+        size_t len;
+
+        snprintf(text, sizeof text, "%s%s", CHUNKED, rows[i].body);
+        snprintf(want, sizeof want, "%s%s", CHUNKED_OUT, rows[i].out);
+        len = strlen(want);
+        for (size_t step = 1; step < 80; step = step * 2 + 1) {
+            struct cube_buf out = {0};
+
+            test_row("row %zu, %s, steps of %zu", i, row.reason, step);
+            parse_in_steps(text, strlen(text), step, "", &out);
+            if (out.len > len)
+                out.data[len] = 0;
+            CHECK_STR(out.data, want);
+            cube_buf_free(&out);
+        }
+    }
+}
+
+TEST(answers_are_understood)
+{
+    static const struct message rows[] = {
+        {"a", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+         "200 1.1|Content-Length=2|keep:hi.", "the usual"},
+        {"a", "HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 \r\n"
+         "Content-Length: 0\r\n\r\n",
+         "204 1.1|keep:.200 1.1|Content-Length=0|keep:.",
+         "204 has no body; no words after 200"},
+        {"a", "HTTP/1.1 304 X\r\nContent-Length: 9\r\n\r\n",
+         "304 1.1|Content-Length=9|keep:.", "nor has 304"},
+        {"a", "HTTP/1.1 100 Continue\r\n\r\n", "100 1.1|keep:.", "nor 1xx"},
+        {"ah", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+         "200 1.1|Content-Length=9|keep:.", "nor what answers a HEAD"},
+        {"ae", "HTTP/1.1 200 OK\r\n\r\nall of it",
+         "200 1.1|close:all of it.", "a body up to the end"},
+        {"ae", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnot",
+         "200 1.1|Content-Length=9|keep:not!early", "cut in its body"},
+        {"ae", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+         "2\r\nhi\r\n", "200 1.1|Transfer-Encoding=chunked|keep:hi!early",
+         "cut between chunks"},
+        {"ae", "HTTP/1.1 200", "!early", "cut in its head"},
+        {"a", "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+         "200 1.0|Content-Length=2|close:hi.", "HTTP/1.0"},
+        {"a", "HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n",
+         "200 1.1|Content-Length=0|keep:.", "nothing after 200 at all"},
+        {"a", "HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
+         "200 1.1|Content-Length=2|close:hi.",
+         "bare LF, as scripts write: read, not kept"},
+        {"a", "HTTP/1.1 20 OK\r\n\r\n", "!400", "two digits"},
+        {"a", "HTTP/1.1 2000 OK\r\n\r\n", "!400", "four digits"},
+        {"a", "HTTP/1.1 099 OK\r\n\r\n", "!400", "below 100"},
+        {"a", "HTTP/2 200 OK\r\n\r\n", "!400", "HTTP/2"},
+        {"a", "SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n", "!400", "not HTTP"},
+        {"a", "\r\nHTTP/1.1 200 OK\r\n\r\n", "!400", "an empty line before"},
+        {"a", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
+         "Transfer-Encoding: chunked\r\n\r\n", "!400", "two framings"},
+        {"a", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
+         "Content-Length: 3\r\n\r\n", "!400", "two lengths"},
+        {"a", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", "!501",
+         "an unknown coding"},
+    };
+
+    check_messages(rows, COUNT(rows));
+}
+
+/* The status for a head made of `lead`, `count` times `repeat`, and `tail`;
+ * 0 when it is accepted. */
+static int status_of(const char *lead, const char *repeat, size_t count,
+                     const char *tail)
+{
+    struct cube_http_parser p;
+    struct cube_buf text = {0};
+    struct cube_http_input in;
+    enum cube_http_event e;
+    int status;
+
+    memset(&p, 0, sizeof p);
+    cube_buf_puts(&text, lead);
+    for (size_t i = 0; i < count; i++)
+        cube_buf_puts(&text, repeat);
+    cube_buf_puts(&text, tail);
+    in.data = text.data;
+    in.len = text.len;
+    do
+        e = cube_http_parse(&p, &in);
+    while (e != CUBE_HTTP_ERROR && e != CUBE_HTTP_MORE && e != CUBE_HTTP_END);
+    status = e == CUBE_HTTP_ERROR ? p.status : 0;
+    CHECK(p.head.text.cap <= 2 * CUBE_HTTP_MAX_HEAD);
+    cube_buf_free(&text);
+    cube_buf_free(&p.head.text);
+    return status;
+}
+
+TEST(what_is_too_long_is_refused)
+{
+    const char *tail = "\r\n\r\n", *get = "GET / HTTP/1.1\r\nHost: a\r\n";
+    const char *line = " HTTP/1.1\r\nHost: a\r\n\r\n";
+
+    CHECK_INT(status_of("GET /", "a", 8000, line), 0);
+    CHECK_INT(status_of("GET /", "a", 8192, line), 414);
+    CHECK_INT(status_of("GET /", "a", 100000, ""), 414);
+    CHECK_INT(status_of("GET / HTTP/1.1\r\nHost: a\r\nA: ", "a", 32000, tail),
+              0);
+    CHECK_INT(status_of("GET / HTTP/1.1\r\nHost: a\r\nA: ", "a", 33000, tail),
+              431);
+    CHECK_INT(status_of("GET / HTTP/1.1\r\nHost: a\r\nA: ", "a", 99999, ""),
+              431);
+    CHECK_INT(status_of(get, "A: b\r\n", 99, "\r\n"), 0);
+    CHECK_INT(status_of(get, "A: b\r\n", 100, "\r\n"), 431);
+    CHECK_INT(status_of(CHUNKED "1;", "a", 250, "\r\nx\r\n0\r\n\r\n"), 0);
+    CHECK_INT(status_of(CHUNKED "1;", "a", 260, ""), 400);
+    CHECK_INT(status_of(CHUNKED, "1;aaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\nx\r\n",
+                        2000, ""), 400);
+    CHECK_INT(status_of(CHUNKED, "1\r\nx\r\n", 100000, "0\r\n\r\n"), 0);
+    CHECK_INT(status_of(CHUNKED "0\r\n", "A: b\r\n", 10000, ""), 431);
+}
+
+TEST(NUL_bytes_are_refused)
+{
+    static const struct {
+        const char *text;
+        size_t len;
+    } rows[] = {
+        {"GET /\0 HTTP/1.1\r\nHost: a\r\n\r\n", 29},
+        {"GET / HTTP/1.1\0\r\nHost: a\r\n\r\n", 29},
+        {"GET / HTTP/1.1\r\nHost: a\0\r\n\r\n", 29},
+        {"GET / HTTP/1.1\r\nHost: a\0b\r\n\r\n", 30},
+        {"GET / HTTP/1.1\r\nHost\0: a\r\n\r\n", 29},
+        {"GET / HTTP/1.1\r\nHost: a\r\n\0\r\n", 29},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_buf out = {0};
+
+        test_row("row %zu", i);
+        parse_in_steps(rows[i].text, rows[i].len, 7, "", &out);
+        CHECK_HAS(out.data, "!400");
+        cube_buf_free(&out);
+    }
+}
+
+TEST(token_characters_are_those_of_the_RFC)
+{
+    for (int c = 0; c < 256; c++) {
+        bool want = c && (strchr("!#$%&'*+-.^_`|~", c) ||
+                          (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+                          (c >= 'A' && c <= 'Z'));
+
+        test_row("character %d", c);
+        CHECK_INT(cube_http_is_token((char)c), want);
+    }
+}
+
+/* A model: random valid streams of messages, cut at random, come out as they
+ * went in. */
+TEST(random_messages_survive_random_cuts)
+{
+    for (int round = 0; round < 200; round++) {
+        struct cube_buf in = {0}, want = {0}, got = {0};
+        int count = 1 + (int)test_below(4);
+
+        test_row("round %d", round);
+        for (int i = 0; i < count; i++) {
+            size_t len = test_below(60);
+
+            cube_buf_printf(&in, "POST /%d HTTP/1.1\r\nHost: a\r\n", i);
+            cube_buf_printf(&want, "POST /%d 1.1|Host=a", i);
+            if (test_below(2)) {
+                cube_buf_printf(&in, "Content-Length: %zu\r\n\r\n", len);
+                cube_buf_printf(&want, "|Content-Length=%zu|keep:", len);
+                for (size_t k = 0; k < len; k++) {
+                    cube_buf_addc(&in, '\n');
+                    cube_buf_addc(&want, '\n');
+                }
+            } else {
+                cube_buf_puts(&in, "Transfer-Encoding: chunked\r\n\r\n");
+                cube_buf_puts(&want, "|Transfer-Encoding=chunked|keep:");
+                for (size_t k = 0; k < len;) {
+                    size_t n = 1 + test_below(20);
+
+                    cube_buf_printf(&in, "%zx\r\n%.*s\r\n", n, (int)n,
+                                    "\r\n0\r\n\r\n0123456789abcdef");
+                    cube_buf_add(&want, "\r\n0\r\n\r\n0123456789abcdef", n);
+                    k += n;
+                }
+                cube_buf_puts(&in, "0\r\n\r\n");
+            }
+            cube_buf_addc(&want, '.');
+        }
+        parse_in_steps(in.data, in.len, 1 + test_below(50), "", &got);
+        CHECK_STR(got.data, want.data);
+        cube_buf_free(&in);
+        cube_buf_free(&want);
+        cube_buf_free(&got);
+    }
+}
+
+/* ---- A world that can be disturbed ---- */
 
 static int64_t clock_moved_ms;
+static int accepts;          /* calls of accept */
+static int accept_failures;  /* that many more fail with EMFILE */
+static int connects;         /* calls of connect */
+static int sends_left;       /* calls of send before it says EAGAIN; -1: all */
 
 static int64_t moved_now_ms(void *ctx)
 {
     return cube_world_real()->now_ms(ctx) + clock_moved_ms;
+}
+
+static int counted_accept(void *ctx, int fd, struct cube_addr *peer)
+{
+    accepts++;
+    if (accept_failures > 0) {
+        accept_failures--;
+        return -EMFILE;
+    }
+    return cube_world_real()->accept(ctx, fd, peer);
+}
+
+static int counted_connect(void *ctx, const struct cube_addr *addr)
+{
+    connects++;
+    return cube_world_real()->connect(ctx, addr);
+}
+
+static int limited_send(void *ctx, int fd, const void *data, size_t len)
+{
+    if (sends_left == 0)
+        return -EAGAIN;
+    if (sends_left > 0)
+        sends_left--;
+    return cube_world_real()->send(ctx, fd, data, len);
+}
+
+/* "one.test" is this machine; other names are nobody's. No name server is
+ * asked. */
+static int fake_job_start(void *ctx, struct cube_poll *p,
+                          struct cube_job *job)
+{
+    if (job->kind == CUBE_JOB_RESOLVE)
+        snprintf(job->host, sizeof job->host, "%s",
+                 strcmp(job->host, "one.test") == 0 ? "127.0.0.1" : "");
+    return cube_world_real()->job_start(ctx, p, job);
 }
 
 /* ---- One loop, a server and a client on it ---- */
@@ -33,7 +550,13 @@ static void open_loop(void)
 
     world = *cube_world_real();
     world.now_ms = moved_now_ms;
+    world.accept = counted_accept;
+    world.connect = counted_connect;
+    world.send = limited_send;
+    world.job_start = fake_job_start;
     clock_moved_ms = 0;
+    accepts = accept_failures = connects = 0;
+    sends_left = -1;
     held = NULL;
     handled = gone = 0;
     server = NULL;
@@ -291,5 +814,1111 @@ TEST(stream_arrives_in_pieces)
     CHECK(turn_until(&o.done, 1));
     CHECK_INT(o.code, CUBE_OK);
     CHECK_INT(gone, 0);
+    close_all();
+}
+
+/* ---- A peer that writes and reads bytes ---- */
+
+struct peer {
+    int fd;
+    struct cube_buf in;
+    int is_eof;
+};
+
+static struct peer peer_to(const struct cube_addr *addr)
+{
+    const struct cube_world *w = cube_world_real();
+    struct peer p = {-1, {0}, 0};
+
+    p.fd = w->connect(w->ctx, addr);
+    REQUIRE(p.fd >= 0);
+    return p;
+}
+
+static struct peer peer_open(void)
+{
+    return peer_to(&server->listeners[0].addr);
+}
+
+static void peer_close(struct peer *p)
+{
+    if (p->fd >= 0)
+        close(p->fd);
+    p->fd = -1;
+    cube_buf_free(&p->in);
+}
+
+static void peer_read(struct peer *p)
+{
+    char bytes[65536];
+    ssize_t n;
+
+    while ((n = recv(p->fd, bytes, sizeof bytes, MSG_DONTWAIT)) > 0)
+        cube_buf_add(&p->in, bytes, (size_t)n);
+    p->is_eof = n == 0 ? 1 : errno == EAGAIN ? 0 : -1;
+}
+
+/* Writes all of it, turning the loop when the socket is full. */
+static void peer_write(struct peer *p, const char *data, size_t len)
+{
+    for (int i = 0; i < 10000 && len > 0; i++) {
+        ssize_t n = send(p->fd, data, len, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+        if (n < 0 && errno != EAGAIN)
+            return;
+        if (n > 0) {
+            data += n;
+            len -= (size_t)n;
+        }
+        cube_loop_turn(loop, n > 0 ? 0 : 10, NULL);
+    }
+}
+
+static void peer_say(struct peer *p, const char *text)
+{
+    peer_write(p, text, strlen(text));
+}
+
+/* Turns until what came holds `part`, or the other side has hung up. */
+static void peer_hears(struct peer *p, const char *part)
+{
+    int64_t until = cube_world_real()->now_ms(NULL) + 5000;
+
+    do {
+        cube_loop_turn(loop, 10, NULL);
+        peer_read(p);
+    } while (!(p->in.data && strstr(p->in.data, part)) && !p->is_eof &&
+             cube_world_real()->now_ms(NULL) < until);
+    CHECK_HAS(p->in.data ? p->in.data : "", part);
+}
+
+/* Turns until the other side has hung up: 1 for an end, -1 for a reset. */
+static int peer_ends(struct peer *p)
+{
+    int64_t until = cube_world_real()->now_ms(NULL) + 5000;
+
+    do {
+        cube_loop_turn(loop, 10, NULL);
+        peer_read(p);
+    } while (!p->is_eof && cube_world_real()->now_ms(NULL) < until);
+    return p->is_eof;
+}
+
+static int count_of(const char *text, const char *part)
+{
+    int n = 0;
+
+    for (; text && (text = strstr(text, part)); text += strlen(part))
+        n++;
+    return n;
+}
+
+#define HOST "Host: 127.0.0.1\r\n"
+#define GET(target) "GET " target " HTTP/1.1\r\n" HOST "\r\n"
+
+/* ---- The server ---- */
+
+/* Says `text` on a connection of its own: the status of the first answer, 0
+ * for none; `all` gets what came until nothing more does. */
+static int status_to(const char *text, struct cube_buf *all)
+{
+    struct peer p = peer_open();
+    int status = 0;
+
+    peer_say(&p, text);
+    for (int i = 0; i < 100 && !p.is_eof && p.in.len == 0; i++) {
+        cube_loop_turn(loop, 20, NULL);
+        peer_read(&p);
+    }
+    turn_idle();
+    peer_read(&p);
+    if (p.in.len > 12)
+        status = atoi(p.in.data + 9);
+    if (all) {
+        cube_buf_clear(all);
+        cube_buf_add(all, p.in.data ? p.in.data : "", p.in.len);
+    }
+    peer_close(&p);
+    turn_idle();
+    return status;
+}
+
+TEST(routes_are_found)
+{
+    static const struct {
+        const char *line, *more;
+        int status;
+        const char *part, *reason;
+    } rows[] = {
+        {"GET / HTTP/1.1", "", 200, "hello", "the root"},
+        {"GET /?a=b HTTP/1.1", "", 200, "hello", "with a query"},
+        {"GET http://127.0.0.1/ HTTP/1.1", "", 200, "hello",
+         "the absolute form"},
+        {"GET http://127.0.0.1 HTTP/1.1", "", 200, "hello", "without path"},
+        {"GET http://127.0.0.1?x=1 HTTP/1.1", "", 400, "", "nor slash"},
+        {"GET /echo/7 HTTP/1.1", "", 200, "GET /echo/7 id=7 x=(none) ",
+         "a variable"},
+        {"GET /echo/7/ HTTP/1.1", "", 200, "id=7", "a trailing slash"},
+        {"GET /echo/7// HTTP/1.1", "", 404, "", "two of them"},
+        {"GET //echo/7 HTTP/1.1", "", 404, "", "an empty segment"},
+        {"GET /echo// HTTP/1.1", "", 404, "", "an empty variable"},
+        {"GET /echo HTTP/1.1", "", 404, "", "no variable"},
+        {"GET /echo/a%2Fb%20c HTTP/1.1", "", 200, "id=a/b c ", "decoded"},
+        {"GET /%65cho/7 HTTP/1.1", "", 200, "id=7",
+         "literal parts are decoded as well"},
+        {"GET /echo/7?y=1&x=a+b%26&x=2 HTTP/1.1", "", 200, "x=a b& ",
+         "the first of a query, decoded"},
+        {"GET /echo/7?x HTTP/1.1", "", 200, "x= ", "without a value"},
+        {"GET /echo/7?&&x=1& HTTP/1.1", "", 200, "x=1 ", "empty pairs"},
+        {"GET /echo/7?xx=1 HTTP/1.1", "", 200, "x=(none)", "another name"},
+        {"GET /echo/%zz HTTP/1.1", "", 400, "", "no escape"},
+        {"GET /echo/%4 HTTP/1.1", "", 400, "", "half an escape"},
+        {"GET /echo/%00 HTTP/1.1", "", 400, "", "a NUL"},
+        {"GET /echo/7?x=%0 HTTP/1.1", "", 400, "", "the same in a query"},
+        {"GET echo HTTP/1.1", "", 400, "", "no slash"},
+        {"OPTIONS * HTTP/1.1", "", 400, "", "no path"},
+        {"GET /nothing HTTP/1.1", "", 404, "there is no /nothing here",
+         "unknown"},
+        {"GET /a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a/a HTTP/1.1", "", 400, "",
+         "too many segments"},
+        {"DELETE /echo/7 HTTP/1.1", "", 405, "Allow: GET, HEAD, POST\r\n",
+         "another method"},
+        {"HEAD /echo/7/sub HTTP/1.1", "", 405, "Allow: DELETE\r\n",
+         "HEAD where there is no GET"},
+        {"PUT /hold HTTP/1.1", "", 405, "\"HTTPStatusCode\":405", "in JSON"},
+        {"GET / HTTP/1.1", "Expect: more\r\n", 417, "", "what we cannot do"},
+    };
+    struct cube_buf all = {0};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char text[500];
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        snprintf(text, sizeof text, "%s\r\n" HOST "%s\r\n", rows[i].line,
+                 rows[i].more);
+        CHECK_INT(status_to(text, &all), rows[i].status);
+        CHECK_HAS(all.data, rows[i].part);
+    }
+    cube_buf_free(&all);
+    close_all();
+}
+
+TEST(answers_have_a_date_and_a_length)
+{
+    struct cube_buf all = {0};
+    int64_t wall = cube_world_real()->wall_ns(NULL) / 1000000000;
+    time_t now = (time_t)wall;
+    char date[60], later[60];
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    strftime(date, sizeof date, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n",
+             gmtime(&now));
+    status_to(GET("/"), &all);
+    now++;
+    strftime(later, sizeof later, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n",
+             gmtime(&now));
+    CHECK(strstr(all.data, date) || strstr(all.data, later));
+    CHECK_HAS(all.data, "Content-Type: text/plain\r\n");
+    CHECK_HAS(all.data, "Content-Length: 5\r\n");
+    CHECK(!strstr(all.data, "Connection:"));
+    cube_buf_free(&all);
+    close_all();
+}
+
+TEST(HEAD_has_a_length_and_no_body)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, "HEAD / HTTP/1.1\r\n" HOST "\r\n" GET("/echo/next"));
+    peer_hears(&p, "id=next");
+    CHECK_HAS(p.in.data, "Content-Length: 5\r\n");
+    CHECK(!strstr(p.in.data, "hello"));
+    peer_close(&p);
+    close_all();
+}
+
+TEST(connections_are_kept_as_asked)
+{
+    static const struct {
+        const char *head, *part;
+        int ends;
+        const char *reason;
+    } rows[] = {
+        {"GET / HTTP/1.1\r\n" HOST "\r\n", "Content-Length", 0, "by default"},
+        {"GET / HTTP/1.1\r\n" HOST "Connection: close\r\n\r\n",
+         "Connection: close\r\n", 1, "asked to close"},
+        {"GET / HTTP/1.0\r\n\r\n", "Connection: close\r\n", 1, "1.0"},
+        {"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+         "Connection: keep-alive\r\n", 0, "1.0 that asks to keep"},
+        {"GET /none HTTP/1.1\r\n" HOST "\r\n", "404", 0,
+         "a refusal without a body keeps it"},
+        {"POST /none HTTP/1.1\r\n" HOST "Content-Length: 3\r\n\r\nabc",
+         "Connection: close\r\n", 1, "one with a body does not"},
+        {"GET /\r\n\r\n", "Connection: close\r\n", 1, "nor what is no HTTP"},
+    };
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct peer p = peer_open();
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        peer_say(&p, rows[i].head);
+        peer_hears(&p, rows[i].part);
+        if (rows[i].ends) {
+            CHECK_INT(peer_ends(&p), 1);
+        } else {
+            peer_say(&p, "GET /echo/again HTTP/1.0\r\n\r\n");
+            peer_hears(&p, "id=again");
+        }
+        peer_close(&p);
+    }
+    close_all();
+}
+
+TEST(pipelined_requests_are_answered_in_order)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/echo/1") GET("/hold") GET("/echo/2")
+             "POST /echo/3 HTTP/1.1\r\n" HOST "Content-Length: 2\r\n\r\nab"
+             GET("/echo/4"));
+    peer_hears(&p, "id=1");
+    turn_idle();
+    CHECK_INT(handled, 2); /* the others wait for the one that is held */
+    REQUIRE(held);
+    peer_read(&p);
+    CHECK(!strstr(p.in.data, "id=2"));
+    cube_http_reply(held, 200, NULL, "held", 4);
+    peer_hears(&p, "id=4");
+    CHECK(strstr(p.in.data, "id=1") < strstr(p.in.data, "held"));
+    CHECK(strstr(p.in.data, "held") < strstr(p.in.data, "id=2"));
+    CHECK(strstr(p.in.data, "id=2") < strstr(p.in.data, "id=3 x=(none) ab"));
+    CHECK_INT(gone, 0);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(a_thousand_pipelined_requests_do_not_fill_memory)
+{
+    struct peer p;
+    struct cube_buf text = {0};
+    int count = 0;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    for (int i = 0; i < 20000; i++)
+        cube_buf_puts(&text, GET("/echo/x"));
+    /* Nothing is read while all of it is written. */
+    for (size_t at = 0, still = 0; at < text.len && still < 50;) {
+        ssize_t n = send(p.fd, text.data + at, text.len - at,
+                         MSG_NOSIGNAL | MSG_DONTWAIT);
+
+        at += n > 0 ? (size_t)n : 0;
+        still = n > 0 ? 0 : still + 1;
+        cube_loop_turn(loop, 0, NULL);
+        if (at == text.len || still == 50)
+            cube_buf_drop(&text, at);
+        if (still == 50)
+            break;
+    }
+    CHECK(test_heap_bytes < 6 << 20);
+    for (int i = 0; i < 100000 && count < 20000; i++) {
+        peer_read(&p);
+        if (text.len > 0) {
+            ssize_t n = send(p.fd, text.data, text.len,
+                             MSG_NOSIGNAL | MSG_DONTWAIT);
+            if (n > 0)
+                cube_buf_drop(&text, (size_t)n);
+        }
+        cube_loop_turn(loop, 1, NULL);
+        count = handled;
+    }
+    CHECK_INT(count, 20000);
+    turn_idle();
+    peer_read(&p);
+    CHECK_INT(count_of(p.in.data, "HTTP/1.1 200"), 20000);
+    cube_buf_free(&text);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(request_bodies_come_chunked_and_in_bytes)
+{
+    struct peer p;
+    const char *text = "POST /echo/1 HTTP/1.1\r\n" HOST
+                       "Transfer-Encoding: chunked\r\n\r\n"
+                       "3;a=b\r\nabc\r\n2\r\nde\r\n0\r\nX: y\r\n\r\n";
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    for (size_t i = 0; text[i]; i++) {
+        peer_write(&p, text + i, 1);
+        cube_loop_turn(loop, 0, NULL);
+    }
+    peer_hears(&p, "x=(none) abcde");
+    peer_close(&p);
+    close_all();
+}
+
+TEST(expect_100_is_answered_before_the_body)
+{
+    struct peer p;
+    const char *head = "POST /echo/1 HTTP/1.1\r\n" HOST
+                       "Expect: 100-Continue\r\nContent-Length: 4\r\n\r\n";
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, head);
+    peer_hears(&p, "HTTP/1.1 100 Continue\r\n\r\n");
+    CHECK_INT(handled, 0);
+    peer_say(&p, "body");
+    peer_hears(&p, "x=(none) body");
+    peer_close(&p);
+    p = peer_open(); /* one that would be refused hears so, not 100 */
+    peer_say(&p, "POST /none HTTP/1.1\r\n" HOST
+             "Expect: 100-continue\r\nContent-Length: 4\r\n\r\n");
+    peer_hears(&p, "HTTP/1.1 404");
+    CHECK(!strstr(p.in.data, "100 Continue"));
+    CHECK_INT(peer_ends(&p), 1);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(large_bodies_are_refused_and_the_refusal_arrives)
+{
+    static const char *const heads[] = {
+        "POST /echo/1 HTTP/1.1\r\n" HOST "Content-Length: 9000000\r\n\r\n",
+        "POST /echo/1 HTTP/1.1\r\n" HOST
+        "Content-Length: 99999999999999999999999\r\n\r\n",
+        "POST /echo/1 HTTP/1.1\r\n" HOST
+        "Transfer-Encoding: chunked\r\n\r\n800000\r\n",
+    };
+    struct cube_http_options o = {.max_body = 100000};
+    char *bytes = calloc(1, 1000000);
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    for (size_t i = 0; i < COUNT(heads); i++) {
+        struct peer p = peer_open();
+
+        test_row("row %zu", i);
+        peer_say(&p, heads[i]);
+        /* The peer goes on sending, as real ones do, and reads afterwards:
+         * no reset may have taken the answer away. */
+        peer_write(&p, bytes, 1000000);
+        peer_hears(&p, "HTTP/1.1 413");
+        CHECK_INT(handled, 0);
+        peer_close(&p);
+    }
+    free(bytes);
+    close_all();
+}
+
+TEST(body_of_the_largest_size_is_taken)
+{
+    struct cube_http_options o = {.max_body = 100000};
+    struct peer p;
+    char *bytes = malloc(100000);
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    memset(bytes, 'x', 100000);
+    p = peer_open();
+    peer_say(&p, "POST /echo/1 HTTP/1.1\r\n" HOST
+             "Content-Length: 100000\r\n\r\n");
+    peer_write(&p, bytes, 100000);
+    peer_hears(&p, "HTTP/1.1 200");
+    CHECK_INT(handled, 1);
+    free(bytes);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(access_is_checked)
+{
+    static const char *const names[] = {"cube.example", NULL};
+    static const struct {
+        const char *line, *fields;
+        int status;
+        const char *reason;
+    } rows[] = {
+        {"GET /", "Host: 127.0.0.1\r\n", 401, "no token"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Bearer one\r\n", 200,
+         "the first token"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: bearer  two\r\n", 200,
+         "the second one, the scheme in any case"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Bearer on\r\n", 401,
+         "a part of it"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Bearer onee\r\n", 401,
+         "more than it"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Bearer\r\n", 401,
+         "nothing of it"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Basic one\r\n", 401,
+         "another scheme"},
+        {"GET /none", "Host: 127.0.0.1\r\n", 401,
+         "without a token one does not learn what there is"},
+        {"GET /healthz", "Host: 127.0.0.1\r\n", 200, "health is open"},
+        {"HEAD /healthz/", "Host: 127.0.0.1\r\n", 200, "and its head"},
+        {"POST /healthz", "Host: 127.0.0.1\r\n", 401, "to GET alone"},
+        {"GET /healthz", "Host: 127.0.0.1\r\nOrigin: null\r\n", 403,
+         "a web page, which sends an Origin"},
+        {"GET /", "Host: 127.0.0.1\r\nAuthorization: Bearer one\r\n"
+         "Origin: http://127.0.0.1\r\n", 403, "also with a token"},
+        {"GET /healthz", "Host: evil.example\r\n", 403, "DNS rebinding"},
+        {"GET /healthz", "Host: evil.example:7777\r\n", 403, "with a port"},
+        {"GET /healthz", "Host: 127.0.0.1.evil.example\r\n", 403,
+         "nearly an address"},
+        {"GET /healthz", "Host: localhost.evil.example\r\n", 403,
+         "nearly localhost"},
+        {"GET /healthz", "Host:\r\n", 403, "no name"},
+        {"GET /healthz", "Host: 127.0.0.1:x\r\n", 403, "no port"},
+        {"GET /healthz", "Host: 127.1\r\n", 403, "a strange address"},
+        {"GET /healthz", "Host: [::1\r\n", 403, "half an address"},
+        {"GET /healthz", "Host: [localhost]\r\n", 403, "a name in brackets"},
+        {"GET /healthz", "Host: 10.0.0.7:5555\r\n", 200, "IPv4"},
+        {"GET /healthz", "Host: [::1]\r\n", 200, "IPv6"},
+        {"GET /healthz", "Host: [fe80::1]:5555\r\n", 200, "IPv6, a port"},
+        {"GET /healthz", "Host: LocalHost:1\r\n", 200, "localhost"},
+        {"GET /healthz", "Host: CUBE.example:1\r\n", 200, "a known name"},
+        {"GET http://evil.example/healthz", "Host: 127.0.0.1\r\n", 403,
+         "the authority of the target counts"},
+    };
+    struct cube_http_options o = {.tokens = {"one", "two"},
+                                  .host_names = names,
+                                  .is_open_health = true};
+    struct cube_buf all = {0};
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char text[500];
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        snprintf(text, sizeof text, "%s HTTP/1.1\r\n%s\r\n", rows[i].line,
+                 rows[i].fields);
+        CHECK_INT(status_to(text, &all), rows[i].status);
+        CHECK_INT(strstr(all.data, "WWW-Authenticate: Bearer\r\n") != NULL,
+                  rows[i].status == 401);
+    }
+    CHECK_INT(status_to("GET /healthz HTTP/1.0\r\n\r\n", NULL), 200);
+    cube_buf_free(&all);
+    close_all();
+}
+
+TEST(public_servers_serve_web_pages)
+{
+    struct cube_http_options o = {.is_public = true};
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    CHECK_INT(status_to("GET / HTTP/1.1\r\nHost: any.example\r\n"
+                        "Origin: http://any.example\r\n\r\n", NULL), 200);
+    close_all();
+}
+
+TEST(slow_clients_are_cut)
+{
+    static const struct {
+        const char *first, *second, *part;
+        int64_t ms;
+        const char *reason;
+    } rows[] = {
+        {"", NULL, "", 1000, "says nothing"},
+        {GET("/"), NULL, "hello", 1000, "says nothing after a request"},
+        {"GET / HT", NULL, "HTTP/1.1 408", 200, "stops in a head"},
+        {"GET / HT", "TP/1.1\r\n", "HTTP/1.1 408", 200, "a head in drops"},
+        {"POST /echo/1 HTTP/1.1\r\n" HOST "Content-Length: 9\r\n\r\na", "b",
+         "HTTP/1.1 408", 400, "a body in drops"},
+    };
+    struct cube_http_options o = {.idle_timeout_ms = 1000,
+                                  .head_timeout_ms = 200,
+                                  .body_timeout_ms = 400};
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct peer p = peer_open();
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        peer_say(&p, rows[i].first);
+        turn_idle();
+        clock_moved_ms += rows[i].ms - 100;
+        turn_idle();
+        peer_read(&p);
+        CHECK_INT(p.is_eof, 0);
+        if (rows[i].second)
+            peer_say(&p, rows[i].second);
+        pass_ms(100);
+        CHECK_INT(peer_ends(&p), 1);
+        CHECK_HAS(p.in.data ? p.in.data : "", rows[i].part);
+        peer_close(&p);
+    }
+    turn_idle();
+    clock_moved_ms += 100000;
+    turn_idle();
+    CHECK_INT(server->conn_count, 0);
+    close_all();
+}
+
+TEST(a_handler_may_take_its_time)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/hold"));
+    turn_idle();
+    pass_ms(1000000);
+    REQUIRE(held);
+    CHECK_INT(gone, 0);
+    cube_http_reply(held, 200, NULL, "at last", 7);
+    peer_hears(&p, "at last");
+    peer_close(&p);
+    close_all();
+}
+
+TEST(a_reader_that_stalls_is_cut)
+{
+    struct cube_http_options o = {.body_timeout_ms = 400};
+    struct peer p;
+    char *bytes = calloc(1, 1 << 20);
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    REQUIRE(held);
+    for (int i = 0; i < 8; i++)
+        cube_http_stream_write(held, bytes, 1 << 20);
+    turn_idle();
+    CHECK(cube_http_stream_backlog(held) > 0);
+    pass_ms(300);
+    CHECK_INT(gone, 0);
+    pass_ms(200);
+    CHECK_INT(gone, 1);
+    free(bytes);
+    peer_close(&p);
+    close_all();
+}
+
+/* ---- Streams ---- */
+
+TEST(streams_are_chunked_or_end_with_the_connection)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    REQUIRE(held);
+    cube_http_stream_write(held, "hello world, this is it", 23);
+    cube_http_stream_write(held, "", 0); /* would be the end */
+    peer_hears(&p, "\r\nTransfer-Encoding: chunked\r\n\r\n17\r\nhello world, "
+                   "this is it\r\n");
+    cube_http_stream_end(held);
+    peer_hears(&p, "\r\n0\r\n\r\n");
+    peer_say(&p, GET("/echo/next"));
+    peer_hears(&p, "id=next");
+    peer_close(&p);
+    p = peer_open();
+    peer_say(&p, "GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+    turn_idle();
+    cube_http_stream_write(held, "hello", 5);
+    cube_http_stream_end(held);
+    peer_hears(&p, "Connection: close\r\n\r\nhello");
+    CHECK_INT(peer_ends(&p), 1);
+    CHECK(!strstr(p.in.data, "chunked"));
+    peer_close(&p);
+    close_all();
+    CHECK_INT(gone, 0);
+}
+
+TEST(HEAD_of_a_stream_ends_at_once)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, "HEAD /stream HTTP/1.1\r\n" HOST "\r\n");
+    peer_hears(&p, "Connection: close\r\n");
+    CHECK_INT(peer_ends(&p), 1);
+    CHECK_INT(gone, 1);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(an_aborted_stream_is_cut)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    cube_http_stream_write(held, "hello", 5);
+    cube_http_stream_abort(held);
+    CHECK(peer_ends(&p) != 0);
+    CHECK_HAS(p.in.data, "5\r\nhello\r\n");
+    CHECK(!strstr(p.in.data, "0\r\n\r\n"));
+    CHECK_INT(gone, 0);
+    peer_close(&p);
+    close_all();
+}
+
+static int drains;
+static int to_write; /* pieces that on_drain still writes */
+
+static void on_drain(void *arg)
+{
+    char piece[50000];
+
+    drains++;
+    memset(piece, 'x', sizeof piece);
+    if (to_write-- > 0)
+        cube_http_stream_write(*(struct cube_http_req **)arg, piece,
+                               sizeof piece);
+    else
+        cube_http_stream_end(*(struct cube_http_req **)arg);
+}
+
+TEST(a_stream_is_paced_by_its_reader)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    REQUIRE(held);
+    drains = 0;
+    to_write = 1000;
+    cube_http_stream_on_drain(held, on_drain, &held);
+    cube_http_stream_write(held, "go", 2);
+    CHECK_INT(drains, 0);
+    turn_idle();
+    for (int i = 0; i < 1000; i++)
+        cube_loop_turn(loop, 0, NULL);
+    CHECK(drains < 1000); /* the peer has not read: the writer waits */
+    CHECK(test_heap_bytes < 4 << 20);
+    CHECK_INT(peer_ends(&p) || strstr(p.in.data, "\r\n0\r\n\r\n") != NULL, 1);
+    CHECK_INT(drains, 1001);
+    CHECK(p.in.len > 50000000);
+    peer_close(&p);
+    close_all();
+}
+
+TEST(a_stream_nobody_reads_is_cut_at_its_cap)
+{
+    struct peer p;
+    char *bytes = calloc(1, 1 << 20);
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    REQUIRE(held);
+    for (int i = 0; i < 40 && held; i++)
+        cube_http_stream_write(held, bytes, 1 << 20);
+    CHECK_INT(gone, 0); /* never from inside a write */
+    turn_idle();
+    CHECK_INT(gone, 1);
+    CHECK(test_heap_peak < 40 << 20);
+    free(bytes);
+    peer_close(&p);
+    close_all();
+}
+
+/* ---- Peers that go, servers that close ---- */
+
+TEST(a_peer_that_goes_is_reported_once)
+{
+    static const char *const targets[] = {"/hold", "/stream"};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    for (size_t i = 0; i < COUNT(targets); i++) {
+        struct peer p = peer_open();
+        char text[200];
+
+        test_row("%s", targets[i]);
+        gone = 0;
+        snprintf(text, sizeof text, "GET %s HTTP/1.1\r\n" HOST "\r\n",
+                 targets[i]);
+        peer_say(&p, text);
+        turn_idle();
+        REQUIRE(held);
+        peer_close(&p);
+        turn_idle();
+        CHECK_INT(gone, 1);
+        CHECK_INT(server->conn_count, 0);
+    }
+    close_all();
+}
+
+TEST(an_answer_to_a_peer_that_went_is_harmless)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/keep"));
+    turn_idle();
+    REQUIRE(held);
+    setsockopt(p.fd, SOL_SOCKET, SO_LINGER,
+               &(struct linger){.l_onoff = 1, .l_linger = 0},
+               sizeof(struct linger));
+    peer_close(&p); /* a reset */
+    turn_idle();
+    CHECK_INT(server->conn_count, 0);
+    CHECK_STR(cube_http_path(held), "/keep");
+    cube_http_reply(held, 200, NULL, "who hears?", 10);
+    p = peer_open();
+    peer_say(&p, GET("/keep"));
+    turn_idle();
+    peer_close(&p);
+    turn_idle();
+    cube_http_stream(held, 200, NULL);
+    cube_http_stream_write(held, "who hears?", 10);
+    cube_http_stream_end(held);
+    close_all();
+}
+
+TEST(a_peer_that_shuts_its_side_gets_its_answer)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    peer_say(&p, GET("/echo/1") GET("/keep") GET("/echo/2"));
+    shutdown(p.fd, SHUT_WR);
+    turn_idle();
+    REQUIRE(held);
+    cube_http_reply(held, 200, NULL, "kept", 4);
+    CHECK_INT(peer_ends(&p), 1);
+    CHECK_HAS(p.in.data, "id=1");
+    CHECK_HAS(p.in.data, "kept");
+    CHECK_HAS(p.in.data, "id=2");
+    peer_close(&p);
+    p = peer_open();
+    peer_say(&p, "GET / HTTP/1.1\r\nHost: 127");
+    shutdown(p.fd, SHUT_WR);
+    CHECK_INT(peer_ends(&p), 1);
+    CHECK_HAS(p.in.data, "HTTP/1.1 400");
+    peer_close(&p);
+    turn_idle();
+    CHECK_INT(server->conn_count, 0);
+    close_all();
+}
+
+TEST(a_server_closes_with_requests_open)
+{
+    struct peer p[3];
+    struct cube_http_req *kept;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p[0] = peer_open();
+    peer_say(&p[0], GET("/keep"));
+    turn_idle();
+    kept = held;
+    p[1] = peer_open();
+    peer_say(&p[1], GET("/hold"));
+    p[2] = peer_open();
+    peer_say(&p[2], "GET / HT");
+    turn_idle();
+    cube_http_close(server);
+    server = NULL;
+    CHECK_INT(gone, 1);
+    turn_idle();
+    cube_http_reply_error(kept, 500, "too late for %s", cube_http_path(kept));
+    for (int i = 0; i < 3; i++) {
+        CHECK(peer_ends(&p[i]) != 0);
+        peer_close(&p[i]);
+    }
+    close_all();
+}
+
+static void do_close(void *arg, struct cube_http_req *req)
+{
+    (void)arg;
+    handled++;
+    if (!cube_http_query(req, "late"))
+        cube_http_reply(req, 200, NULL, "bye", 3);
+    cube_http_close(server);
+    server = NULL;
+    if (cube_http_query(req, "late"))
+        cube_http_reply(req, 200, NULL, "bye", 3);
+}
+
+TEST(a_handler_closes_its_server)
+{
+    static const struct cube_http_route closing[] = {
+        {"GET", "/", do_close}, {NULL, NULL, NULL}};
+    static const char *const texts[] = {GET("/") GET("/"),
+                                        GET("/?late=1") GET("/")};
+
+    open_loop();
+    for (size_t i = 0; i < COUNT(texts); i++) {
+        struct peer p;
+
+        test_row("row %zu", i);
+        handled = 0;
+        server = cube_http_listen(loop, "127.0.0.1:0", closing, NULL, NULL,
+                                  NULL);
+        p = peer_open();
+        peer_say(&p, texts[i]);
+        turn_idle();
+        CHECK_INT(handled, 1);
+        CHECK(!server);
+        peer_close(&p);
+    }
+    close_all();
+}
+
+/* ---- Limits of accepting ---- */
+
+TEST(idle_connections_make_room_for_new_ones)
+{
+    struct cube_http_options o = {.max_connections = 3};
+    struct peer p[5];
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    for (int i = 0; i < 3; i++) {
+        p[i] = peer_open();
+        peer_say(&p[i], GET("/"));
+        peer_hears(&p[i], "hello");
+    }
+    peer_say(&p[0], GET("/echo/0")); /* now the second is idle longest */
+    peer_hears(&p[0], "id=0");
+    p[3] = peer_open();
+    peer_say(&p[3], GET("/echo/3"));
+    turn_idle();
+    CHECK_INT(handled, 4); /* one may have just sent a request */
+    pass_ms(1000);
+    peer_hears(&p[3], "id=3");
+    CHECK_INT(peer_ends(&p[1]), 1);
+    peer_read(&p[0]);
+    CHECK_INT(p[0].is_eof, 0);
+    for (int i = 0; i < 4; i++)
+        peer_close(&p[i]);
+    close_all();
+}
+
+TEST(busy_connections_let_new_ones_wait)
+{
+    struct cube_http_options o = {.max_connections = 2};
+    struct peer p[3];
+    struct cube_http_req *first;
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    p[0] = peer_open();
+    peer_say(&p[0], GET("/hold"));
+    turn_idle();
+    first = held;
+    p[1] = peer_open();
+    peer_say(&p[1], GET("/hold"));
+    p[2] = peer_open();
+    peer_say(&p[2], GET("/"));
+    turn_idle();
+    CHECK_INT(handled, 2);
+    accepts = 0;
+    turn_idle();
+    CHECK_INT(accepts, 0); /* it waits without turning in circles */
+    cube_http_reply(first, 200, NULL, "", 0); /* and that one is idle */
+    turn_idle();
+    pass_ms(1000);
+    peer_hears(&p[2], "hello");
+    CHECK_INT(peer_ends(&p[0]), 1);
+    peer_close(&p[0]);
+    peer_close(&p[1]);
+    peer_close(&p[2]);
+    turn_idle();
+    close_all();
+}
+
+TEST(without_descriptors_accepting_pauses)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    accept_failures = 2;
+    p = peer_open();
+    peer_say(&p, GET("/"));
+    turn_idle();
+    CHECK_INT(accepts, 1);
+    clock_moved_ms += 100;
+    turn_idle();
+    CHECK_INT(accepts, 2);
+    clock_moved_ms += 100;
+    peer_hears(&p, "hello");
+    peer_close(&p);
+    close_all();
+}
+
+/* ---- Listening ---- */
+
+TEST(a_taken_port_is_said_in_words)
+{
+    struct cube_err err = {0, ""};
+    char where[100];
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    snprintf(where, sizeof where, "127.0.0.1:%u",
+             (unsigned)cube_http_port(server));
+    CHECK(!cube_http_listen(loop, where, routes, NULL, NULL, &err));
+    CHECK_INT(err.code, CUBE_EBUSY);
+    CHECK_HAS(err.text, where);
+    CHECK_HAS(err.text, "in use");
+    close_all();
+}
+
+TEST(localhost_is_both_loopbacks)
+{
+    struct outcome o;
+    char to[100];
+
+    open_loop();
+    open_server("localhost:0", NULL);
+    if (server->listener_count < 2) {
+        close_all();
+        SKIP("no IPv6 here");
+    }
+    CHECK_INT(server->listeners[1].addr.port, cube_http_port(server));
+    snprintf(to, sizeof to, "http://[::1]:%u",
+             (unsigned)cube_http_port(server));
+    open_client(to);
+    ask(&o, "GET", "/", NULL);
+    CHECK_INT(o.status, 200);
+    close_all();
+}
+
+TEST(places_are_read)
+{
+    static const struct {
+        const char *text, *want, *reason;
+    } rows[] = {
+        {"127.0.0.1:80", "127.0.0.1 80", "IPv4"},
+        {"[::1]:5", "::1 5", "IPv6"},
+        {"[::1]", "::1 0", "IPv6 without port"},
+        {"::1", NULL, "IPv6 without brackets"},
+        {":80", " 80", "every address"},
+        {"host", "host 0", "no port"},
+        {"host:", NULL, "an empty port"},
+        {"host:65536", NULL, "no port number"},
+        {"host:1x", NULL, "nor this"},
+        {"a b:1", NULL, "a blank"},
+        {"http://host", "host 80", "the port of http"},
+        {"http://host:8/", "host 8", "a slash"},
+        {"http://host:8/a", NULL, "a path"},
+        {"http://user@host:8", NULL, "a user"},
+        {"tcp://host", "host 2375", "the port of engines"},
+        {"tcp://[::1]:2375", "::1 2375", "an engine on IPv6"},
+        {"unix:///a/b", "unix /a/b", "a socket as a URI"},
+        {"unix:/a/b", "unix /a/b", "and shorter"},
+        {"unix:", NULL, "no path"},
+        {"[::1", NULL, "half an address"},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_http_place place;
+        char got[400];
+        int r = cube_http_place_parse(rows[i].text, &place, NULL);
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        if (place.is_unix)
+            snprintf(got, sizeof got, "unix %s", place.host);
+        else
+            snprintf(got, sizeof got, "%s %u", place.host,
+                     (unsigned)place.port);
+        CHECK_STR(r < 0 ? NULL : got, rows[i].want);
+        CHECK_INT(r, rows[i].want ? 0 : -1);
+    }
+}
+
+TEST(unix_sockets_serve_and_are_removed)
+{
+    struct outcome o;
+    char where[300];
+
+    open_loop();
+    snprintf(where, sizeof where, "unix:%s/s", test_dir());
+    open_server(where, NULL);
+    open_client(where);
+    ask(&o, "GET", "/", NULL);
+    CHECK_STR(o.body, "hello");
+    close_all();
+    CHECK_INT(access(where + 5, F_OK), -1);
+}
+
+TEST(a_stale_unix_socket_is_replaced_and_a_live_one_is_not)
+{
+    struct cube_err err = {0, ""};
+    char where[300], *path = where + 5;
+    struct cube_addr addr = {.kind = CUBE_ADDR_UNIX};
+    struct outcome o;
+    FILE *file;
+    int fd;
+
+    open_loop();
+    snprintf(where, sizeof where, "unix:%s/s", test_dir());
+    snprintf(addr.path, sizeof addr.path, "%s", path);
+    fd = world.listen(world.ctx, &addr);
+    close(fd); /* and the file stays */
+    open_server(where, NULL);
+    CHECK(!cube_http_listen(loop, where, routes, NULL, NULL, &err));
+    CHECK_INT(err.code, CUBE_EBUSY);
+    open_client(where);
+    ask(&o, "GET", "/", NULL);
+    CHECK_STR(o.body, "hello");
+    cube_http_close(server);
+    server = NULL;
+    file = fopen(path, "w");
+    REQUIRE(file);
+    fputs("precious", file);
+    fclose(file);
+    CHECK(!cube_http_listen(loop, where, routes, NULL, NULL, &err));
+    CHECK_INT(access(path, F_OK), 0);
+    close_all();
+}
+
+TEST(names_to_listen_on_are_looked_up)
+{
+    struct cube_err err = {0, ""};
+    struct cube_buf all = {0};
+
+    open_loop();
+    open_server("one.test:0", NULL);
+    CHECK_INT(status_to("GET / HTTP/1.1\r\nHost: One.test:1\r\n\r\n", &all),
+              200);
+    cube_buf_free(&all);
+    CHECK(!cube_http_listen(loop, "none.test:0", routes, NULL, NULL, &err));
+    CHECK_HAS(err.text, "listen on none.test:0: find its address");
     close_all();
 }
