@@ -1,3 +1,61 @@
+/*
+ * Cube: a container orchestrator in one C file. This is its API and its
+ * manual. The smallest cluster, a manager and a worker in one process:
+ *
+ *     #define CUBE_IMPLEMENTATION
+ *     #include "cube.h"
+ *     #include <stdio.h>
+ *
+ *     int main(void)
+ *     {
+ *         struct cube_err err = {CUBE_OK, ""};
+ *         struct cube_loop *l = cube_loop_new(cube_world_real(), &err);
+ *         struct cube_worker_options worker = {.data_dir = "data"};
+ *         struct cube_manager_options manager = {.data_dir = "data"};
+ *
+ *         if (l && cube_worker_new(l, &worker, &err) &&
+ *             cube_manager_new(l, &manager, &err))
+ *             return cube_loop_run(l, &err);
+ *         fprintf(stderr, "%s\n", err.text);
+ *         return 1;
+ *     }
+ *
+ *     cc -o tiny tiny.c && ./tiny &
+ *     curl -d '{"Cmd":["sleep","60"]}' localhost:5555/tasks
+ *
+ * Three ways to compile it, none of which needs a flag:
+ *
+ *   two files     cc app.c cube.c             for more than one C file, and C++
+ *   header only   CUBE_IMPLEMENTATION, as above, before the first system
+ *                 header, in one C file
+ *   one header    `make single` writes both into build/cube_single.h
+ *
+ * What holds for all functions:
+ *
+ *   errors    0 or -1, or a pointer or NULL; the last parameter, which may be
+ *             NULL, is told what was tried on what, and a code
+ *   options   zero, or NULL, is the default; texts are copied
+ *   memory    what has a _new or an _open is the caller's to _free or _close,
+ *             which accept NULL; const char * is borrowed for the call, unless
+ *             it says otherwise. When memory is gone, the process ends:
+ *             CUBE_OOM, CUBE_MALLOC and others can be replaced (see the
+ *             Preface of cube.c)
+ *   callbacks run from cube_loop_turn, and never before the call that asked
+ *             for them has returned; of an asynchronous call exactly once
+ *   threads   none that you can see: a loop and what lives on it belong to one
+ *             thread. Only cube_loop_wake may be called from another one, or
+ *             from a signal handler
+ *   process   no signal handler, no waiting for children that are not its
+ *             own, no SIGPIPE, no output: words go to cube_loop_set_log
+ *
+ * A main loop of your own waits for cube_loop_fd, at most cube_loop_timeout_ms,
+ * and then calls cube_loop_turn(l, 0, &err).
+ *
+ * In the order of the chapters of cube.c: World (system calls, replaceable),
+ * Ground (errors, buffers, times), Store, Loop, HTTP, Tasks, Machine, Runtimes,
+ * Schedulers, Worker, Manager, Client. Each part stands for itself: a program
+ * may use the store, or the web server, and nothing else.
+ */
 #ifndef CUBE_H
 #define CUBE_H
 
