@@ -3517,6 +3517,17 @@ static void cube_json_build_start(struct cube_json_build *b, void *block,
     b->value = cube_json_build_struct(b, sizeof *b->value);
 }
 
+/* Both parts are used up, to the byte. */
+static void cube_json_build_end(const struct cube_json_build *b,
+                                const void *block, uint64_t dom_size)
+{
+    CUBE_ASSERT(b->dom == (const unsigned char *)block + dom_size);
+    CUBE_ASSERT(b->data == b->end);
+    (void)b;
+    (void)block;
+    (void)dom_size;
+}
+
 /* Makes the due value an empty container and steps into it. */
 static void cube_json_build_open(struct cube_json_build *b, size_t type)
 {
@@ -3786,6 +3797,7 @@ json_parse_ex(const void *src, size_t src_size, size_t flags_bitset,
     }
     cube_json_build_start(&build, block, scan.dom_size, scan.data_size);
     cube_json_fill(&build, src, scan.src + src_size);
+    cube_json_build_end(&build, block, scan.dom_size);
     return block;
 }
 
@@ -3884,6 +3896,7 @@ static enum cube_json_event cube_json_walk_next(struct cube_json_walk *w,
 static void cube_json_extract_size(const struct cube_json_walk *w,
                                    uint64_t *dom_size, uint64_t *data_size)
 {
+    bool is_root = *dom_size == 0;
     const struct json_string_s *string = w->value->payload;
     const struct json_number_s *number = w->value->payload;
 
@@ -3892,7 +3905,7 @@ static void cube_json_extract_size(const struct cube_json_walk *w,
         *dom_size += sizeof(struct json_object_element_s) +
                      sizeof(struct json_string_s);
         *data_size += (uint64_t)w->name->string_size + 1;
-    } else {
+    } else if (!is_root) {
         *dom_size += sizeof(struct json_array_element_s);
     }
     if (w->value->type == json_type_string) {
@@ -3987,6 +4000,7 @@ json_extract_value_ex(const struct json_value_s *value,
         return NULL;
     cube_json_build_start(&build, block, dom_size, data_size);
     cube_json_extract_fill(&build, value);
+    cube_json_build_end(&build, block, dom_size);
     return block;
 }
 

@@ -175,6 +175,7 @@ TEST(errors_have_their_number_and_place)
         {"\"\\udc00\"", E_ESCAPE, 2, 1, 2},
         {"\"\\ud800\\u0041\"", E_ESCAPE, 8, 1, 8},
         {"\"\\ud800\\ud800\"", E_ESCAPE, 8, 1, 8},
+        {"\"\\ud83d\\ude00", E_ESCAPE, 8, 1, 8},
         {"\"a\nb\"", E_ESCAPE, 2, 1, 2},
         {"\"a\rb\"", E_ESCAPE, 2, 1, 2},
         {"\"a\tb\"", E_STRING, 2, 1, 2},
@@ -742,8 +743,11 @@ TEST(time_grows_with_the_size_whatever_the_text)
         t_small = parse_seconds(text.data, text.len, 3);
         fill_text(&text, rows[i].parts, large);
         t_large = parse_seconds(text.data, text.len, 1);
-        /* sixteen times the size; quadratic would be 256 times the time */
-        if (t_large > 64 * t_small + 0.002)
+        /* sixteen times the size; quadratic would be 256 times the time. A
+         * machine that was busy elsewhere gets a second chance. */
+        if (t_large > 64 * t_small + 0.005)
+            t_large = parse_seconds(text.data, text.len, 4);
+        if (t_large > 64 * t_small + 0.005)
             FAIL("%g s for 640 KiB, %g s for 10 MiB", t_small, t_large);
     }
     cube_buf_free(&text);
