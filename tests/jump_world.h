@@ -1,0 +1,82 @@
+/* A world whose clocks jump: the machine's sockets, files and threads, but
+ * when nothing is ready and no job is under way, time goes straight to the
+ * next timer. Everything must live on one loop of one process. Include after
+ * test.h. */
+#ifndef JUMP_WORLD_H
+#define JUMP_WORLD_H
+
+struct jump_world {
+    struct cube_world table; /* pass &this->table; its ctx is this struct */
+    int64_t now_ms;
+    int jobs;                /* under way */
+    int full;                /* this errno value ends each write to a file */
+};
+
+#define JUMP_SINCE_NS INT64_C(1750000000000000000)
+
+static int64_t jump_now_ms(void *ctx)
+{
+    return ((struct jump_world *)ctx)->now_ms;
+}
+
+static int64_t jump_wall_ns(void *ctx)
+{
+    return JUMP_SINCE_NS + ((struct jump_world *)ctx)->now_ms * 1000000;
+}
+
+static int jump_job_start(void *ctx, struct cube_poll *p, struct cube_job *job)
+{
+    int r = cube_world_real()->job_start(NULL, p, job);
+
+    if (r >= 0)
+        ((struct jump_world *)ctx)->jobs++;
+    return r;
+}
+
+static void jump_job_cancel(void *ctx, struct cube_poll *p,
+                            struct cube_job *job)
+{
+    cube_world_real()->job_cancel(NULL, p, job);
+    ((struct jump_world *)ctx)->jobs--;
+}
+
+static int jump_poll_wait(void *ctx, struct cube_poll *p,
+                          struct cube_ready *out, int max, int timeout_ms)
+{
+    struct jump_world *w = ctx;
+    int n = cube_world_real()->poll_wait(NULL, p, out, max,
+                                         timeout_ms == 0 ? 0 : 1);
+
+    while (n == 0 && w->jobs > 0 && timeout_ms != 0)
+        n = cube_world_real()->poll_wait(NULL, p, out, max, 50);
+    for (int i = 0; i < n; i++)
+        w->jobs -= out[i].job != NULL;
+    if (n == 0 && timeout_ms > 0)
+        w->now_ms += timeout_ms;
+    return n;
+}
+
+static int64_t jump_pwrite(void *ctx, int fd, const void *buf, size_t len,
+                           int64_t at)
+{
+    struct jump_world *w = ctx;
+
+    return w->full ? -w->full
+                   : cube_world_real()->pwrite(NULL, fd, buf, len, at);
+}
+
+static void jump_world_init(struct jump_world *w)
+{
+    memset(w, 0, sizeof *w);
+    w->table = *cube_world_real();
+    w->table.ctx = w;
+    w->now_ms = 1000000;
+    w->table.now_ms = jump_now_ms;
+    w->table.wall_ns = jump_wall_ns;
+    w->table.job_start = jump_job_start;
+    w->table.job_cancel = jump_job_cancel;
+    w->table.poll_wait = jump_poll_wait;
+    w->table.pwrite = jump_pwrite;
+}
+
+#endif

@@ -1,0 +1,376 @@
+/* Chapter 12: the manager, with real workers on engines that a test owns. */
+#include "test.h"
+
+#include "cluster.h"
+
+#define A "aaaaaaaa-0000-4000-8000-000000000001"
+#define B "bbbbbbbb-0000-4000-8000-000000000002"
+#define TASK_A "{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":\"nginx\"}"
+#define TASK_B "{\"ID\":\"" B "\",\"Name\":\"web\",\"Image\":\"nginx\"}"
+
+TEST(a_task_runs_and_stops)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK_INT(cluster_running(&k), 1);
+    t = cluster_task(&k, A);
+    CHECK_STR(t->container_id, "box-1");
+    CHECK(cube_time_is_set(&t->start_time));
+    CHECK_INT(t->attempt, 1);
+    cube_task_free(t);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK_INT(cluster_running(&k), 0);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204); /* for every state */
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" B, NULL), 404);
+    CHECK_INT((int)k.body.len, 0);
+    cluster_close(&k);
+}
+
+TEST(the_same_id_is_the_same_task)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK_HAS(k.body.data, "\"State\":2"); /* its present state */
+    CHECK_INT(ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"web\","
+                  "\"Image\":\"redis\"}"), 409);
+    cluster_run(&k, 3000);
+    CHECK_INT(k.engines[0].starts, 1);
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 409);
+    CHECK_HAS(k.body.data, "cube rm");
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A "?forget=1", NULL), 204);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 404);
+    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
+    CHECK_STR(k.body.data, "[]\n");
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK_INT(cluster_running(&k), 1);
+    cluster_close(&k);
+}
+
+TEST(what_cannot_be_right_is_refused_and_changes_nothing)
+{
+    static const struct {
+        const char *body, *names, *why;
+    } rows[] = {
+        {"", "", "nothing"},
+        {"{", "", "half an object"},
+        {"{}", "", "a task without anything"},
+        {"null", "", "no object"},
+        {"[]", "", "no object"},
+        {"{\"Nme\":\"x\",\"Image\":\"nginx\"}", "Nme", "an unknown field"},
+        {"{\"Name\":\"x\",\"Image\":\"UPPER\"}", "Image", "no engine takes it"},
+        {"{\"Name\":\"x\",\"Image\":\"nginx\",\"Memory\":-1}", "Memory", ""},
+        {"{\"Name\":\"x\",\"Image\":\"nginx\",\"State\":9}", "State", ""},
+        {"{\"ID\":\"no\",\"Name\":\"x\",\"Image\":\"nginx\"}", "ID", ""},
+        {"{\"State\":1,\"Task\":{\"Name\":\"x\",\"Image\":\"nginx\"}}", "State",
+         "an event asks for 2 or 3"},
+    };
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("%s: %s", rows[i].body, rows[i].why);
+        CHECK_INT(ask(&k, "POST", "/tasks", rows[i].body), 400);
+        CHECK_HAS(k.body.data, rows[i].names);
+        CHECK_HAS(k.body.data, "\"HTTPStatusCode\":400");
+    }
+    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
+    CHECK_STR(k.body.data, "[]\n");
+    cluster_close(&k);
+}
+
+TEST(a_manager_killed_after_its_201_forgets_nothing)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 5000));
+    cluster_run(&k, 10000);
+    CHECK_INT(k.engines[0].starts, 1);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 5000));
+    CHECK_INT(cluster_running(&k), 0);
+    cluster_run(&k, 10000);
+    CHECK_INT(k.engines[0].starts, 1); /* a stop does not start it again */
+    cluster_close(&k);
+}
+
+TEST(restarts_of_both_sides_leave_one_copy)
+{
+    struct cluster k;
+
+    cluster_open(&k, 2);
+    ask(&k, "POST", "/tasks", TASK_A);
+    ask(&k, "POST", "/tasks", TASK_B);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 2000));
+    for (int round = 0; round < 3; round++) {
+        cluster_manager_down(&k);
+        for (int i = 0; i < 2; i++)
+            cluster_worker_down(&k, i);
+        for (int i = 0; i < 2; i++)
+            cluster_worker_up(&k, i);
+        cluster_manager_up(&k);
+        cluster_run(&k, 10000);
+        CHECK_INT(cluster_running(&k), 2);
+    }
+    CHECK_INT(k.engines[0].made + k.engines[1].made, 2);
+    cluster_close(&k);
+}
+
+TEST(tasks_of_a_lost_node_move_and_a_copy_that_comes_back_is_stopped)
+{
+    struct cluster k;
+    struct cube_task *t;
+    int from, to;
+
+    cluster_open(&k, 2);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    from = cluster_where(&k, A);
+    to = 1 - from;
+    cluster_worker_down(&k, from); /* its container runs on */
+    cluster_run(&k, 7000);
+    CHECK_INT(fake_count(&k.engines[to], CUBE_BOX_RUNNING), 1);
+    t = cluster_task(&k, A);
+    CHECK_INT(t->attempt, 2);
+    CHECK_INT(t->state, CUBE_RUNNING);
+    cube_task_free(t);
+    cluster_worker_up(&k, from);
+    cluster_run(&k, 5000);
+    CHECK_INT(fake_count(&k.engines[from], CUBE_BOX_RUNNING), 0);
+    CHECK_INT(fake_count(&k.engines[to], CUBE_BOX_RUNNING), 1);
+    cluster_close(&k);
+}
+
+TEST(a_task_that_fits_nowhere_waits_with_reasons_and_runs_when_it_fits)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"web\","
+                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}"),
+              201);
+    CHECK_INT(ask(&k, "POST", "/tasks", "{\"ID\":\"" B "\",\"Name\":\"two\","
+                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}"),
+              201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    cluster_run(&k, 3000);
+    t = cluster_task(&k, B);
+    CHECK_INT(t->state, CUBE_PENDING);
+    CHECK_HAS(t->error, "8080");
+    cube_task_free(t);
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 5000));
+    cluster_close(&k);
+}
+
+TEST(a_pending_task_is_stopped_before_it_ran)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"big\",\"Image\":"
+        "\"nginx\",\"Memory\":99999999999999}");
+    CHECK(cluster_await(&k, A, CUBE_PENDING, 1000));
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    cluster_run(&k, 5000);
+    CHECK_INT(k.engines[0].starts, 0);
+    cluster_close(&k);
+}
+
+TEST(a_task_that_keeps_failing_is_restarted_moved_once_and_then_failed)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 2);
+    k.engines[0].exit_at_once = k.engines[1].exit_at_once = 3;
+    ask(&k, "POST", "/tasks", TASK_A);
+    cluster_run(&k, 60000);
+    t = cluster_task(&k, A);
+    CHECK_INT(t->state, CUBE_FAILED);
+    CHECK(cube_task_is_finished(t));
+    CHECK_INT(t->exit_code, 3);
+    CHECK_HAS(t->error, "3");
+    CHECK_INT(k.engines[0].starts + k.engines[1].starts, 5); /* 1+3, then 1 */
+    CHECK(k.engines[0].starts == 4 || k.engines[1].starts == 4);
+    cube_task_free(t);
+    cluster_close(&k);
+}
+
+TEST(a_store_in_memory_loses_no_running_task)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    cluster_manager_down(&k);
+    k.store = "memory";
+    cluster_manager_up(&k);
+    cluster_run(&k, 1000);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "GET", "/healthz", NULL), 200);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 5000));
+    t = cluster_task(&k, A);
+    CHECK_STR(t->name, "web");
+    cube_task_free(t);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 5000));
+    CHECK_INT(cluster_running(&k), 0);
+    cluster_close(&k);
+}
+
+TEST(an_older_copy_of_the_store_takes_a_higher_epoch_and_the_newer_attempt)
+{
+    struct cluster k;
+    char copy[300];
+    int from;
+
+    cluster_open(&k, 2);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    from = cluster_where(&k, A);
+    cluster_manager_down(&k);
+    (void)snprintf(copy, sizeof copy, "cp %s/m/manager.cube %s/copy", k.dir,
+                   k.dir);
+    CHECK_INT(system(copy), 0);
+    cluster_manager_up(&k);
+    cluster_run(&k, 1000);
+    cluster_worker_down(&k, from); /* attempt 2 runs on the other */
+    cluster_run(&k, 8000);
+    cluster_manager_down(&k);
+    (void)snprintf(copy, sizeof copy, "cp %s/copy %s/m/manager.cube", k.dir,
+                   k.dir);
+    CHECK_INT(system(copy), 0);
+    cluster_worker_up(&k, from);
+    cluster_manager_up(&k);
+    cluster_run(&k, 15000);
+    CHECK_INT(cluster_running(&k), 1);
+    CHECK_INT(cluster_where(&k, A), 1 - from);
+    CHECK_INT(cluster_state(&k, A), CUBE_RUNNING);
+    cluster_close(&k);
+}
+
+TEST(a_manager_that_slept_blames_itself)
+{
+    struct cluster k;
+
+    cluster_open(&k, 2);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    k.world.now_ms += 20000; /* nobody ran, as after a suspend */
+    cluster_run(&k, 10000);
+    CHECK_INT(k.engines[0].made + k.engines[1].made, 1);
+    cluster_close(&k);
+}
+
+TEST(a_full_disk_answers_507_and_goes_on_when_there_is_room)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    k.world.full = ENOSPC;
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 507);
+    CHECK_INT(ask(&k, "GET", "/tasks/" B, NULL), 404);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 200);
+    cluster_run(&k, 5000);
+    CHECK_INT(cluster_running(&k), 1);
+    k.world.full = 0;
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 201);
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 5000));
+    cluster_close(&k);
+}
+
+TEST(an_engine_that_is_away_costs_no_task)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    k.engines[0].is_down = true;
+    ask(&k, "POST", "/tasks", TASK_B);
+    cluster_run(&k, 60000);
+    CHECK_INT(cluster_state(&k, A), CUBE_RUNNING);
+    t = cluster_task(&k, B);
+    CHECK_INT(t->state, CUBE_SCHEDULED);
+    CHECK_HAS(t->error, "does not answer");
+    cube_task_free(t);
+    k.engines[0].is_down = false;
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 15000));
+    CHECK_INT(cluster_running(&k), 2);
+    CHECK_INT(k.engines[0].made, 2);
+    cluster_close(&k);
+}
+
+TEST(what_the_engine_refuses_is_failed_in_its_words)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    k.engines[0].no = "no such image: nginx";
+    ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":"
+        "\"nginx\",\"RestartPolicy\":\"no\"}");
+    CHECK(cluster_await(&k, A, CUBE_FAILED, 2000));
+    t = cluster_task(&k, A);
+    CHECK_STR(t->error, "no such image: nginx");
+    CHECK(cube_time_is_set(&t->finish_time));
+    cube_task_free(t);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A "?forget=1", NULL), 204);
+    cluster_run(&k, 5000);
+    cluster_close(&k);
+}
+
+TEST(a_node_joins_and_is_forgotten)
+{
+    struct cluster k;
+    char body[200], target[100];
+
+    cluster_open(&k, 1);
+    fake_engine_init(&k.engines[1]);
+    k.node_count = 2;
+    cluster_worker_up(&k, 1);
+    (void)snprintf(body, sizeof body, "{\"Name\":\"127.0.0.1:%u\",\"Worker\":"
+                   "\"%s\"}", k.ports[1], A);
+    CHECK_INT(ask(&k, "POST", "/nodes", body), 201);
+    CHECK_INT(ask(&k, "POST", "/nodes", "{\"Name\":\"x\",\"Worker\":\"" A "\"}"),
+              400);
+    cluster_manager_down(&k);
+    k.node_count = 1;  /* the flag does not name it; the store does */
+    cluster_manager_up(&k);
+    k.node_count = 2;
+    cluster_run(&k, 1000);
+    ask(&k, "GET", "/nodes", NULL);
+    (void)snprintf(target, sizeof target, "127.0.0.1:%u", k.ports[1]);
+    CHECK_HAS(k.body.data, target);
+    (void)snprintf(target, sizeof target, "/nodes/127.0.0.1:%u", k.ports[1]);
+    CHECK_INT(ask(&k, "DELETE", target, NULL), 204);
+    CHECK_INT(ask(&k, "DELETE", target, NULL), 404);
+    cluster_close(&k);
+}
