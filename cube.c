@@ -13919,6 +13919,9 @@ typedef void cube_ledger_fn(void *arg, struct cube_record *rec,
 typedef void cube_ledger_end_fn(void *arg, uint64_t commit,
                                 const struct cube_err *err);
 
+/* A record that never was on disk is dropped: its owner goes with it. */
+typedef void cube_ledger_drop_fn(void *arg, struct cube_record *rec);
+
 struct cube_ledger;
 
 struct cube_ledger_wait {
@@ -13938,6 +13941,7 @@ struct cube_ledger {
     int64_t last_number;
     cube_ledger_fn *on_change;
     cube_ledger_end_fn *on_commit;
+    cube_ledger_drop_fn *on_drop;
     void *arg;
 };
 
@@ -14144,6 +14148,7 @@ static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
     }
     cube_list_remove(&rec->changed);
     if (!rec->now) {
+        g->on_drop(g->arg, rec);
         cube_map_remove(&g->records, rec->id);
         cube_record_drop(rec);
     }
@@ -14296,8 +14301,8 @@ static void cube_ledger_close(struct cube_ledger *g)
 static struct cube_ledger *
 cube_ledger_open(struct cube_loop *l, struct cube_store *store,
                  struct cube_commit *commit, cube_ledger_fn *on_change,
-                 cube_ledger_end_fn *on_commit, void *arg,
-                 struct cube_err *err)
+                 cube_ledger_end_fn *on_commit, cube_ledger_drop_fn *on_drop,
+                 void *arg, struct cube_err *err)
 {
     struct cube_ledger *g = cube_alloc(sizeof *g);
     uint64_t seed = 0;
@@ -14307,6 +14312,7 @@ cube_ledger_open(struct cube_loop *l, struct cube_store *store,
     g->commit = commit;
     g->on_change = on_change;
     g->on_commit = on_commit;
+    g->on_drop = on_drop;
     g->arg = arg;
     cube_list_init(&g->changed);
     (void)l->world->random(l->world->ctx, &seed, sizeof seed);
@@ -18716,6 +18722,18 @@ static void cube_unit_free(struct cube_unit *u)
     cube_free(u);
 }
 
+/* Is the container of an older (below 0), of this (0), or of a newer start
+ * than the task says? Attempts count first, restarts within them second. */
+static int cube_box_compare(const struct cube_container *box,
+                            const struct cube_task *t)
+{
+    if (box->attempt != t->attempt)
+        return box->attempt < t->attempt ? -1 : 1;
+    if (box->restart != t->restart_count)
+        return box->restart < t->restart_count ? -1 : 1;
+    return 0;
+}
+
 static void cube_unit_set_box(struct cube_unit *u,
                               const struct cube_container *box)
 {
@@ -19118,10 +19136,11 @@ static void cube_unit_reconcile(struct cube_unit *u)
     t = u->rec->now->task;
     if (u->stray)
         cube_unit_dispose(u, u->stray);
+    else if (u->box && (t->wanted == CUBE_WANT_STOP ||
+                        cube_box_compare(u->box, t) != 0))
+        cube_unit_dispose(u, u->box);
     else if (t->wanted != CUBE_WANT_STOP)
         cube_unit_keep_running(u);
-    else if (u->box)
-        cube_unit_dispose(u, u->box);
     else if (!cube_task_is_finished(t))
         cube_unit_record_stopped(u);
     else if (u->rec->now->keep.is_hidden)
@@ -19166,6 +19185,12 @@ static void cube_worker_changed(void *arg, struct cube_record *rec,
         u->is_due = false;
     }
     cube_unit_touch(u);
+}
+
+static void cube_worker_dropped(void *arg, struct cube_record *rec)
+{
+    (void)arg;
+    cube_unit_free(rec->owner);
 }
 
 static void cube_worker_touch_all(void *arg)
@@ -19226,18 +19251,6 @@ static void cube_worker_adopt(struct cube_worker *w,
     cube_unit_set_box(cube_unit_of(w, rec), box);
     cube_record_stage(w->ledger, rec);
     cube_log(w->loop, CUBE_INFO, "adopted task %s (%s)", t->id, t->name);
-}
-
-/* Is the container of an older (below 0), of this (0), or of a newer start
- * than the task says? Attempts count first, restarts within them second. */
-static int cube_box_compare(const struct cube_container *box,
-                            const struct cube_task *t)
-{
-    if (box->attempt != t->attempt)
-        return box->attempt < t->attempt ? -1 : 1;
-    if (box->restart != t->restart_count)
-        return box->restart < t->restart_count ? -1 : 1;
-    return 0;
 }
 
 /* Gives a container to the unit it belongs to. Of two of one start the one
@@ -19963,7 +19976,7 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
     cube_worker_identify(w);
     w->ledger = cube_ledger_open(w->loop, w->store, w->commit,
                                  cube_worker_changed, cube_worker_committed,
-                                 w, err);
+                                 cube_worker_dropped, w, err);
     return w->ledger ? 0 : -1;
 }
 
@@ -21570,6 +21583,12 @@ static void cube_manager_changed(void *arg, struct cube_record *rec,
     cube_charge_touch(c);
 }
 
+static void cube_manager_dropped(void *arg, struct cube_record *rec)
+{
+    (void)arg;
+    cube_charge_free(rec->owner);
+}
+
 /* ---- Tasks on workers of the Go program ---- */
 
 /* Starts it again there: the same task, with the container that is to go. */
@@ -22396,7 +22415,7 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     m->commit = cube_commit_open(m->loop, m->store);
     m->ledger = cube_ledger_open(m->loop, m->store, m->commit,
                                  cube_manager_changed, cube_manager_committed,
-                                 m, err);
+                                 cube_manager_dropped, m, err);
     return m->ledger ? 0 : -1;
 }
 

@@ -119,10 +119,12 @@ static void cluster_open(struct cluster *k, int nodes)
 {
     struct cube_err err = {0, ""};
 
+    static int opened; /* a test may open several, one after the other */
+
     memset(k, 0, sizeof *k);
     jump_world_init(&k->world);
     k->is_loud = getenv("CLUSTER_LOUD") != NULL;
-    (void)snprintf(k->dir, sizeof k->dir, "%s", test_dir());
+    (void)snprintf(k->dir, sizeof k->dir, "%.100s/%d", test_dir(), ++opened);
     k->loop = cube_loop_new(&k->world.table, &err);
     cube_loop_set_log(k->loop, cluster_log, k);
     k->node_count = nodes;

@@ -1,0 +1,397 @@
+/* Chapter 11: the worker alone, given orders as managers send them. */
+#include "test.h"
+
+#include "cluster.h"
+
+#define A "aaaaaaaa-0000-4000-8000-000000000001"
+#define B "bbbbbbbb-0000-4000-8000-000000000002"
+#define C1 "cccccccc-0000-4000-8000-000000000001"
+#define C2 "cccccccc-0000-4000-8000-000000000002"
+
+static void worker_open(struct cluster *k)
+{
+    cluster_open(k, 1);
+    cluster_manager_down(k);
+}
+
+/* An order: run task A, with these numbers and further fields of the task. */
+static int order(struct cluster *k, const char *cluster, int epoch,
+                 int attempt, const char *fields)
+{
+    char body[1000];
+
+    (void)snprintf(body, sizeof body, "{\"ID\":\"" B "\",\"State\":2,"
+                   "\"Timestamp\":\"2026-01-01T00:00:00Z\",\"Task\":{\"ID\":"
+                   "\"" A "\",\"State\":1,\"Name\":\"web\",\"Image\":\"nginx\","
+                   "\"Attempt\":%d%s},\"Cluster\":\"%s\",\"Epoch\":%d}",
+                   attempt, fields, cluster, epoch);
+    return cluster_ask(k, k->ports[0], "POST", "/tasks", body);
+}
+
+/* The task as the worker lists it, or NULL. The caller frees it. */
+static struct cube_task *listed(struct cluster *k)
+{
+    struct cube_task *t = NULL;
+    struct json_value_s *root;
+
+    CHECK_INT(cluster_ask(k, k->ports[0], "GET", "/tasks", NULL), 200);
+    root = cube_json_parse(k->body.data, k->body.len, NULL);
+    if (cube_json_items(root))
+        t = cube_task_from_json(cube_json_items(root)->value, false, NULL);
+    cube_json_free(root);
+    return t;
+}
+
+static int state(struct cluster *k)
+{
+    struct cube_task *t = listed(k);
+    int s = t ? (int)t->state : -1;
+
+    cube_task_free(t);
+    return s;
+}
+
+static bool await(struct cluster *k, int want, int64_t ms)
+{
+    int64_t end = k->world.now_ms + ms;
+
+    while (state(k) != want && k->world.now_ms < end)
+        cluster_run(k, 50);
+    return state(k) == want;
+}
+
+TEST(an_order_that_comes_twice_starts_one_container)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    CHECK_INT(order(&k, C1, 1, 1, ""), 201);
+    CHECK_INT(order(&k, C1, 1, 1, ""), 201);
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    CHECK_INT(order(&k, C1, 1, 1, ""), 201);
+    CHECK_HAS(k.body.data, "\"State\":2");
+    cluster_run(&k, 2000);
+    CHECK_INT(k.engines[0].made, 1);
+    cluster_close(&k);
+}
+
+TEST(orders_are_obeyed_by_cluster_epoch_and_attempt)
+{
+    static const struct {
+        const char *cluster;
+        int epoch, attempt, status, made;
+        const char *why;
+    } rows[] = {
+        {C1, 3, 2, 201, 1, "the first that comes is whose it is"},
+        {C2, 9, 9, 409, 1, "another cluster"},
+        {C1, 2, 9, 409, 1, "a manager that was replaced"},
+        {C1, 3, 1, 409, 1, "an attempt that is over"},
+        {C1, 3, 2, 201, 1, "the same again"},
+        {C1, 4, 2, 201, 1, "the manager has restarted"},
+        {C1, 3, 3, 409, 1, "and its forerunner is late"},
+        {C1, 4, 3, 201, 2, "a new attempt replaces the container"},
+    };
+    struct cluster k;
+
+    worker_open(&k);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("%d: %s", (int)i, rows[i].why);
+        CHECK_INT(order(&k, rows[i].cluster, rows[i].epoch, rows[i].attempt,
+                        ""), rows[i].status);
+        if (rows[i].status == 409)
+            CHECK_HAS(k.body.data, "\"HTTPStatusCode\":409");
+        cluster_run(&k, 1000);
+        CHECK_INT(k.engines[0].made, rows[i].made);
+        CHECK_INT(cluster_running(&k), 1);
+    }
+    cluster_worker_down(&k, 0);
+    cluster_worker_up(&k, 0);
+    CHECK_INT(order(&k, C2, 9, 9, ""), 409); /* it is on disk */
+    CHECK_INT(order(&k, C1, 3, 9, ""), 409);
+    cluster_close(&k);
+}
+
+TEST(a_stop_of_an_older_attempt_changes_nothing)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    order(&k, C1, 1, 5, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A "?attempt=4",
+                          NULL), 204);
+    cluster_run(&k, 2000);
+    CHECK_INT(state(&k), CUBE_RUNNING);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A
+                          "?attempt=5&cluster=" C2 "&epoch=9", NULL), 409);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A "?attempt=5",
+                          NULL), 204);
+    CHECK(await(&k, CUBE_COMPLETED, 2000));
+    CHECK_INT(fake_count(&k.engines[0], CUBE_BOX_EXITED), 0); /* removed */
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" B, NULL), 404);
+    CHECK_INT((int)k.body.len, 0);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/nonsense", NULL),
+              404);
+    cluster_close(&k);
+}
+
+TEST(how_a_task_ends_is_told_by_its_exit_code_and_policy)
+{
+    static const struct {
+        const char *policy;
+        int code, state, made;
+        const char *why;
+    } rows[] = {
+        {"", 0, CUBE_COMPLETED, 1, "exit code 0 is a success"},
+        {"", 3, CUBE_FAILED, 4, "three restarts"},
+        {"on-failure", 3, CUBE_FAILED, 4, "the same by name"},
+        {"no", 3, CUBE_FAILED, 1, "no restart"},
+        {"no", 0, CUBE_COMPLETED, 1, ""},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cluster k;
+        struct cube_task *t;
+        char fields[60];
+
+        worker_open(&k);
+        test_row("policy \"%s\", code %d: %s", rows[i].policy, rows[i].code,
+                 rows[i].why);
+        k.engines[0].exit_at_once = rows[i].code;
+        (void)snprintf(fields, sizeof fields, ",\"RestartPolicy\":\"%s\"",
+                       rows[i].policy);
+        CHECK_INT(order(&k, C1, 1, 1, fields), 201);
+        cluster_run(&k, 30000);
+        t = listed(&k);
+        CHECK_INT(t->state, rows[i].state);
+        CHECK(cube_task_is_finished(t));
+        CHECK(t->has_exit_code);
+        CHECK_INT(t->exit_code, rows[i].code);
+        CHECK(cube_time_is_set(&t->finish_time));
+        CHECK_INT(t->restart_count, rows[i].made - 1);
+        CHECK_INT(k.engines[0].made, rows[i].made);
+        cube_task_free(t);
+        cluster_close(&k);
+    }
+}
+
+TEST(restarts_back_off_and_are_counted_across_a_restart_of_the_worker)
+{
+    struct cluster k;
+    struct cube_task *t;
+    int64_t since;
+
+    worker_open(&k);
+    k.engines[0].exit_at_once = 1;
+    since = k.world.now_ms;
+    order(&k, C1, 1, 1, "");
+    while (k.engines[0].made < 3)
+        cluster_run(&k, 20);
+    CHECK(k.world.now_ms - since >= 3000); /* 1 s, then 2 s */
+    CHECK(k.world.now_ms - since <= 4500); /* time jumps up to a beat */
+    cluster_worker_down(&k, 0);
+    cluster_worker_up(&k, 0);
+    cluster_run(&k, 30000);
+    CHECK_INT(k.engines[0].made, 4);
+    t = listed(&k);
+    CHECK_INT(t->restart_count, 3);
+    CHECK_INT(t->state, CUBE_FAILED);
+    cube_task_free(t);
+    cluster_close(&k);
+}
+
+TEST(policy_always_restarts_a_success_without_end_and_a_stop_ends_it)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    k.engines[0].exit_at_once = 0;
+    order(&k, C1, 1, 1, ",\"RestartPolicy\":\"always\"");
+    cluster_run(&k, 400000);
+    CHECK(k.engines[0].made >= 8);  /* 1 2 4 8 16 32 64 128 s */
+    CHECK(k.engines[0].made <= 10);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(await(&k, CUBE_COMPLETED, 2000));
+    cluster_run(&k, 700000);
+    CHECK(k.engines[0].made <= 10);
+    cluster_close(&k);
+}
+
+TEST(ten_minutes_of_running_earn_a_new_budget)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    for (int i = 0; i < 6; i++) { /* twice the budget */
+        CHECK(await(&k, CUBE_RUNNING, 20000));
+        cluster_run(&k, 601000);
+        fake_exit(k.runtimes[0], A, 1);
+        cluster_run(&k, 500);
+    }
+    CHECK(await(&k, CUBE_RUNNING, 20000));
+    CHECK_INT(k.engines[0].made, 7);
+    cluster_close(&k);
+}
+
+TEST(a_container_removed_by_hand_is_started_again)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    fake_drop(fake_of_task(&k.engines[0], A));
+    k.runtimes[0]->on_change(k.runtimes[0]->arg, A);
+    cluster_run(&k, 200);
+    t = listed(&k);
+    CHECK_INT(t->state, CUBE_FAILED);
+    CHECK_HAS(t->error, "removed");
+    cube_task_free(t);
+    CHECK(await(&k, CUBE_RUNNING, 5000));
+    CHECK_INT(k.engines[0].made, 2);
+    cluster_close(&k);
+}
+
+TEST(a_worker_without_its_store_adopts_what_runs_by_its_labels)
+{
+    struct cluster k;
+    struct cube_task *t;
+    char command[300];
+
+    worker_open(&k);
+    order(&k, C1, 1, 4, ",\"Env\":[\"X=1\"]");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    cluster_worker_down(&k, 0);
+    (void)snprintf(command, sizeof command, "rm %s/w/*.cube", k.dir);
+    CHECK_INT(system(command), 0);
+    cluster_worker_up(&k, 0);
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    t = listed(&k);
+    CHECK_STR(t->id, A);
+    CHECK_INT(t->attempt, 4);
+    CHECK_INT((int)t->env.count, 1);
+    cube_task_free(t);
+    CHECK_INT(k.engines[0].made, 1);
+    CHECK_INT(order(&k, C1, 2, 3, ""), 409); /* the attempt is known again */
+    cluster_close(&k);
+}
+
+TEST(containers_of_others_are_left_alone)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    cube_text_set(&fake_of_task(&k.engines[0], A)->c.worker, C2);
+    cluster_worker_down(&k, 0);
+    cluster_worker_up(&k, 0);
+    cluster_run(&k, 500);
+    CHECK_INT(k.engines[0].stops, 0);
+    CHECK_INT(k.engines[0].removes, 0);
+    cluster_close(&k);
+}
+
+/* A manager of the Go program numbers nothing and restarts by itself. */
+TEST(a_go_manager_is_followed)
+{
+    static const char go[] =
+        "{\"ID\":\"" B "\",\"State\":2,\"Timestamp\":\"2026-01-01T00:00:00Z\","
+        "\"Task\":{\"ID\":\"" A "\",\"ContainerID\":\"%s\",\"Name\":\"web\","
+        "\"State\":1,\"Image\":\"nginx\",\"Cpu\":0,\"Memory\":0,\"Disk\":0,"
+        "\"HostPorts\":null,\"ExposedPorts\":null,\"PortBindings\":null,"
+        "\"RestartPolicy\":\"\",\"StartTime\":\"0001-01-01T00:00:00Z\","
+        "\"FinishTime\":\"0001-01-01T00:00:00Z\",\"HealthCheck\":\"/health\","
+        "\"RestartCount\":0}}";
+    struct cluster k;
+    char body[1000];
+
+    worker_open(&k);
+    (void)snprintf(body, sizeof body, go, "");
+    CHECK_INT(cluster_ask(&k, k.ports[0], "POST", "/tasks", body), 201);
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    fake_exit(k.runtimes[0], A, 1);
+    CHECK(await(&k, CUBE_FAILED, 2000));
+    cluster_run(&k, 60000);
+    CHECK_INT(k.engines[0].made, 1); /* it does not restart by itself */
+    (void)snprintf(body, sizeof body, go, "box-1");
+    CHECK_INT(cluster_ask(&k, k.ports[0], "POST", "/tasks", body), 201);
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    CHECK_INT(k.engines[0].made, 2);
+    CHECK_INT(cluster_running(&k), 1);
+    CHECK_INT(fake_count(&k.engines[0], CUBE_BOX_EXITED), 0);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(await(&k, CUBE_COMPLETED, 2000));
+    cluster_close(&k);
+}
+
+TEST(a_commit_that_fails_is_said_and_changes_nothing)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    k.world.full = ENOSPC;
+    CHECK_INT(order(&k, C1, 1, 1, ""), 507);
+    cluster_run(&k, 2000);
+    CHECK_INT(state(&k), -1);
+    CHECK_INT(k.engines[0].starts, 0); /* the rule of the 201 */
+    k.world.full = 0;
+    CHECK_INT(order(&k, C2, 1, 1, ""), 201); /* it belongs to nobody yet */
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    k.world.full = EIO;
+    fake_exit(k.runtimes[0], A, 1);
+    cluster_run(&k, 3000);
+    CHECK_INT(state(&k), CUBE_RUNNING); /* what is on disk */
+    k.world.full = 0;
+    cluster_run(&k, 6000);
+    CHECK_INT(state(&k), CUBE_RUNNING); /* restarted by then */
+    CHECK_INT(k.engines[0].made, 2);
+    cluster_close(&k);
+}
+
+TEST(an_engine_that_hangs_holds_up_nothing_but_its_tasks)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    k.engines[0].hangs = true;
+    CHECK_INT(order(&k, C1, 1, 1, ""), 201);
+    cluster_run(&k, 3000);
+    CHECK_INT(state(&k), CUBE_SCHEDULED);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "GET", "/stats", NULL), 200);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "GET", "/healthz", NULL), 200);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A, NULL), 204);
+    cluster_close(&k); /* with a call open */
+}
+
+TEST(requests_are_answered_as_the_wire_has_them)
+{
+    static const struct {
+        const char *method, *target, *body;
+        int status;
+        const char *has;
+    } rows[] = {
+        {"GET", "/tasks", NULL, 200, "[]"},
+        {"GET", "/tasks/", NULL, 200, "[]"},
+        {"GET", "/tasks/" A, NULL, 404, ""},
+        {"POST", "/tasks", "{", 400, "\"HTTPStatusCode\":400"},
+        {"POST", "/tasks", "null", 400, ""},
+        {"POST", "/tasks", "{\"ID\":\"" B "\",\"State\":2}", 400, "Task"},
+        {"GET", "/stats", NULL, 200, "{\"MemStats\":{\"mem_total\":"},
+        {"GET", "/nothing", NULL, 404, ""},
+        {"PUT", "/tasks", NULL, 405, ""},
+        {"GET", "/healthz", NULL, 200, "ok"},
+    };
+    struct cluster k;
+
+    worker_open(&k);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("%s %s", rows[i].method, rows[i].target);
+        CHECK_INT(cluster_ask(&k, k.ports[0], rows[i].method, rows[i].target,
+                              rows[i].body), rows[i].status);
+        CHECK_HAS(k.body.data ? k.body.data : "", rows[i].has);
+    }
+    cluster_close(&k);
+}
