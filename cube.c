@@ -17894,8 +17894,10 @@ static int64_t cube_sched_add(int64_t a, int64_t b)
 
 /* Notes a host port of a task, unless it is noted or none. */
 static void cube_node_add_port(struct cube_node *node, const char *port,
-                               const char *host_port, const char *task)
+                               const char *host_port,
+                               const struct cube_task *task)
 {
+    const char *name = task->name[0] ? task->name : task->id;
     struct cube_node_port *slot;
     const char *protocol;
     uint64_t number;
@@ -17914,14 +17916,14 @@ static void cube_node_add_port(struct cube_node *node, const char *port,
     slot = &node->ports[node->port_count++];
     slot->number = (int)number;
     slot->protocol = protocol;
-    slot->task = cube_text_dup(task);
+    memcpy(slot->id, task->id, sizeof slot->id);
+    slot->task = cube_text_dup(name);
 }
 
 CUBE_API void cube_node_promise(struct cube_node *node,
                                 const struct cube_task *task)
 {
     struct cube_promise *p = &node->promised;
-    const char *name = task->name[0] ? task->name : task->id;
 
     p->cpu += task->cpu;
     p->mem_bytes = cube_sched_add(p->mem_bytes, task->mem_bytes);
@@ -17931,12 +17933,12 @@ CUBE_API void cube_node_promise(struct cube_node *node,
     p->mem_open += task->mem_bytes > 0 ? 0 : 1;
     for (size_t i = 0; i < task->port_bindings.count; i++)
         cube_node_add_port(node, task->port_bindings.list[i].port,
-                           task->port_bindings.list[i].host_port, name);
+                           task->port_bindings.list[i].host_port, task);
     for (size_t i = 0; i < task->host_ports.count; i++) {
         const struct cube_port *port = &task->host_ports.list[i];
 
         for (size_t j = 0; j < port->count; j++)
-            cube_node_add_port(node, port->port, port->bindings[j].port, name);
+            cube_node_add_port(node, port->port, port->bindings[j].port, task);
     }
 }
 
@@ -18159,14 +18161,18 @@ static bool cube_sched_has_cpu(const struct cube_sched_case *c)
     return false;
 }
 
-/* The task that has this port on a node, or NULL. */
+/* The task that has this port on a node, or NULL. It may be the one that is
+ * placed, which moves to another worker of its machine: then it is free. */
 static const char *cube_sched_port_owner(const struct cube_node *node,
-                                         int number, const char *protocol)
+                                         int number, const char *protocol,
+                                         const struct cube_task *task)
 {
     for (size_t i = 0; i < node->port_count; i++) {
-        if (node->ports[i].number == number &&
-            !strcmp(node->ports[i].protocol, protocol))
-            return node->ports[i].task;
+        const struct cube_node_port *port = &node->ports[i];
+
+        if (port->number == number && !strcmp(port->protocol, protocol) &&
+            !(task->id[0] && !strcmp(port->id, task->id)))
+            return port->task;
     }
     return NULL;
 }
@@ -18177,7 +18183,8 @@ static bool cube_sched_has_port(const struct cube_sched_case *c, int number,
 {
     for (size_t i = 0; i < c->p->node_count; i++) {
         const struct cube_node *other = &c->p->nodes[i];
-        const char *owner = cube_sched_port_owner(other, number, protocol);
+        const char *owner = cube_sched_port_owner(other, number, protocol,
+                                                  c->p->task);
 
         if (!owner || !cube_sched_shares(c->node, other))
             continue;

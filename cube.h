@@ -1217,7 +1217,8 @@ CUBE_API struct cube_runtime_search *cube_runtime_find(struct cube_loop *l, cons
 struct cube_node_port {
     int number;
     const char *protocol; /* "tcp", "udp", "sctp"; a constant */
-    char *task;           /* the task's name, for words; owned */
+    char id[CUBE_UUID_TEXT]; /* the task's */
+    char *task;              /* its name, for words; owned */
 };
 
 /* What is promised to the tasks of a node, whether they use it by now or
@@ -1242,7 +1243,8 @@ struct cube_node {
 };
 
 /* Adds a task to what its node has promised. Everything that is needed is
- * copied. The task that is being placed must not be among them. */
+ * copied. The task that is being placed should not be among them: its own
+ * ports do not hinder it, but its own memory and cores count twice. */
 CUBE_API void cube_node_promise(struct cube_node *node,
                                 const struct cube_task *task);
 /* Takes back all promises, to count anew, or before the node is dropped. */

@@ -335,6 +335,24 @@ TEST(workers_of_one_machine_or_one_engine_share_what_there_is)
     }
 }
 
+TEST(a_task_is_not_hindered_by_the_port_that_it_leaves)
+{
+    struct cluster *c = cluster_new(2);
+
+    strcpy(c->stats[1].machine, c->stats[0].machine);
+    strcpy(c->task->id, "efeadce0-d016-4a39-882a-d2c5196cce1c");
+    strcpy(c->other->id, "0b5e55ed-0000-4000-8000-00000000000a");
+    cube_task_publish(c->task, "80/tcp", "8080");
+    cube_task_publish(c->other, "80/tcp", "9090");
+    cube_node_promise(&c->nodes[0], c->task);
+    check_fits(c, 1, NULL);
+    cube_task_publish(c->task, "443/tcp", "9090");
+    check_fits(c, 1, NULL);
+    cube_node_promise(&c->nodes[0], c->other);
+    check_fits(c, 1, "host port 9090 is taken by task web");
+    cluster_free(c);
+}
+
 TEST(a_promise_names_a_task_without_name_by_its_id)
 {
     struct cluster *c = cluster_new(1);
