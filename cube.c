@@ -23008,15 +23008,15 @@ static void cube_node_info_read(struct cube_node_info *n,
     const struct {
         char **out;
         const char *key;
-    } texts[] = {{&n->name, "Name"},     {&n->api, "Api"},
-                 {&n->role, "Role"},     {&n->state, "State"},
-                 {&n->worker, "Worker"}, {&n->runtime, "Runtime"},
-                 {&n->error, "Error"}};
+    } texts[] = {{&n->name, "Name"},   {&n->api, "Api"},
+                 {&n->role, "Role"},   {&n->state, "State"},
+                 {&n->worker, "Worker"}, {&n->error, "Error"}};
     struct json_value_s *stats = cube_json_get_nocase(v, "Stats");
 
     memset(n, 0, sizeof *n);
     for (size_t i = 0; i < CUBE_COUNT(texts); i++)
         cube_client_text(texts[i].out, v, texts[i].key);
+    cube_client_text(&n->runtime, stats, "Runtime");
     (void)cube_json_i64(cube_json_get_nocase(v, "Memory"), &n->mem_kb);
     (void)cube_json_i64(cube_json_get_nocase(v, "Disk"), &n->disk_bytes);
     (void)cube_json_i64(cube_json_get_nocase(v, "TaskCount"),
@@ -23154,7 +23154,7 @@ CUBE_API int cube_client_stop(struct cube_client *c, const char *task_id,
 CUBE_API int cube_client_remove(struct cube_client *c, const char *task_id,
                                 struct cube_err *err)
 {
-    return cube_client_about(c, "DELETE", "/tasks/", task_id, "?remove=1",
+    return cube_client_about(c, "DELETE", "/tasks/", task_id, "?forget=1",
                              NULL, err);
 }
 
@@ -23242,6 +23242,21 @@ static void cube_client_cursor(struct json_value_s *v, struct cube_buf *out)
         cube_buf_printf(out, "%.64s:%lld", stream, (long long)seq);
 }
 
+/* Fills what lines of all types have. */
+static void cube_client_notice(struct cube_notice *n, struct json_value_s *v,
+                               struct cube_buf *cursor)
+{
+    size_t len;
+    const char *time = cube_json_str(cube_json_get(v, "Time"), &len);
+
+    n->type = cube_client_notice_type(v);
+    cube_client_cursor(v, cursor);
+    n->cursor = cursor->data;
+    n->id = cube_json_str(cube_json_get(v, "ID"), NULL);
+    if (!time || cube_time_parse(time, len, &n->time))
+        memset(&n->time, 0, sizeof n->time);
+}
+
 /* Hands one line on as a notice; -1: it makes no sense. */
 static int cube_client_line(struct cube_client_lines *l, const char *line,
                             size_t len)
@@ -23251,34 +23266,24 @@ static int cube_client_line(struct cube_client_lines *l, const char *line,
     struct cube_buf cursor = {NULL, 0, 0};
     struct cube_node_info node;
     struct cube_task *task = NULL;
-    const char *time;
-    size_t time_len;
 
     if (!v)
         return -1;
-    memset(&node, 0, sizeof node);
-    n.type = cube_client_notice_type(v);
-    cube_client_cursor(v, &cursor);
-    n.cursor = cursor.data;
-    time = cube_json_str(cube_json_get(v, "Time"), &time_len);
-    if (!time || cube_time_parse(time, time_len, &n.time))
-        memset(&n.time, 0, sizeof n.time);
+    cube_client_notice(&n, v, &cursor);
+    cube_node_info_read(&node, cube_json_get(v, "Node"), "", 0);
     if (n.type == CUBE_NOTICE_TASK)
         task = cube_task_from_json(cube_json_get(v, "Task"), false, &l->err);
-    cube_node_info_read(&node, cube_json_get(v, "Node"), "", 0);
+    if (n.type == CUBE_NOTICE_GONE && !n.id)
+        (void)cube_fail(&l->err, CUBE_EPROTO, "\"gone\" without an ID");
     n.task = task;
     n.node = &node;
-    n.id = cube_json_str(cube_json_get(v, "ID"), NULL);
-    if (!task && n.type == CUBE_NOTICE_TASK)
-        n.type = CUBE_NOTICE_BEAT;
-    if (!n.id && n.type == CUBE_NOTICE_GONE)
-        n.type = CUBE_NOTICE_BEAT;
-    l->is_enough = !l->fn(l->arg, &n);
+    if (l->err.code == CUBE_OK)
+        l->is_enough = !l->fn(l->arg, &n);
     cube_task_free(task);
     cube_node_info_free(&node);
     cube_buf_free(&cursor);
     cube_json_free(v);
-    return 0;
+    return l->err.code == CUBE_OK ? 0 : -1;
 }
 
 /* Takes a piece of the stream: as many whole lines as there are by now. */

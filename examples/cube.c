@@ -2055,7 +2055,8 @@ static void say_waiting(struct wait *w, const struct cube_task *t)
     const char *text = *t->progress ? t->progress : t->error;
     char title[160];
 
-    if (!*text || strncmp(w->said, text, sizeof w->said - 1) == 0)
+    if (!*text || strncmp(w->said, text, sizeof w->said - 1) == 0 ||
+        (w->for_end && t->state == CUBE_PENDING))
         return;
     (void)snprintf(w->said, sizeof w->said, "%s", text);
     flatten(w->said);

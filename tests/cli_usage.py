@@ -558,7 +558,7 @@ class Tasks(Case):
     def test_rm_removes_the_record(self):
         self.assertEqual(self.ok("rm", "old"), "removed old (2222cccc)\n")
         self.assertEqual(self.fake.requests[-1][:2],
-                         ("DELETE", "/tasks/%s?remove=1" % IDS[2]))
+                         ("DELETE", "/tasks/%s?forget=1" % IDS[2]))
 
     def test_logs_are_printed_as_they_are(self):
         self.assertEqual(self.ok("logs", "web"), "line 1\nline 2\n")
@@ -601,7 +601,7 @@ class Nodes(Case):
                 "Disk": 100 << 30, "DiskAllocated": 0, "Role": "worker"}
         self.fake.nodes = [
             dict(base, Name="a:5556", Api="http://a:5556", TaskCount=3,
-                 State="up", Runtime="docker", Stats={"CpuUse": 0.256},
+                 State="up", Stats={"CpuUse": 0.256, "Runtime": "docker"},
                  Worker="abcdef00-0000-4000-8000-000000000000"),
             dict(base, Name="b:5556", Api="http://b:5556", TaskCount=0,
                  State="lost", Error="connect: refused", Stats=None),
