@@ -6792,9 +6792,12 @@ static bool cube_store_batch_apply(struct cube_store *s,
                                    uint64_t commit, uint64_t place)
 {
     const uint8_t *start = (const uint8_t *)body->data, *p = start;
-    const uint8_t *end = start + body->len;
+    const uint8_t *end;
     struct cube_store_change c;
 
+    if (body->len == 0)
+        return true;
+    end = start + body->len;
     while (p < end) {
         struct cube_store_node n = {0};
         bool is_new;

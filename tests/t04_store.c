@@ -4,6 +4,246 @@
  */
 #include "test.h"
 
+/* ---- A disk that forgets, in memory ----
+ *
+ * Files of a world of this test. What is written and not synced is kept
+ * apart by sectors, so that a crash can leave any part of it; what is renamed
+ * lasts only once the directory is synced. Each call can be made to fail. */
+
+#define SECTOR 512
+#define DISK_FILES 8
+
+struct inode {
+    struct cube_buf now;     /* what a reader sees */
+    struct cube_buf safe;    /* what surely survives */
+    int64_t safe_size;
+};
+
+struct disk {
+    struct cube_world world;
+    struct inode inodes[64];
+    int inode_count;
+    struct { char name[600]; int inode; } names[DISK_FILES], safe[DISK_FILES];
+    int name_count, safe_count;
+    int fds[64]; /* inode of each descriptor + 1 */
+    bool is_locked;
+    /* Faults: call number fail_at, and all after it if is_fail_forever. */
+    int calls, fail_at, fail_errno;
+    bool is_fail_forever, is_short;
+    int syncs;
+    uint64_t written;
+    void (*before)(struct disk *d); /* each change of the disk */
+};
+
+static int disk_fault(struct disk *d)
+{
+    d->calls++;
+    if (d->fail_at > 0 && (d->calls == d->fail_at ||
+                           (d->is_fail_forever && d->calls > d->fail_at)))
+        return -d->fail_errno;
+    return 0;
+}
+
+static int disk_find(struct disk *d, const char *name)
+{
+    for (int i = 0; i < d->name_count; i++) {
+        if (strcmp(d->names[i].name, name) == 0)
+            return i;
+    }
+    return -1;
+}
+
+static int disk_open(void *ctx, const char *path, unsigned flags)
+{
+    struct disk *d = ctx;
+    int i = disk_find(d, path), r = disk_fault(d), fd = 3;
+
+    if (r < 0)
+        return r;
+    if (i < 0 && !(flags & CUBE_OPEN_CREATE))
+        return -ENOENT;
+    if (i < 0 || flags & CUBE_OPEN_TRUNC) {
+        if (i < 0)
+            i = d->name_count++;
+        snprintf(d->names[i].name, sizeof d->names[i].name, "%s", path);
+        d->names[i].inode = d->inode_count++;
+        if (d->inode_count > 64)
+            FAIL("too many files for this disk");
+    }
+    while (d->fds[fd])
+        fd++;
+    d->fds[fd] = d->names[i].inode + 1;
+    return fd;
+}
+
+static int disk_close(void *ctx, int fd)
+{
+    ((struct disk *)ctx)->fds[fd] = 0;
+    return 0;
+}
+
+static struct inode *disk_inode(struct disk *d, int fd)
+{
+    return &d->inodes[d->fds[fd] - 1];
+}
+
+static int64_t disk_pread(void *ctx, int fd, void *buf, size_t len, int64_t at)
+{
+    struct inode *n = disk_inode(ctx, fd);
+    int r = disk_fault(ctx);
+
+    if (r < 0)
+        return r;
+    if ((size_t)at >= n->now.len)
+        return 0;
+    if (len > n->now.len - (size_t)at)
+        len = n->now.len - (size_t)at;
+    memcpy(buf, n->now.data + at, len);
+    return (int64_t)len;
+}
+
+static void buf_put(struct cube_buf *b, const void *p, size_t len, size_t at)
+{
+    static const char zeros[4096];
+
+    while (b->len < at + len) {
+        size_t more = at + len - b->len;
+
+        cube_buf_add(b, zeros, more < sizeof zeros ? more : sizeof zeros);
+    }
+    memcpy(b->data + at, p, len);
+}
+
+static int64_t disk_pwrite(void *ctx, int fd, const void *buf, size_t len,
+                           int64_t at)
+{
+    struct disk *d = ctx;
+    int r = disk_fault(d);
+
+    if (r < 0)
+        return r;
+    if (d->before)
+        d->before(d);
+    if (d->is_short && len > 7)
+        len = len / 2;
+    buf_put(&disk_inode(d, fd)->now, buf, len, (size_t)at);
+    d->written += len;
+    return (int64_t)len;
+}
+
+static int64_t disk_size(void *ctx, int fd)
+{
+    return (int64_t)disk_inode(ctx, fd)->now.len;
+}
+
+static int disk_sync(void *ctx, int fd)
+{
+    struct disk *d = ctx;
+    struct inode *n = disk_inode(d, fd);
+    int r = disk_fault(d);
+
+    if (r < 0)
+        return r;
+    if (d->before)
+        d->before(d);
+    d->syncs++;
+    cube_buf_clear(&n->safe);
+    cube_buf_add(&n->safe, n->now.data, n->now.len);
+    return 0;
+}
+
+static int disk_sync_dir(void *ctx, const char *path)
+{
+    struct disk *d = ctx;
+    int r = disk_fault(d);
+
+    (void)path;
+    if (r < 0)
+        return r;
+    if (d->before)
+        d->before(d);
+    memcpy(d->safe, d->names, sizeof d->safe);
+    d->safe_count = d->name_count;
+    return 0;
+}
+
+static int disk_lock(void *ctx, int fd)
+{
+    (void)ctx;
+    (void)fd;
+    return 0;
+}
+
+static int disk_unlink(void *ctx, const char *path)
+{
+    struct disk *d = ctx;
+    int i = disk_find(d, path);
+
+    if (i < 0)
+        return -ENOENT;
+    d->names[i] = d->names[--d->name_count];
+    return 0;
+}
+
+static int disk_rename(void *ctx, const char *from, const char *to)
+{
+    struct disk *d = ctx;
+    int r = disk_fault(d), i = disk_find(d, from), inode;
+
+    if (r < 0)
+        return r;
+    if (d->before)
+        d->before(d);
+    inode = d->names[i].inode;
+    d->names[i] = d->names[--d->name_count];
+    i = disk_find(d, to);
+    if (i < 0)
+        i = d->name_count++;
+    snprintf(d->names[i].name, sizeof d->names[i].name, "%s", to);
+    d->names[i].inode = inode;
+    return 0;
+}
+
+static int disk_random(void *ctx, void *buf, size_t len)
+{
+    (void)ctx;
+    for (size_t i = 0; i < len; i++)
+        ((uint8_t *)buf)[i] = (uint8_t)test_random();
+    return 0;
+}
+
+static int64_t disk_now_ms(void *ctx)
+{
+    return ((struct disk *)ctx)->calls;
+}
+
+static void disk_init(struct disk *d)
+{
+    memset(d, 0, sizeof *d);
+    d->world = *cube_world_real();
+    d->world.ctx = d;
+    d->world.open = disk_open;
+    d->world.close = disk_close;
+    d->world.pread = disk_pread;
+    d->world.pwrite = disk_pwrite;
+    d->world.size = disk_size;
+    d->world.sync = disk_sync;
+    d->world.sync_dir = disk_sync_dir;
+    d->world.lock = disk_lock;
+    d->world.unlink = disk_unlink;
+    d->world.rename = disk_rename;
+    d->world.random = disk_random;
+    d->world.now_ms = disk_now_ms;
+}
+
+static void disk_free(struct disk *d)
+{
+    for (int i = 0; i < 64; i++) {
+        cube_buf_free(&d->inodes[i].now);
+        cube_buf_free(&d->inodes[i].safe);
+    }
+}
+
 /* ---- A model: the state that a store should have ---- */
 
 #define TREES 3
@@ -16,12 +256,25 @@ struct model {
     uint32_t v[TREES][KEYS];
 };
 
-static size_t make_key(unsigned k, char out[64])
+/* The keys, of several shapes, in order: key k is the k-th. */
+static char keys[KEYS][24];
+
+static int key_order(const void *a, const void *b)
+{
+    return strcmp(a, b);
+}
+
+static const char *key_of(unsigned k)
 {
     static const char *const shapes[] = {"%u", "key-%05u", "a/%u/b", "%08x-%%"};
 
-    snprintf(out, 64, shapes[k % COUNT(shapes)], k * 7919u % 100003u);
-    return strlen(out);
+    if (!keys[0][0]) {
+        for (unsigned i = 0; i < KEYS; i++)
+            snprintf(keys[i], sizeof keys[i], shapes[i % COUNT(shapes)],
+                     i * 7919u % 100003u);
+        qsort(keys, KEYS, sizeof keys[0], key_order);
+    }
+    return keys[k];
 }
 
 /* Sizes that fall to all sides of what is inline, small, and a page. */
@@ -46,35 +299,6 @@ static void make_value(uint32_t v, struct cube_buf *out)
     }
 }
 
-struct pair {
-    char key[64];
-    size_t len;
-    uint32_t v;
-};
-
-static int pair_order(const void *a, const void *b)
-{
-    const struct pair *x = a, *y = b;
-
-    return cube_store_order((const uint8_t *)x->key, x->len,
-                            (const uint8_t *)y->key, y->len);
-}
-
-/* The sorted array: what a tree of the model holds. */
-static size_t model_sorted(const struct model *m, int tree, struct pair *out)
-{
-    size_t n = 0;
-
-    for (unsigned k = 0; k < KEYS; k++) {
-        if (m->v[tree][k] == 0)
-            continue;
-        out[n].len = make_key(k, out[n].key);
-        out[n++].v = m->v[tree][k];
-    }
-    qsort(out, n, sizeof *out, pair_order);
-    return n;
-}
-
 static bool is_value(const void *p, size_t len, uint32_t v)
 {
     struct cube_buf want = {0};
@@ -86,52 +310,53 @@ static bool is_value(const void *p, size_t len, uint32_t v)
     return same;
 }
 
-static bool cursor_is(struct cube_cursor *c, const struct pair *p)
+static bool cursor_is(struct cube_cursor *c, unsigned k, uint32_t v)
 {
     struct cube_err err;
     size_t len, val_len;
     const void *val, *key = cube_cursor_key(c, &len);
 
-    if (len != p->len || memcmp(key, p->key, len) != 0)
+    if (len != strlen(key_of(k)) || memcmp(key, key_of(k), len) != 0)
         return false;
     return cube_cursor_value(c, &val, &val_len, &err) == 0 &&
-           is_value(val, val_len, p->v);
+           is_value(val, val_len, v);
 }
 
-/* Does a cursor see the sorted array, forwards and backwards? */
-static bool cursor_sees(struct cube_cursor *c, const struct pair *pairs,
-                        size_t n)
+/* Does a cursor see what the array has, forwards and backwards? */
+static bool cursor_sees(struct cube_cursor *c, const uint32_t v[KEYS])
 {
     struct cube_err err;
-    size_t i = 0;
-    int r;
+    int r = cube_cursor_first(c, &err);
 
-    for (r = cube_cursor_first(c, &err); r > 0; r = cube_cursor_next(c, &err)) {
-        if (i >= n || !cursor_is(c, &pairs[i]))
+    for (unsigned k = 0; k < KEYS; k++) {
+        if (v[k] == 0)
+            continue;
+        if (r <= 0 || !cursor_is(c, k, v[k]))
             return false;
-        i++;
+        r = cube_cursor_next(c, &err);
     }
-    if (r < 0 || i != n)
+    if (r != 0)
         return false;
-    for (r = cube_cursor_last(c, &err); r > 0; r = cube_cursor_prev(c, &err)) {
-        if (i == 0 || !cursor_is(c, &pairs[i - 1]))
+    r = cube_cursor_last(c, &err);
+    for (unsigned k = KEYS; k-- > 0;) {
+        if (v[k] == 0)
+            continue;
+        if (r <= 0 || !cursor_is(c, k, v[k]))
             return false;
-        i--;
+        r = cube_cursor_prev(c, &err);
     }
-    return r == 0 && i == 0;
+    return r == 0;
 }
 
 /* Is the committed state of the store the model's? */
 static bool store_is(struct cube_store *s, const struct model *m)
 {
-    static struct pair pairs[KEYS];
     bool same = true;
 
     for (int t = 0; t < TREES && same; t++) {
-        size_t n = model_sorted(m, t, pairs);
         struct cube_cursor *c = cube_cursor_open(s, tree_names[t], NULL);
 
-        same = cursor_sees(c, pairs, n);
+        same = cursor_sees(c, m->v[t]);
         cube_cursor_close(c);
     }
     return same;
@@ -144,8 +369,8 @@ static void change(struct cube_store *s, struct model *m)
 {
     int t = (int)test_below(TREES);
     unsigned k = (unsigned)test_below(KEYS);
-    char key[64];
-    size_t len = make_key(k, key);
+    const char *key = key_of(k);
+    size_t len = strlen(key);
     struct cube_buf val = {0};
     struct cube_err err;
 
@@ -164,9 +389,8 @@ static void change(struct cube_store *s, struct model *m)
 static bool get_is(struct cube_store *s, int t, unsigned k, uint32_t v)
 {
     struct cube_buf val = {0};
-    char key[64];
-    size_t len = make_key(k, key);
-    int r = cube_store_get(s, tree_names[t], key, len, &val, NULL);
+    const char *key = key_of(k);
+    int r = cube_store_get(s, tree_names[t], key, strlen(key), &val, NULL);
     bool same = r == (v != 0) && (v == 0 || is_value(val.data, val.len, v));
 
     cube_buf_free(&val);
@@ -470,15 +694,6 @@ static struct cube_buf slurp(const char *path)
     return b;
 }
 
-static void spill(const char *path, const void *p, size_t len)
-{
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-
-    if (fd < 0 || write(fd, p, len) != (ssize_t)len)
-        FAIL("write %s", path);
-    close(fd);
-}
-
 TEST(bytes_are_as_drawn)
 {
     static const uint8_t leaf[] = {
@@ -532,10 +747,15 @@ TEST(bytes_are_as_drawn)
  * tells the commit. Small enough for tests that go through every byte. */
 static struct cube_buf small_file(int compact_at, size_t *used)
 {
-    struct cube_store *s = must_open(NULL, test_path());
+    static struct disk d;
+    struct inode *file;
+    struct cube_store *s;
+    struct cube_buf b = {0};
     struct cube_store_stats stats;
     char key[16];
 
+    disk_init(&d);
+    s = must_open(&d.world, "t");
     for (int i = 0; i < 30; i++) {
         snprintf(key, sizeof key, "k%02d", i);
         put(s, key, "a value that is more than a few bytes long, so that it "
@@ -553,20 +773,32 @@ static struct cube_buf small_file(int compact_at, size_t *used)
     cube_store_stats(s, &stats);
     *used = (size_t)stats.used_bytes;
     cube_store_close(s);
-    return slurp(test_path());
+    file = &d.inodes[d.names[disk_find(&d, "t")].inode];
+    cube_buf_add(&b, file->now.data, file->now.len);
+    disk_free(&d);
+    return b;
 }
 
 /* The number of keys, if they are those of some commit; -1 if an error was
  * told; fails for anything else. */
-static int keys_in(const char *path, struct cube_err *err, uint64_t *dropped)
+static int keys_of_bytes(const void *bytes, size_t len, struct cube_err *err,
+                         uint64_t *dropped)
 {
-    struct cube_store *s = cube_store_open(NULL, path, NULL, err);
+    static struct disk d;
+    struct cube_store_options o = {.cache_bytes = 1};
+    struct cube_store *s;
     struct cube_store_stats stats;
     struct cube_cursor *c;
     int n = 0, r;
 
-    if (!s)
+    disk_init(&d);
+    disk_close(&d, disk_open(&d, "t", CUBE_OPEN_CREATE));
+    cube_buf_add(&d.inodes[0].now, bytes, len);
+    s = cube_store_open(&d.world, "t", &o, err);
+    if (!s) {
+        disk_free(&d);
         return -1;
+    }
     cube_store_stats(s, &stats);
     *dropped = stats.dropped_bytes;
     c = cube_cursor_open(s, "t", err);
@@ -586,6 +818,7 @@ static int keys_in(const char *path, struct cube_err *err, uint64_t *dropped)
     if (r == 0 && cube_store_check(s, err) < 0)
         r = -1;
     cube_store_close(s);
+    disk_free(&d);
     return r < 0 ? -1 : n;
 }
 
@@ -601,8 +834,7 @@ TEST(file_cut_at_every_byte_opens_with_the_last_whole_commit)
         int n;
 
         test_row("cut at %zu of %zu", cut, used);
-        spill(test_path(), b.data, cut);
-        n = keys_in(test_path(), &err, &dropped);
+        n = keys_of_bytes(b.data, cut, &err, &dropped);
         if (cut < 64 + 64 + 16) { /* the header and the first roots */
             CHECK_INT(err.code, CUBE_ECORRUPT);
             continue;
@@ -628,12 +860,11 @@ TEST(every_flipped_byte_is_told_or_harmless)
 
         test_row("byte %zu of %zu", at, used);
         b.data[at] = (char)(b.data[at] ^ bit);
-        spill(test_path(), b.data, b.len);
+        n = keys_of_bytes(b.data, b.len, &err, &dropped);
         b.data[at] = (char)(b.data[at] ^ bit);
-        n = keys_in(test_path(), &err, &dropped);
         if (n < 0) {
             CHECK_INT(err.code, CUBE_ECORRUPT);
-            CHECK_HAS(err.text, test_path());
+            CHECK_HAS(err.text, "t: ");
             CHECK_HAS(err.text, "offset");
             told++;
         } else if (n < 40) { /* only the last commit, and it is told */
@@ -648,4 +879,222 @@ TEST(every_flipped_byte_is_told_or_harmless)
     CHECK(cost > 50);
     CHECK(harmless > 200);
     cube_buf_free(&b);
+}
+
+/* ---- Every crash ---- */
+
+enum fate { LOST, KEPT, TORN };
+
+/* What a crash leaves of a file: each sector that differs from the safe one
+ * is the new, the old, or, in one of them, first part new and rest old. */
+static void crash_file(const struct inode *n, enum fate fate,
+                       struct cube_buf *out)
+{
+    cube_buf_clear(out);
+    cube_buf_add(out, n->safe.data ? n->safe.data : "", n->safe.len);
+    if (fate == LOST)
+        return;
+    for (size_t at = 0; at < n->now.len; at += SECTOR) {
+        size_t len = n->now.len - at < SECTOR ? n->now.len - at : SECTOR;
+
+        if (at + len <= n->safe.len &&
+            memcmp(n->now.data + at, n->safe.data + at, len) == 0)
+            continue;
+        if (fate == KEPT || test_below(2) == 0)
+            buf_put(out, n->now.data + at, len, at);
+    }
+}
+
+/* Another disk: this one after a crash. */
+static void crash(const struct disk *d, enum fate fate, bool is_dir_safe,
+                  struct disk *out)
+{
+    disk_init(out);
+    out->name_count = is_dir_safe ? d->safe_count : d->name_count;
+    memcpy(out->names, is_dir_safe ? d->safe : d->names, sizeof out->names);
+    for (int i = 0; i < out->name_count; i++) {
+        struct inode *n = &out->inodes[out->inode_count];
+
+        crash_file(&d->inodes[out->names[i].inode], fate, &n->now);
+        cube_buf_add(&n->safe, n->now.data, n->now.len);
+        out->names[i].inode = out->inode_count++;
+    }
+    memcpy(out->safe, out->names, sizeof out->safe);
+    out->safe_count = out->name_count;
+}
+
+#define HISTORY 400
+
+static struct crash_run {
+    struct model states[HISTORY]; /* after each commit */
+    int acked, begun;             /* the states that it must be between */
+    long checked;
+    bool is_created;
+} run;
+
+/* The state after a crash is that of a commit which is not older than the
+ * last one acknowledged; and the store goes on from there. */
+static void check_crash(struct disk *d)
+{
+    struct cube_err err = {0};
+    struct cube_store *s = cube_store_open(&d->world, "t", NULL, &err);
+    int i;
+
+    run.checked++;
+    if (!s) {
+        FAIL("after commit %d: %s", run.acked, err.text);
+        return;
+    }
+    for (i = run.begun; i >= run.acked && !store_is(s, &run.states[i]); i--)
+        ;
+    if (i < run.acked)
+        FAIL("not a state between commits %d and %d", run.acked, run.begun);
+    if (cube_store_check(s, &err) < 0)
+        FAIL("check: %s", err.text);
+    put(s, "goes", "on");
+    commit(s);
+    cube_store_close(s);
+    s = cube_store_open(&d->world, "t", NULL, &err);
+    if (!s || strcmp(get(s, NULL, "goes"), "on") != 0)
+        FAIL("the commit after the crash: %s", err.text);
+    cube_store_close(s);
+}
+
+/* Crashes here, in several ways. Not the same for each byte of the program,
+ * but for each call that changes the disk. */
+static void crash_here(struct disk *d)
+{
+    static struct disk after;
+
+    if (!run.is_created)
+        return;
+    for (int i = 0; i < 6; i++) {
+        crash(d, i == 0 ? LOST : i == 1 ? KEPT : TORN, i % 2 == 0, &after);
+        check_crash(&after);
+        disk_free(&after);
+    }
+}
+
+TEST(every_crash_leaves_a_commit_not_older_than_the_last_acknowledged)
+{
+    static struct disk d;
+    struct cube_store *s;
+
+    memset(&run, 0, sizeof run);
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    REQUIRE(s);
+    run.is_created = true;
+    d.before = crash_here;
+    for (int i = 1; i < HISTORY / 4; i++) {
+        test_row("commit %d", i);
+        run.states[i] = run.states[i - 1];
+        for (int n = (int)test_below(8); n >= 0; n--)
+            change(s, &run.states[i]);
+        run.begun = i;
+        commit(s);
+        run.acked = i;
+        if (test_below(4) == 0)
+            (void)cube_store_slice(s, 0);
+        if (test_below(25) == 0)
+            CHECK_INT(cube_store_compact(s, NULL), 0);
+        if (test_below(25) == 0)
+            CHECK_INT(cube_store_settle(s, NULL), 0);
+    }
+    d.before = NULL;
+    CHECK(run.checked > 1000);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* ---- Disks that fail ---- */
+
+/* Without a fault, which would be one of reading. */
+static bool reads_as(struct cube_store *s, struct disk *d,
+                     const struct model *want)
+{
+    int fail_at = d->fail_at, calls = d->calls;
+    bool same;
+
+    d->fail_at = 0;
+    same = store_is(s, want);
+    d->fail_at = fail_at;
+    d->calls = calls;
+    return same;
+}
+
+/* Each call fails once, or from then on: the error is told, the last commit
+ * stands, and after the fault the store writes again. */
+static void fail_each_call(int fail_errno, bool is_forever, int code)
+{
+    static struct disk d;
+    static struct model want;
+    int fail_at = 0, failed = 0;
+    bool is_reached = true;
+
+    while (is_reached && fail_at < 3000) {
+        struct cube_err err = {0};
+        struct cube_store *s;
+
+        fail_at++;
+        test_row("%s: call %d fails%s", strerror(fail_errno), fail_at,
+                 is_forever ? " and all after it" : "");
+        disk_init(&d);
+        memset(&want, 0, sizeof want);
+        s = must_open(&d.world, "t");
+        REQUIRE(s);
+        d.fail_errno = fail_errno;
+        d.is_fail_forever = is_forever;
+        d.calls = 0;
+        d.fail_at = fail_at;
+        for (int i = 0; i < 8; i++) {
+            struct model staged = want;
+
+            for (int n = 0; n < 6; n++)
+                change(s, &staged);
+            if (cube_store_commit(s, &err) == 0) {
+                want = staged;
+            } else {
+                failed++;
+                CHECK(err.code == (enum cube_code)code ||
+                      err.code == CUBE_ESYNC || err.code == CUBE_EIO);
+            }
+            if (i % 4 == 3 && cube_store_compact(s, &err) < 0)
+                failed++;
+            (void)cube_store_slice(s, 1);
+            if (i % 4 == 3 && !reads_as(s, &d, &want))
+                FAIL("the last commit is not what it was");
+        }
+        is_reached = d.calls >= fail_at;
+        d.fail_at = 0; /* there is room again */
+        while (cube_store_slice(s, 1000))
+            ;
+        CHECK(store_is(s, &want));
+        CHECK(!s->is_broken);
+        change(s, &want);
+        if (cube_store_commit(s, &err) < 0)
+            FAIL("after the fault: %s", err.text);
+        CHECK_INT(cube_store_check(s, &err), 0);
+        cube_store_close(s);
+        s = must_open(&d.world, "t");
+        REQUIRE(s);
+        CHECK(store_is(s, &want));
+        cube_store_close(s);
+        disk_free(&d);
+    }
+    CHECK(fail_at > 60);
+    CHECK(failed > 40);
+    CHECK(fail_at < 3000);
+}
+
+TEST(full_disk_is_told_and_survived)
+{
+    fail_each_call(ENOSPC, false, CUBE_ENOSPC);
+    fail_each_call(ENOSPC, true, CUBE_ENOSPC);
+}
+
+TEST(broken_disk_is_told_and_survived)
+{
+    fail_each_call(EIO, false, CUBE_EIO);
+    fail_each_call(EIO, true, CUBE_EIO);
 }
