@@ -191,6 +191,64 @@ static int ask(struct cluster *k, const char *method, const char *target,
     return cluster_ask(k, k->port, method, target, body);
 }
 
+/* Somebody who follows the events of whoever listens on a port. */
+struct follower {
+    struct cube_http_client *client;
+    struct cube_http_call *call;
+    struct cube_buf text; /* all that came */
+    bool is_over;
+};
+
+static void follower_data(void *arg, const char *p, size_t len)
+{
+    cube_buf_add(&((struct follower *)arg)->text, p, len);
+}
+
+static void follower_over(void *arg, const struct cube_http_answer *a)
+{
+    struct follower *f = arg;
+
+    (void)a;
+    f->call = NULL;
+    f->is_over = true;
+}
+
+static void follower_open(struct follower *f, struct cluster *k, uint16_t port,
+                          const char *target)
+{
+    struct cube_http_request r;
+    char base[60];
+
+    memset(f, 0, sizeof *f);
+    (void)snprintf(base, sizeof base, "http://127.0.0.1:%u", port);
+    f->client = cube_http_client_new(k->loop, base, NULL, NULL);
+    memset(&r, 0, sizeof r);
+    r.method = "GET";
+    r.target = target;
+    r.on_data = follower_data;
+    r.on_done = follower_over;
+    r.arg = f;
+    f->call = cube_http_call(f->client, &r);
+}
+
+static void follower_close(struct follower *f)
+{
+    if (f->call)
+        cube_http_call_cancel(f->call);
+    cube_http_client_free(f->client);
+    cube_buf_free(&f->text);
+}
+
+/* How often a text stands in what came. */
+static int follower_count(const struct follower *f, const char *part)
+{
+    int n = 0;
+
+    for (const char *p = f->text.data; p && (p = strstr(p, part)); p++)
+        n++;
+    return n;
+}
+
 /* The task as the manager knows it, or NULL. The caller frees it. */
 static struct cube_task *cluster_task(struct cluster *k, const char *id)
 {

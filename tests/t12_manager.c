@@ -374,3 +374,130 @@ TEST(a_node_joins_and_is_forgotten)
     CHECK_INT(ask(&k, "DELETE", target, NULL), 404);
     cluster_close(&k);
 }
+
+/* The number of the newest line that came, and the stream's name. */
+static uint64_t newest(const struct follower *f, char stream[CUBE_UUID_TEXT])
+{
+    uint64_t last = 0;
+
+    for (const char *p = f->text.data; p && *p;) {
+        const char *end = strchr(p, '\n');
+        struct json_value_s *line =
+            end ? cube_json_parse(p, (size_t)(end - p), NULL) : NULL;
+        int64_t seq;
+
+        if (line && cube_json_i64(cube_json_get(line, "Seq"), &seq) == 0) {
+            last = (uint64_t)seq;
+            cube_json_uuid(cube_json_get(line, "Stream"), stream);
+        }
+        cube_json_free(line);
+        p = end ? end + 1 : NULL;
+    }
+    return last;
+}
+
+TEST(events_resume_after_a_break_and_after_a_restart_of_the_manager)
+{
+    struct cluster k;
+    struct follower f;
+    char stream[CUBE_UUID_TEXT] = "", target[100];
+    uint64_t last;
+
+    cluster_open(&k, 1);
+    follower_open(&f, &k, k.port, "/events");
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK_INT(follower_count(&f, "\"Type\":\"hello\""), 1);
+    CHECK_INT(follower_count(&f, "\"Type\":\"reset\""), 1);
+    CHECK_INT(follower_count(&f, "\"Type\":\"listed\""), 1);
+    CHECK_INT(follower_count(&f, "\"State\":0"), 1); /* each change once */
+    CHECK_INT(follower_count(&f, "\"State\":2"), 1);
+    last = newest(&f, stream);
+    follower_close(&f);
+    CHECK(last > 0);
+    ask(&k, "DELETE", "/tasks/" A, NULL); /* while nobody looks */
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    (void)snprintf(target, sizeof target, "/events?after=%s:%llu", stream,
+                   (unsigned long long)last);
+    follower_open(&f, &k, k.port, target);
+    cluster_run(&k, 1500);
+    CHECK_INT(follower_count(&f, "\"Type\":\"reset\""), 0);
+    CHECK_INT(follower_count(&f, "\"State\":3"), 1);
+    CHECK(follower_count(&f, "\"Wanted\":\"stop\"") >= 2);
+    CHECK(follower_count(&f, "\"Type\":\"beat\"") >= 1);
+    follower_close(&f);
+    follower_open(&f, &k, k.port, "/events?after=nonsense");
+    cluster_run(&k, 500);
+    CHECK_INT(follower_count(&f, "\"Type\":\"reset\""), 1);
+    follower_close(&f);
+    cluster_close(&k);
+}
+
+TEST(who_is_too_slow_for_the_events_is_told_that_some_are_missing)
+{
+    struct cluster k;
+    struct follower f;
+    char body[400], target[100];
+    int made = CUBE_FEED_RING / 2 + 50; /* two events each, at least */
+
+    cluster_open(&k, 0);
+    follower_open(&f, &k, k.port, "/events");
+    cluster_run(&k, 300);
+    (void)snprintf(target, sizeof target, "/events?after=%s:1",
+                   k.manager->cluster);
+    follower_close(&f);
+    for (int i = 0; i < made; i++) {
+        (void)snprintf(body, sizeof body, "{\"ID\":\"aaaaaaaa-0000-4000-8000-"
+                       "%012d\",\"Name\":\"t%d\",\"Image\":\"nginx\"}", i, i);
+        if (ask(&k, "POST", "/tasks", body) != 201)
+            FAIL("task %d: %d", i, k.status);
+    }
+    cluster_run(&k, 3000);
+    follower_open(&f, &k, k.port, target);
+    cluster_run(&k, 3000);
+    CHECK_INT(follower_count(&f, "\"Type\":\"reset\""), 1);
+    CHECK_INT(follower_count(&f, "\"Type\":\"listed\""), 1);
+    CHECK(follower_count(&f, "\"Type\":\"task\"") >= made);
+    follower_close(&f);
+    cluster_close(&k);
+}
+
+TEST(a_task_goes_to_the_node_that_answers)
+{
+    struct cluster k;
+
+    cluster_open(&k, 2);
+    cluster_worker_down(&k, 0);
+    cluster_run(&k, 6000);
+    for (int i = 0; i < 4; i++)
+        CHECK_INT(ask(&k, "POST", "/tasks", "{\"Name\":\"x\",\"Image\":"
+                      "\"nginx\"}"), 201);
+    cluster_run(&k, 2000);
+    CHECK_INT(fake_count(&k.engines[1], CUBE_BOX_RUNNING), 4);
+    cluster_close(&k);
+}
+
+TEST(a_listing_is_of_one_commit_however_long)
+{
+    struct cluster k;
+    char body[200];
+
+    cluster_open(&k, 0);
+    for (int i = 0; i < 300; i++) { /* more than a slice */
+        (void)snprintf(body, sizeof body, "{\"Name\":\"t%d\",\"Image\":"
+                       "\"nginx\"}", i);
+        ask(&k, "POST", "/tasks", body);
+    }
+    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
+    {
+        struct json_value_s *root =
+            cube_json_parse(k.body.data, k.body.len, NULL);
+        struct json_array_s *array = root ? json_value_as_array(root) : NULL;
+
+        CHECK(array && array->length == 300);
+        cube_json_free(root);
+    }
+    cluster_close(&k);
+}
