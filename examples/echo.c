@@ -14,6 +14,7 @@
  * calls the host port of its container port 7777), else PORT, else 7777.
  * SIGTERM ends it: the handler is the program's own and wakes the loop.
  */
+#define _GNU_SOURCE /* gethostname, whatever -std says */
 #include "../cube.h"
 
 #include <signal.h>

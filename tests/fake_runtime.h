@@ -22,8 +22,9 @@ struct fake_call {
     struct fake_runtime *rt;
     struct cube_list link;
     struct cube_defer defer;
-    enum { FAKE_START, FAKE_STOP, FAKE_REMOVE, FAKE_LIST, FAKE_INSPECT,
-           FAKE_JSON } kind;
+    enum fake_kind {
+        FAKE_START, FAKE_STOP, FAKE_REMOVE, FAKE_LIST, FAKE_INSPECT, FAKE_JSON
+    } kind;
     char id[80];
     struct cube_task *task;
     char cluster[40], worker[40];
@@ -220,7 +221,7 @@ static void fake_answer(void *arg)
     cube_free(k);
 }
 
-static struct fake_call *fake_call(struct cube_runtime *base, int kind,
+static struct fake_call *fake_call(struct cube_runtime *base, enum fake_kind kind,
                                    const char *id, void (*fn)(void),
                                    void *arg)
 {

@@ -134,7 +134,7 @@ static struct {
     uint64_t seed;
     uint64_t random;
     jmp_buf leave;
-} test;
+} test_now;
 
 static TEST_UNUSED void test_register(struct test_case *one)
 {
@@ -161,17 +161,17 @@ static void test_fault(const char *file, int line, const char *format, ...)
 {
     va_list args;
 
-    if (++test.faults > TEST_FAULTS_SHOWN)
+    if (++test_now.faults > TEST_FAULTS_SHOWN)
         return;
-    if (test.faults == 1)
-        printf("FAILED %s\n", test.name);
+    if (test_now.faults == 1)
+        printf("FAILED %s\n", test_now.name);
     printf("  %s:%d: ", file, line);
     va_start(args, format);
     vprintf(format, args);
     va_end(args);
-    printf("%s%s%s\n", test.row[0] ? " (" : "", test.row,
-           test.row[0] ? ")" : "");
-    if (test.faults == TEST_FAULTS_SHOWN)
+    printf("%s%s%s\n", test_now.row[0] ? " (" : "", test_now.row,
+           test_now.row[0] ? ")" : "");
+    if (test_now.faults == TEST_FAULTS_SHOWN)
         printf("  (more failed checks of this test are not shown)\n");
     fflush(stdout);
 }
@@ -256,16 +256,16 @@ static TEST_UNUSED void test_uint(const char *file, int line,
 #define REQUIRE(cond)                                                       \
     ((cond) ? (void)0                                                       \
             : (test_fault(__FILE__, __LINE__, "not so: %s", #cond),         \
-               longjmp(test.leave, 1)))
+               longjmp(test_now.leave, 1)))
 #define SKIP(why) test_skip(why)
 
 /* Leaves the running test. What it had opened must be closed before. */
 __attribute__((noreturn))
 static TEST_UNUSED void test_skip(const char *why)
 {
-    printf("SKIPPED %s: %s\n", test.name, why);
-    test.skipped = true;
-    longjmp(test.leave, 1);
+    printf("SKIPPED %s: %s\n", test_now.name, why);
+    test_now.skipped = true;
+    longjmp(test_now.leave, 1);
 }
 
 /* Names the row of a table that is being checked; printed on failure. */
@@ -275,7 +275,7 @@ static TEST_UNUSED void test_row(const char *format, ...)
     va_list args;
 
     va_start(args, format);
-    vsnprintf(test.row, sizeof(test.row), format, args);
+    vsnprintf(test_now.row, sizeof(test_now.row), format, args);
     va_end(args);
 }
 
@@ -283,7 +283,7 @@ static TEST_UNUSED void test_row(const char *format, ...)
 
 static TEST_UNUSED uint64_t test_random(void)
 {
-    uint64_t z = (test.random += 0x9e3779b97f4a7c15u);
+    uint64_t z = (test_now.random += 0x9e3779b97f4a7c15u);
 
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -329,15 +329,15 @@ static TEST_UNUSED const char *test_dir(void)
 {
     const char *base = getenv("TMPDIR");
 
-    if (test.dir[0])
-        return test.dir;
-    snprintf(test.dir, sizeof(test.dir), "%s/cube-test-XXXXXX",
+    if (test_now.dir[0])
+        return test_now.dir;
+    snprintf(test_now.dir, sizeof(test_now.dir), "%s/cube-test-XXXXXX",
              base && base[0] ? base : "/tmp");
-    if (!mkdtemp(test.dir)) {
-        perror(test.dir);
+    if (!mkdtemp(test_now.dir)) {
+        perror(test_now.dir);
         exit(1);
     }
-    return test.dir;
+    return test_now.dir;
 }
 
 static int test_remove_one(const char *path, const struct stat *st, int flag,
@@ -365,11 +365,11 @@ static void test_dies(int number)
     char text[512];
     int size = snprintf(text, sizeof(text),
                         "FAILED %s: %s\n  run it alone: "
-                        "TEST_SEED=%llu %s %s\n", test.name,
+                        "TEST_SEED=%llu %s %s\n", test_now.name,
                         number == SIGALRM ? "took too long" :
                         number == SIGABRT ? "aborted" : "crashed",
-                        (unsigned long long)test.seed, test.program,
-                        test.name);
+                        (unsigned long long)test_now.seed, test_now.program,
+                        test_now.name);
 
     if (write(STDOUT_FILENO, text, (size_t)size) < 0)
         _exit(2);
@@ -380,7 +380,7 @@ static void test_dies(int number)
 /* The test proper, between setjmp and longjmp; nothing local lives on. */
 static void test_enter(void (*run)(void))
 {
-    if (setjmp(test.leave) == 0)
+    if (setjmp(test_now.leave) == 0)
         run();
 }
 
@@ -402,30 +402,30 @@ static void test_run(const struct test_case *one)
     long blocks = test_heap_blocks;
     const char *limit = getenv("TEST_TIMEOUT");
 
-    test.name = one->name;
-    test.row[0] = test.dir[0] = '\0';
-    test.faults = 0;
-    test.skipped = false;
-    test.random = test.seed;
+    test_now.name = one->name;
+    test_now.row[0] = test_now.dir[0] = '\0';
+    test_now.faults = 0;
+    test_now.skipped = false;
+    test_now.random = test_now.seed;
     test_heap_peak = test_heap_bytes;
     alarm(limit ? (unsigned)atoi(limit) : 120);
     test_enter(one->run);
     alarm(0);
-    test.row[0] = '\0';
-    if (test.dir[0])
-        nftw(test.dir, test_remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    test_now.row[0] = '\0';
+    if (test_now.dir[0])
+        nftw(test_now.dir, test_remove_one, 16, FTW_DEPTH | FTW_PHYS);
     test_settle(descriptors, blocks);
-    if (test.faults == 0 && test_descriptors() != descriptors) {
+    if (test_now.faults == 0 && test_descriptors() != descriptors) {
         FAIL("%d descriptors more than before",
              test_descriptors() - descriptors);
         test_list_descriptors();
     }
-    if (test.faults == 0 && test_heap_blocks != blocks)
+    if (test_now.faults == 0 && test_heap_blocks != blocks)
         FAIL("%ld blocks of memory more than before",
              test_heap_blocks - blocks);
-    if (test.faults)
+    if (test_now.faults)
         printf("  run it alone: TEST_SEED=%llu %s %s\n",
-               (unsigned long long)test.seed, test.program, one->name);
+               (unsigned long long)test_now.seed, test_now.program, one->name);
 }
 
 static bool test_wanted(const char *name, int argc, char **argv)
@@ -442,8 +442,8 @@ int main(int argc, char **argv)
     bool list = argc > 1 && strcmp(argv[1], "-l") == 0;
     int passed = 0, failed = 0, skipped = 0;
 
-    test.program = argv[0];
-    test.seed = seed && seed[0] ? strtoull(seed, NULL, 0) : 20240229;
+    test_now.program = argv[0];
+    test_now.seed = seed && seed[0] ? strtoull(seed, NULL, 0) : 20240229;
     setvbuf(stdout, NULL, _IOLBF, 0);
     signal(SIGABRT, test_dies);
     signal(SIGALRM, test_dies);
@@ -458,9 +458,9 @@ int main(int argc, char **argv)
         if (list || !test_wanted(one->name, argc, argv))
             continue;
         test_run(one);
-        failed += test.faults > 0;
-        skipped += test.faults == 0 && test.skipped;
-        passed += test.faults == 0 && !test.skipped;
+        failed += test_now.faults > 0;
+        skipped += test_now.faults == 0 && test_now.skipped;
+        passed += test_now.faults == 0 && !test_now.skipped;
     }
     if (list)
         return 0;
