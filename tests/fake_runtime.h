@@ -221,7 +221,8 @@ static void fake_answer(void *arg)
     cube_free(k);
 }
 
-static struct fake_call *fake_call(struct cube_runtime *base, enum fake_kind kind,
+static struct fake_call *fake_call(struct cube_runtime *base,
+                                   enum fake_kind kind,
                                    const char *id, void (*fn)(void),
                                    void *arg)
 {
