@@ -1922,3 +1922,660 @@ TEST(names_to_listen_on_are_looked_up)
     CHECK_HAS(err.text, "listen on none.test:0: find its address");
     close_all();
 }
+
+/* ---- The client, against a server that says what a row says ---- */
+
+static struct cube_addr script_addr;
+static int script_fd = -1; /* listens */
+
+static void script_open(void)
+{
+    struct cube_addr a = cube_http_ip4(127, 1);
+    char to[100];
+
+    script_fd = world.listen(world.ctx, &a);
+    REQUIRE(script_fd >= 0);
+    world.local_addr(world.ctx, script_fd, &script_addr);
+    snprintf(to, sizeof to, "http://127.0.0.1:%u",
+             (unsigned)script_addr.port);
+    open_client(to);
+}
+
+/* Takes the connection that the client makes. */
+static struct peer script_accept(void)
+{
+    const struct cube_world *w = cube_world_real();
+    struct peer p = {-1, {0}, 0};
+    struct cube_addr from;
+
+    for (int i = 0; i < 200 && p.fd < 0; i++) {
+        cube_loop_turn(loop, 10, NULL);
+        p.fd = w->accept(w->ctx, script_fd, &from);
+    }
+    REQUIRE(p.fd >= 0);
+    return p;
+}
+
+static void script_close(void)
+{
+    close_all();
+    close(script_fd);
+}
+
+/* A call like `like`, whose outcome goes to `o`. */
+static struct cube_http_call *call_like(struct outcome *o,
+                                        struct cube_http_request like)
+{
+    memset(o, 0, sizeof *o);
+    like.target = like.target ? like.target : "/";
+    like.on_done = on_done;
+    like.arg = o;
+    return cube_http_call(client, &like);
+}
+
+TEST(requests_are_written_as_they_should)
+{
+    static const char *const fields[] = {"X-A", "b", "Content-Type", "text/x",
+                                         NULL};
+    static const struct {
+        struct cube_http_request want;
+        const char *text;
+    } rows[] = {
+        {{.target = "/a?b=c"}, "GET /a?b=c HTTP/1.1\r\nHost: 127.0.0.1:%u"
+         "\r\n\r\n"},
+        {{.method = "POST", .body = "{}", .body_len = 2},
+         "POST / HTTP/1.1\r\nHost: 127.0.0.1:%u\r\n"
+         "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"},
+        {{.method = "POST"}, "POST / HTTP/1.1\r\nHost: 127.0.0.1:%u\r\n"
+         "Content-Length: 0\r\n\r\n"},
+        {{.method = "DELETE"}, "DELETE / HTTP/1.1\r\nHost: 127.0.0.1:%u\r\n"
+         "\r\n"},
+        {{.method = "PUT", .body = "x", .body_len = 1, .headers = fields},
+         "PUT / HTTP/1.1\r\nHost: 127.0.0.1:%u\r\nX-A: b\r\n"
+         "Content-Type: text/x\r\nContent-Length: 1\r\n\r\nx"},
+    };
+
+    open_loop();
+    script_open();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct outcome o;
+        struct peer p;
+        char text[400];
+
+        test_row("row %zu", i);
+        call_like(&o, rows[i].want);
+        p = script_accept();
+        turn_idle();
+        peer_read(&p);
+        snprintf(text, sizeof text, rows[i].text, (unsigned)script_addr.port);
+        CHECK_STR(p.in.data, text);
+        peer_say(&p, "HTTP/1.1 200 OK\r\nConnection: close\r\n"
+                     "Content-Length: 0\r\n\r\n");
+        CHECK(turn_until(&o.done, 1));
+        peer_close(&p);
+    }
+    script_close();
+}
+
+TEST(what_would_break_a_request_is_refused)
+{
+    static const char *const field[] = {"A", "b\r\nC: d", NULL};
+    static const char *const name[] = {"A\r\nC", "b", NULL};
+    static const struct cube_http_request rows[] = {
+        {.target = "/a b"}, {.target = "/a\r\nX: y"}, {.target = "a"},
+        {.target = ""}, {.target = "/\xc3\xa9"}, {.headers = field},
+        {.headers = name},
+    };
+
+    open_loop();
+    script_open();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct outcome o;
+
+        test_row("row %zu", i);
+        call_like(&o, rows[i]);
+        CHECK_INT(o.done, 0);
+        CHECK(turn_until(&o.done, 1));
+        CHECK_INT(o.code, CUBE_EINVAL);
+    }
+    CHECK_INT(connects, 0);
+    CHECK(!cube_http_client_new(loop, "http://a:1", "a\r\nb", NULL));
+    CHECK(!cube_http_client_new(loop, "https://a", NULL, NULL));
+    CHECK(!cube_http_client_new(loop, "a", NULL, NULL));
+    CHECK(!cube_http_client_new(loop, "", NULL, NULL));
+    CHECK(!cube_http_client_new(loop, ":80", NULL, NULL));
+    script_close();
+}
+
+TEST(answers_come_to_their_calls)
+{
+    static const struct {
+        const char *method, *text;
+        bool closes;
+        int status;
+        const char *body;
+        enum cube_code code;
+        const char *words, *reason;
+    } rows[] = {
+        {"GET", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", false,
+         200, "hello", CUBE_OK, "", "a length"},
+        {"GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+         "3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", false, 200, "hello", CUBE_OK, "",
+         "chunks"},
+        {"GET", "HTTP/1.1 200 OK\r\n\r\nhello", true, 200, "hello", CUBE_OK,
+         "", "up to the end"},
+        {"GET", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", false,
+         200, "hello", CUBE_OK, "", "HTTP/1.0"},
+        {"GET", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: a"
+         "\r\n\r\nHTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\nno", false, 404,
+         "no", CUBE_OK, "", "1xx before it; 404 is an answer"},
+        {"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", false, 200,
+         "", CUBE_OK, "", "to a HEAD"},
+        {"DELETE", "HTTP/1.1 204 No Content\r\n\r\n", false, 204, "", CUBE_OK,
+         "", "nothing"},
+        {"GET", "", true, 0, "", CUBE_ECONN,
+         "the connection was closed without an answer", "hung up at once"},
+        {"GET", "HTTP/1.1 200 OK\r\nContent-Le", true, 0, "", CUBE_ECONN,
+         "in the middle of the answer", "cut in the head"},
+        {"GET", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhel", true, 200,
+         "hel", CUBE_ECONN, "in the middle of the answer",
+         "cut in the body"},
+        {"GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+         "3\r\nhel\r\n", true, 200, "hel", CUBE_ECONN,
+         "in the middle of the answer", "cut between chunks"},
+        {"GET", "SSH-2.0-OpenSSH\r\n", false, 0, "", CUBE_EPROTO,
+         "the answer is not HTTP", "something else"},
+        {"GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+         "x\r\n", false, 200, "", CUBE_EPROTO, "a chunk size", "bad chunks"},
+        {"GET", "HTTP/1.1 101 Switching\r\n\r\n", false, 0, "", CUBE_EPROTO,
+         "another protocol", "an upgrade that nobody asked for"},
+        {"GET", "HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n"
+         "1234567890123456789012345678901234567890"
+         "1234567890123456789012345678901234567890", false, 200, NULL,
+         CUBE_ETOOBIG, "more than 64 bytes", "more than may be collected"},
+    };
+
+    open_loop();
+    script_open();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        for (int is_cut = 0; is_cut < 2; is_cut++) {
+            struct outcome o;
+            struct peer p;
+
+            test_row("row %zu, %s%s", i, rows[i].reason,
+                     is_cut ? ", byte by byte" : "");
+            call_like(&o, (struct cube_http_request){
+                .method = rows[i].method, .max_body = 64});
+            p = script_accept();
+            for (size_t k = 0; is_cut && rows[i].text[k]; k++)
+                peer_write(&p, rows[i].text + k, 1);
+            if (!is_cut)
+                peer_say(&p, rows[i].text);
+            if (rows[i].closes)
+                peer_close(&p);
+            CHECK(turn_until(&o.done, 1));
+            CHECK_INT(o.status, rows[i].status);
+            CHECK_INT(o.code, rows[i].code);
+            CHECK_HAS(o.words, rows[i].words);
+            if (rows[i].code)
+                CHECK_HAS(o.words, " http://127.0.0.1:");
+            if (rows[i].body)
+                CHECK_STR(o.body, rows[i].body);
+            peer_close(&p);
+            turn_idle();
+        }
+    }
+    script_close();
+}
+
+TEST(connections_are_used_again)
+{
+    struct outcome o[20];
+    struct cube_http_call *last = NULL;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    open_client(base);
+    for (int i = 0; i < 5; i++)
+        ask(&o[0], i % 2 ? "GET" : "POST", "/echo/1", i % 2 ? NULL : "x");
+    CHECK_INT(connects, 1);
+    for (int i = 0; i < 20; i++)
+        last = call(&o[i], "GET", "/", NULL);
+    CHECK(last != NULL);
+    for (int i = 0; i < 20; i++)
+        CHECK(turn_until(&o[i].done, 1));
+    CHECK_INT(connects, 20); /* all at once: one for each */
+    turn_idle();
+    CHECK_INT(server->conn_count, CUBE_HTTP_MAX_IDLE);
+    pass_ms(CUBE_HTTP_IDLE_MS);
+    CHECK_INT(server->conn_count, 0); /* idle for too long */
+    close_all();
+}
+
+TEST(a_dead_kept_connection_is_replaced_once)
+{
+    static const struct {
+        const char *method;
+        bool is_seen;  /* the request was read before the connection ended */
+        bool retries;
+        const char *reason;
+    } rows[] = {
+        {"GET", false, true, "it had ended before: nothing was sent"},
+        {"POST", false, true, "the same: a POST was not sent either"},
+        {"GET", true, true, "a GET can be sent twice"},
+        {"DELETE", true, true, "so can a DELETE"},
+        {"POST", true, false, "a POST could be done twice"},
+    };
+
+    open_loop();
+    script_open();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct outcome o;
+        struct peer p;
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        call(&o, "GET", "/first", NULL);
+        p = script_accept();
+        peer_say(&p, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        CHECK(turn_until(&o.done, 1));
+        if (!rows[i].is_seen) /* the client has not looked since */
+            peer_close(&p);
+        call(&o, rows[i].method, "/second", NULL);
+        if (rows[i].is_seen) {
+            peer_hears(&p, "/second");
+            peer_close(&p);
+        }
+        if (rows[i].retries) {
+            p = script_accept();
+            peer_hears(&p, "/second");
+            CHECK_INT(count_of(p.in.data, "/second"), 1);
+            peer_close(&p); /* and not a second time */
+        }
+        CHECK(turn_until(&o.done, 1));
+        CHECK_INT(o.code, CUBE_ECONN);
+        peer_close(&p);
+    }
+    script_close();
+}
+
+TEST(bytes_nobody_asked_for_end_a_connection)
+{
+    struct outcome o;
+    struct peer p;
+
+    open_loop();
+    script_open();
+    call(&o, "GET", "/", NULL);
+    p = script_accept();
+    peer_say(&p, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhiHTTP/1.1 200");
+    CHECK(turn_until(&o.done, 1));
+    CHECK_STR(o.body, "hi");
+    CHECK_INT(client->idle_count, 0);
+    peer_close(&p);
+    call(&o, "GET", "/", NULL);
+    p = script_accept();
+    peer_say(&p, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
+    CHECK(turn_until(&o.done, 1));
+    CHECK_INT(client->idle_count, 1);
+    peer_say(&p, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil");
+    turn_idle();
+    CHECK_INT(client->idle_count, 0);
+    peer_close(&p);
+    script_close();
+}
+
+TEST(time_limits_hold)
+{
+    struct outcome o;
+    struct peer p;
+
+    open_loop();
+    script_open();
+    call_like(&o, (struct cube_http_request){.timeout_ms = 1000});
+    p = script_accept();
+    pass_ms(900);
+    CHECK_INT(o.done, 0);
+    pass_ms(100);
+    CHECK_INT(o.done, 1);
+    CHECK_INT(o.code, CUBE_ETIMEOUT);
+    CHECK_HAS(o.words, "no answer within 1000 ms");
+    CHECK_INT(peer_ends(&p), 1);
+    peer_close(&p);
+    call_like(&o, (struct cube_http_request){.idle_timeout_ms = 500,
+                                             .on_data = on_data});
+    p = script_accept();
+    peer_say(&p, "HTTP/1.1 200 OK\r\n\r\n");
+    for (int i = 0; i < 5; i++) {
+        pass_ms(400);
+        peer_say(&p, ".");
+        turn_idle();
+    }
+    CHECK_INT(o.done, 0);
+    CHECK_UINT(o.piece_len, 5);
+    pass_ms(500);
+    CHECK_INT(o.code, CUBE_ETIMEOUT);
+    CHECK_HAS(o.words, "nothing came for 500 ms");
+    peer_close(&p);
+    script_close();
+}
+
+TEST(a_deadline_says_what_was_tried)
+{
+    struct outcome o;
+
+    open_loop();
+    open_client("http://127.0.0.1:1");
+    ask(&o, "GET", "/x", NULL);
+    CHECK_INT(o.code, CUBE_ECONN);
+    CHECK_STR(o.words, "GET http://127.0.0.1:1/x: connect to 127.0.0.1:1: "
+                       "Connection refused");
+    close_all();
+    open_loop();
+    open_client("unix:///nothing/here");
+    ask(&o, "GET", "/x", NULL);
+    CHECK_INT(o.code, CUBE_ENOENT);
+    CHECK_STR(o.words, "GET unix:///nothing/here /x: connect to "
+                       "/nothing/here: No such file or directory");
+    close_all();
+}
+
+TEST(the_next_address_is_tried)
+{
+    struct outcome o;
+    char to[100];
+
+    open_loop();
+    open_server("[::1]:0", NULL); /* 127.0.0.1 refuses */
+    snprintf(to, sizeof to, "localhost:%u", (unsigned)cube_http_port(server));
+    open_client(to);
+    ask(&o, "GET", "/", NULL);
+    CHECK_INT(o.status, 200);
+    CHECK_INT(connects, 2);
+    close_all();
+}
+
+TEST(names_are_looked_up)
+{
+    struct outcome o;
+    struct cube_http_call *lost;
+    char to[100];
+
+    open_loop();
+    open_server("one.test:0", NULL);
+    snprintf(to, sizeof to, "http://one.test:%u",
+             (unsigned)cube_http_port(server));
+    open_client(to);
+    ask(&o, "GET", "/", NULL); /* with a Host that the server knows */
+    CHECK_INT(o.status, 200);
+    cube_http_client_free(client);
+    open_client("http://none.test:1");
+    ask(&o, "GET", "/", NULL);
+    CHECK_INT(o.code, CUBE_ECONN);
+    CHECK_HAS(o.words, "find the address of none.test");
+    lost = call(&o, "GET", "/", NULL);
+    cube_loop_turn(loop, 0, NULL); /* now it is being looked up */
+    cube_http_call_cancel(lost);
+    turn_idle();
+    CHECK_INT(o.done, 0);
+    close_all();
+}
+
+TEST(tokens_are_sent)
+{
+    struct cube_http_options o = {.tokens = {"secret"}};
+    struct outcome out;
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    open_client(base);
+    ask(&out, "GET", "/", NULL);
+    CHECK_INT(out.status, 401);
+    cube_http_client_free(client);
+    client = cube_http_client_new(loop, base, "secret", NULL);
+    ask(&out, "GET", "/", NULL);
+    CHECK_INT(out.status, 200);
+    close_all();
+}
+
+TEST(an_answer_counts_before_all_was_sent)
+{
+    struct cube_http_options o = {.max_body = 1000};
+    struct outcome out;
+    char *bytes = calloc(1, 8 << 20);
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    open_client(base);
+    call_like(&out, (struct cube_http_request){.method = "POST",
+              .target = "/echo/1", .body = bytes, .body_len = 8 << 20});
+    CHECK(turn_until(&out.done, 1));
+    CHECK_INT(out.status, 413);
+    CHECK_INT(client->idle_count, 0);
+    free(bytes);
+    close_all();
+}
+
+TEST(large_bodies_pass_through_narrow_sockets)
+{
+    struct cube_http_options o = {.max_body = 4 << 20};
+    struct outcome out;
+    char *bytes = malloc(3 << 20);
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    open_client(base);
+    memset(bytes, 'x', 3 << 20);
+    sends_left = 3;
+    call_like(&out, (struct cube_http_request){.method = "POST",
+              .target = "/echo/1", .body = bytes, .body_len = 3 << 20});
+    for (int i = 0; i < 300 && !out.done; i++) {
+        cube_loop_turn(loop, 1, NULL);
+        sends_left = i % 2;
+    }
+    sends_left = -1;
+    CHECK(turn_until(&out.done, 1));
+    CHECK_INT(out.status, 200);
+    CHECK_UINT(out.len, (3 << 20) + strlen("POST /echo/1 id=1 x=(none) "));
+    free(bytes);
+    close_all();
+}
+
+/* ---- Cancelling and freeing anywhere ---- */
+
+TEST(calls_are_cancelled_at_each_step)
+{
+    static const char *const said[] = {NULL, "", "HTTP/1.1 20",
+        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhel"};
+
+    open_loop();
+    script_open();
+    for (size_t i = 0; i < COUNT(said); i++) {
+        struct outcome o;
+        struct cube_http_call *c = call(&o, "GET", "/", NULL);
+        struct peer p = {-1, {0}, 0};
+
+        test_row("row %zu", i);
+        if (said[i]) {
+            p = script_accept();
+            peer_say(&p, said[i]);
+            turn_idle();
+        }
+        cube_http_call_cancel(c);
+        turn_idle();
+        CHECK_INT(o.done, 0);
+        if (p.fd >= 0)
+            CHECK_INT(peer_ends(&p) != 0, 1);
+        peer_close(&p);
+    }
+    script_close();
+}
+
+TEST(freeing_a_client_ends_its_calls)
+{
+    struct outcome o[4];
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    open_client(base);
+    ask(&o[0], "GET", "/", NULL);
+    call(&o[0], "GET", "/hold", NULL);
+    call_like(&o[1], (struct cube_http_request){.target = "/stream",
+                                                .on_data = on_data});
+    turn_idle();
+    call(&o[2], "GET", "/", NULL); /* not even begun */
+    cube_http_client_free(client);
+    client = NULL;
+    for (int i = 0; i < 3; i++) {
+        test_row("call %d", i);
+        CHECK_INT(o[i].done, 1);
+        CHECK_INT(o[i].code, CUBE_ECANCELED);
+    }
+    turn_idle();
+    CHECK_INT(gone, 2); /* the server has seen both go */
+    close_all();
+}
+
+static struct cube_http_call *victim;
+static int step; /* at which callback: 0 on_head, 1 on_data, 2 on_done */
+static bool frees_client;
+
+static void strike(int now)
+{
+    if (now != step)
+        return;
+    if (frees_client) {
+        cube_http_client_free(client);
+        client = NULL;
+    } else {
+        cube_http_call_cancel(victim);
+    }
+}
+
+static void strike_head(void *arg, const struct cube_http_head *head)
+{
+    on_head(arg, head);
+    strike(0);
+}
+
+static void strike_data(void *arg, const char *data, size_t len)
+{
+    on_data(arg, data, len);
+    strike(1);
+}
+
+static void strike_done(void *arg, const struct cube_http_answer *a)
+{
+    strike(2);
+    on_done(arg, a); /* what was handed over is still there */
+}
+
+TEST(callbacks_cancel_and_free)
+{
+    open_loop();
+    script_open();
+    for (int i = 0; i < 6; i++) {
+        struct outcome o = {0};
+        struct cube_http_request r = {0};
+        struct peer p;
+        char to[100];
+
+        test_row("step %d, %s", i % 3, i < 3 ? "cancel" : "free");
+        step = i % 3;
+        frees_client = i >= 3;
+        r.on_head = strike_head;
+        r.on_data = strike_data;
+        r.on_done = strike_done;
+        r.arg = &o;
+        victim = cube_http_call(client, &r);
+        p = script_accept();
+        peer_say(&p, "HTTP/1.1 200 OK\r\nContent-Type: text/x\r\n"
+                 "Transfer-Encoding: chunked\r\n\r\n"
+                 "2\r\nhi\r\n2\r\nho\r\n0\r\n\r\n");
+        turn_idle();
+        CHECK_INT(o.heads, 1);
+        CHECK_UINT(o.piece_len, step == 0 ? 0 : step == 1 ? 2 : 4);
+        CHECK_INT(o.done, step == 2 || frees_client);
+        CHECK_INT(o.code, step != 2 && frees_client ? CUBE_ECANCELED
+                                                    : CUBE_OK);
+        if (step == 2)
+            CHECK_STR(o.field, "text/x");
+        peer_close(&p);
+        turn_idle();
+        snprintf(to, sizeof to, "http://127.0.0.1:%u",
+                 (unsigned)script_addr.port);
+        if (!client)
+            open_client(to);
+    }
+    script_close();
+}
+
+static int chained;
+
+static void call_again(void *arg, const struct cube_http_answer *a)
+{
+    struct cube_http_request r = {0};
+
+    CHECK_INT(a->status, 200);
+    r.on_done = call_again;
+    r.arg = arg;
+    if (++chained < 50)
+        cube_http_call(client, &r);
+}
+
+TEST(a_callback_calls_again_on_the_same_connection)
+{
+    struct cube_http_request r = {0};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    open_client(base);
+    chained = 0;
+    r.on_done = call_again;
+    cube_http_call(client, &r);
+    CHECK(turn_until(&chained, 50));
+    CHECK_INT(connects, 1);
+    close_all();
+}
+
+/* Everything at once and in any order, from a seed: calls, answers, streams,
+ * cancels, closed peers. In the end nothing is left. */
+TEST(random_lives_end_clean)
+{
+    struct outcome o[12];
+    struct cube_http_call *calls[12] = {0};
+
+    for (int round = 0; round < 20; round++) {
+        test_row("round %d", round);
+        open_loop();
+        open_server("127.0.0.1:0", NULL);
+        open_client(base);
+        memset(calls, 0, sizeof calls);
+        memset(o, 0, sizeof o);
+        for (int i = 0; i < 150; i++) {
+            uint32_t k = test_below(12);
+            static const char *const targets[] = {"/", "/hold", "/stream",
+                                                  "/echo/1", "/keep"};
+
+            if (!calls[k] || o[k].done)
+                calls[k] = call_like(&o[k], (struct cube_http_request){
+                    .target = targets[test_below(4)], .on_data = on_data});
+            else if (test_below(4) == 0) {
+                cube_http_call_cancel(calls[k]);
+                calls[k] = NULL;
+            } else if (held && held->phase == CUBE_HTTP_HANDLING) {
+                cube_http_reply(held, 200, NULL, "late", 4);
+                held = NULL;
+            } else if (held && held->phase == CUBE_HTTP_STREAMING) {
+                cube_http_stream_write(held, "piece", 5);
+                if (test_below(3) == 0) {
+                    cube_http_stream_end(held);
+                    held = NULL;
+                }
+            }
+            if (test_below(3))
+                cube_loop_turn(loop, 0, NULL);
+        }
+        close_all();
+    }
+}
