@@ -12038,7 +12038,8 @@ static void cube_http_call_on_resolved(void *arg, struct cube_job *job)
 
     if (job->result < 0) {
         cube_http_call_fail(call, CUBE_ECONN, "find the address of %s: %s",
-                            job->host, cube_errno_text(job->result));
+                            call->client->place.host,
+                            cube_errno_text(job->result));
         return;
     }
     memcpy(call->addrs, job->addrs, sizeof call->addrs);
