@@ -17801,6 +17801,191 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
 
 
 
+/* ---- Finding a runtime ---- */
+
+#define CUBE_SEARCH_MAX 4 /* places to look at */
+
+/* A search: each place is greeted, one after the other. */
+struct cube_runtime_search {
+    struct cube_loop *loop;
+    char *which, *dir;
+    cube_runtime_fn *fn;
+    void *arg;
+    char *places[CUBE_SEARCH_MAX];
+    size_t count, at;
+    struct cube_runtime *rt;   /* the one that is being greeted */
+    struct cube_docker_op op;  /* its ping; part of that runtime's ops */
+    bool has_answered;
+    struct cube_buf why;       /* why not the ones before */
+    struct cube_defer defer;
+};
+
+static void cube_search_add(struct cube_runtime_search *s, const char *scheme,
+                            const char *value)
+{
+    struct cube_buf place = {0};
+
+    cube_buf_puts(&place, scheme);
+    cube_buf_puts(&place, value);
+    s->places[s->count++] = cube_buf_take(&place);
+}
+
+/* Where engines listen when nobody says anything else. */
+static void cube_search_places(struct cube_runtime_search *s)
+{
+    const struct cube_world *w = cube_loop_world(s->loop);
+    const char *host = w->env(w->ctx, "DOCKER_HOST");
+    const char *run = w->env(w->ctx, "XDG_RUNTIME_DIR");
+    struct cube_buf own = {0};
+    bool is_auto = !strcmp(s->which, "auto");
+
+    if (is_auto || !strcmp(s->which, "docker"))
+        cube_search_add(s, "", host && *host ? host
+                                             : "unix:///var/run/docker.sock");
+    if (!is_auto && strcmp(s->which, "podman"))
+        return;
+    host = w->env(w->ctx, "CONTAINER_HOST");
+    if (host && *host) {
+        cube_search_add(s, "", host);
+        return;
+    }
+    if (run && w->uid(w->ctx) != 0) {
+        cube_buf_printf(&own, "%s/podman/podman.sock", run);
+        cube_search_add(s, "unix://", own.data);
+        cube_buf_free(&own);
+    }
+    cube_search_add(s, "unix://", "/run/podman/podman.sock");
+}
+
+static void cube_search_free(struct cube_runtime_search *s)
+{
+    cube_defer_clear(s->loop, &s->defer);
+    for (size_t i = 0; i < s->count; i++)
+        cube_free(s->places[i]);
+    cube_buf_free(&s->why);
+    cube_free(s->which);
+    cube_free(s->dir);
+    cube_free(s);
+}
+
+/* Reports, and is gone. */
+static void cube_search_end(struct cube_runtime_search *s,
+                            struct cube_runtime *rt,
+                            const struct cube_err *err)
+{
+    struct cube_buf words = {0};
+
+    cube_buf_puts(&words, rt ? rt->words : "");
+    if (rt && s->why.len > 0)
+        cube_buf_puts(&words, s->has_answered || !strcmp(rt->name, "process")
+                                  ? ", since " : ", for which we wait: ");
+    if (s->why.len > 0)
+        cube_buf_puts(&words, s->why.data);
+    s->fn(s->arg, rt, words.data, err);
+    cube_buf_free(&words);
+    cube_search_free(s);
+}
+
+/* No engine answers: processes, unless an engine was asked for by name; that
+ * one is waited for, since it may be just restarting. */
+static void cube_search_without(struct cube_runtime_search *s)
+{
+    struct cube_runtime *rt = NULL;
+    struct cube_err err;
+
+    memset(&err, 0, sizeof err);
+    if (!strcmp(s->which, "auto") || !strcmp(s->which, "process"))
+        rt = cube_process_new(s->loop, s->dir, &err);
+    else if (s->count > 0)
+        rt = cube_docker_new(s->loop, s->places[s->count - 1], &err);
+    else
+        (void)cube_fail(&err, CUBE_EINVAL, "%s is no runtime: auto, docker, "
+                        "podman and process are", s->which);
+    cube_search_end(s, rt, rt ? NULL : &err);
+}
+
+/* Mutual recursion: a place that does not answer leads to the next one. */
+static void cube_search_next(void *arg);
+
+static void cube_search_answered(void *arg)
+{
+    struct cube_runtime_search *s = arg;
+    struct cube_runtime *rt = s->rt;
+
+    cube_docker_op_clear(&s->op);
+    if (s->has_answered) {
+        cube_search_end(s, rt, NULL);
+        return;
+    }
+    s->rt = NULL;
+    cube_runtime_free(rt);
+    cube_search_next(s);
+}
+
+static void cube_search_on_answer(struct cube_docker_op *op,
+                                  const struct cube_docker_answer *a)
+{
+    struct cube_runtime_search *s = CUBE_OF(op, struct cube_runtime_search, op);
+    struct cube_err err;
+
+    s->has_answered = !a->trouble && a->status == 200;
+    if (!s->has_answered) {
+        (void)cube_docker_fail(a, "greet", &err);
+        cube_buf_printf(&s->why, "%s%s", s->why.len > 0 ? "; " : "",
+                        err.text);
+    }
+    cube_defer_set(s->loop, &s->defer, cube_search_answered, s);
+}
+
+static void cube_search_next(void *arg)
+{
+    struct cube_runtime_search *s = arg;
+    struct cube_err err;
+
+    s->rt = NULL;
+    while (!s->rt && s->at < s->count) {
+        s->rt = cube_docker_new(s->loop, s->places[s->at++], &err);
+        if (!s->rt)
+            cube_buf_printf(&s->why, "%s%s", s->why.len > 0 ? "; " : "",
+                            err.text);
+    }
+    if (!s->rt) {
+        cube_search_without(s);
+        return;
+    }
+    cube_docker_op_init(cube_docker_of(s->rt), &s->op, cube_search_on_answer,
+                        cube_docker_op_clear);
+    s->op.method = "GET";
+    cube_buf_puts(&s->op.target, "/_ping");
+    cube_docker_ask(&s->op, CUBE_DOCKER_PING_MS, 0);
+}
+
+CUBE_API struct cube_runtime_search *
+cube_runtime_find(struct cube_loop *l, const char *which, const char *dir,
+                  cube_runtime_fn *fn, void *arg)
+{
+    struct cube_runtime_search *s = cube_alloc(sizeof *s);
+
+    s->loop = l;
+    s->which = cube_text_dup(which && *which ? which : "auto");
+    s->dir = cube_text_dup(dir ? dir : ".");
+    s->fn = fn;
+    s->arg = arg;
+    cube_search_places(s);
+    cube_defer_set(l, &s->defer, cube_search_next, s);
+    return s;
+}
+
+CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *s)
+{
+    if (!s)
+        return;
+    if (s->rt)
+        cube_docker_op_clear(&s->op);
+    cube_runtime_free(s->rt);
+    cube_search_free(s);
+}
+
 
 /* ==== Chapter 10. Schedulers ==== uses: 2 3 7 8 ==== */
 /*

@@ -1188,12 +1188,15 @@ typedef void cube_runtime_fn(void *arg, struct cube_runtime *rt,
 /* Finds a runtime. `which` is "docker", "podman" or "process", which asks for
  * that one, or "auto": Docker where it answers (DOCKER_HOST, else
  * /var/run/docker.sock), else Podman (CONTAINER_HOST, else the socket of the
- * user or of root), else processes. */
+ * user or of root), else processes. An engine that is asked for by name and
+ * does not answer is given all the same: it may be just restarting. The
+ * search is gone when it has called back. */
 struct cube_runtime_search;
+CUBE_API struct cube_runtime_search *
+cube_runtime_find(struct cube_loop *l, const char *which, const char *dir,
+                  cube_runtime_fn *fn, void *arg);
+/* Gives a search up: it does not call back. NULL is fine. */
 CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *search);
-CUBE_API struct cube_runtime_search *cube_runtime_find(struct cube_loop *l, const char *which,
-                                const char *dir, cube_runtime_fn *fn,
-                                void *arg);
 
 
 /* ==== Chapter 10. Schedulers ==== */
