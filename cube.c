@@ -16258,6 +16258,8 @@ struct cube_docker_watch {
     struct cube_docker_op op, ping;
     struct cube_timer again, check;
     int64_t delay_ms;
+    bool is_open; /* its head has come */
+    bool is_late; /* a ping was answered while it had not */
     struct cube_objects objects;
     cube_change_fn *fn; /* NULL: nobody watches */
     void *arg;
@@ -16371,8 +16373,11 @@ static bool cube_docker_is_other_version(struct cube_docker *d,
 static void cube_docker_on_head(void *arg, const struct cube_http_head *head)
 {
     struct cube_docker_op *op = arg;
+    struct cube_docker_answer a = {cube_http_head_status(head), "", 0, head,
+                                   NULL};
 
-    op->status = cube_http_head_status(head);
+    cube_docker_notice(op->d, &a);
+    op->status = a.status;
     if (op->status == 200)
         op->on_piece(op, "", 0);
 }
@@ -16426,7 +16431,7 @@ static void cube_docker_send(struct cube_docker_op *op)
     struct cube_http_request r = {0};
     struct cube_buf target = {0};
 
-    if (op == &d->hello)
+    if (op == &d->hello && d->version == 0)
         cube_buf_puts(&target, op->target.data);
     else
         cube_buf_printf(&target, "/v%d.%d%s", d->version / 1000,
@@ -17648,6 +17653,8 @@ static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
         return;
     }
     d->watch.delay_ms = 0; /* the head: it is open */
+    d->watch.is_open = true;
+    d->watch.is_late = false;
     if (d->watch.fn)
         d->watch.fn(d->watch.arg, NULL);
 }
@@ -17665,6 +17672,7 @@ static void cube_docker_watch_cut(struct cube_docker_op *op,
     if (delay > CUBE_DOCKER_AGAIN_MAX_MS)
         delay = CUBE_DOCKER_AGAIN_MAX_MS;
     d->watch.delay_ms = delay;
+    d->watch.is_open = d->watch.is_late = false;
     cube_timer_set(d->rt.loop, &d->watch.again, delay, cube_docker_watch_open,
                    d);
 }
@@ -17685,16 +17693,18 @@ static void cube_docker_watch_open(void *arg)
 static void cube_docker_watch_check(void *arg);
 
 /* A stream that says nothing can be a quiet engine or a dead one; the ping
- * tells. */
+ * tells. One that has not even begun at the second ping never will. */
 static void cube_docker_watch_pinged(struct cube_docker_op *op,
                                      const struct cube_docker_answer *a)
 {
     struct cube_docker *d = op->d;
+    struct cube_docker_watch *w = &d->watch;
 
-    if (a->trouble && d->watch.op.call) {
-        cube_docker_op_cancel(&d->watch.op);
-        cube_docker_watch_cut(&d->watch.op, a);
+    if (w->op.call && (a->trouble || w->is_late)) {
+        cube_docker_op_cancel(&w->op);
+        cube_docker_watch_cut(&w->op, a);
     }
+    w->is_late = w->op.call && !w->is_open;
     cube_timer_set(d->rt.loop, &d->watch.check, CUBE_DOCKER_CHECK_MS,
                    cube_docker_watch_check, d);
 }
@@ -17723,6 +17733,7 @@ static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
     w->fn = fn;
     w->arg = arg;
     w->delay_ms = 0;
+    w->is_open = w->is_late = false;
     if (!fn)
         return;
     cube_timer_set(rt->loop, &w->again, 0, cube_docker_watch_open, d);
