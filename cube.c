@@ -998,10 +998,13 @@ static int cube_world_space(void *ctx, const char *path,
  *
  *   lock      write-locked (POSIX) by the supervisor as long as it lives, so
  *             that F_GETLK tells its PID and no reused PID can pose as it;
- *             holds "started NANOSECONDS"
- *   log       output, standard and error, in the order it came; log.1 and so
- *             on are older. What a full disk refuses is lost and counted, and
- *             the command never waits for the disk
+ *             holds "started NANOSECONDS" once it was held, and then "pid
+ *             NUMBER" of the command
+ *   log       output, standard and error, in the order it came. When it is
+ *             full it is renamed to log.1, the next one to log.2: a number is
+ *             used once, so a reader that follows knows where it is. Older
+ *             ones are removed. What a full disk refuses is lost and counted,
+ *             and the command never waits for the disk
  *   exit      written beside as exit.new, synced, renamed: exists whole or
  *             not at all
  *   work/     where the command starts
@@ -1062,6 +1065,9 @@ struct cube_sup {
     int exec_error;      /* errno of the exec, 0 if it went well */
     int64_t started, finished;
     int64_t log_size, lost; /* bytes in log; bytes that no disk took */
+    int64_t log_number;     /* how many logs were full before this one */
+    int lock_fd;
+    size_t lock_len;        /* of the text in it */
     char chunk[CUBE_SUP_CHUNK];
 };
 
@@ -1147,23 +1153,32 @@ static int cube_sup_shed(struct cube_sup *s)
                : 0;
 }
 
+/* Adds a line to the lock file. */
+static int cube_sup_note(struct cube_sup *s, const char *name, int64_t number)
+{
+    char text[64];
+    size_t len = cube_sup_put_line(text, 0, name, number);
+
+    if (pwrite(s->lock_fd, text, len, (off_t)s->lock_len) != (ssize_t)len)
+        return errno ? -errno : -ENOSPC;
+    s->lock_len += len;
+    return 0;
+}
+
 /* Takes the lock, for life, and writes the time into its file. */
 static int cube_sup_lock(struct cube_sup *s)
 {
     struct flock lock;
-    char text[64];
-    size_t len;
-    int fd = openat(s->dir_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 
-    if (fd < 0)
+    s->lock_fd = openat(s->dir_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (s->lock_fd < 0)
         return -errno;
     memset(&lock, 0, sizeof lock);
     lock.l_type = F_WRLCK;
-    if (fcntl(fd, F_SETLK, &lock) < 0)
+    if (fcntl(s->lock_fd, F_SETLK, &lock) < 0)
         return errno == EACCES || errno == EAGAIN ? -EBUSY : -errno;
     s->started = cube_world_wall_ns(NULL);
-    len = cube_sup_put_line(text, 0, "started", s->started);
-    return pwrite(fd, text, len, 0) < 0 ? -errno : 0;
+    return cube_sup_note(s, "started", s->started);
 }
 
 static int cube_sup_open_log(struct cube_sup *s)
@@ -1300,6 +1315,7 @@ static int cube_sup_start(struct cube_sup *s)
     if (s->child == 0)
         cube_sup_become(s, self, output[1], error[1]);
     (void)setpgid(s->child, s->child);
+    (void)cube_sup_note(s, "pid", s->child);
     close(output[1]);
     close(error[1]);
     s->pipe_fd = output[0];
@@ -1313,25 +1329,26 @@ static int cube_sup_start(struct cube_sup *s)
 
 /* ---- Supervised processes: the supervisor at work ---- */
 
-/* log.1 becomes log.2 and so on, log becomes log.1; with one file, it is
- * emptied. */
+/* The name of the full log of that number. */
+static void cube_sup_log_name(char out[32], int64_t number)
+{
+    out[cube_sup_put_number(out, cube_sup_put(out, 0, "log."), number)] = 0;
+}
+
+/* A full log gets its number, and the oldest one goes. */
 static void cube_sup_rotate(struct cube_sup *s)
 {
-    char from[32], to[32];
+    char name[32];
 
-    if (s->spec->log_files <= 1) {
-        if (ftruncate(s->log_fd, 0) == 0)
-            s->log_size = 0;
-        return;
-    }
-    for (int i = s->spec->log_files - 1; i > 0; i--) {
-        to[cube_sup_put_number(to, cube_sup_put(to, 0, "log."), i)] = 0;
-        from[i == 1 ? cube_sup_put(from, 0, "log")
-                    : cube_sup_put_number(
-                          from, cube_sup_put(from, 0, "log."), i - 1)] = 0;
-        (void)renameat(s->dir_fd, from, s->dir_fd, to);
-    }
+    cube_sup_log_name(name, s->log_number + 1);
+    if (renameat(s->dir_fd, "log", s->dir_fd, name) < 0)
+        return; /* it grows, then, and is tried again */
+    s->log_number++;
     close(s->log_fd);
+    if (s->log_number >= s->spec->log_files) {
+        cube_sup_log_name(name, s->log_number - s->spec->log_files + 1);
+        (void)unlinkat(s->dir_fd, name, 0);
+    }
     (void)cube_sup_open_log(s);
 }
 

@@ -155,7 +155,7 @@ struct cube_spawn {
     const char *cgroups[2];  /* directories to join, then to remove, or NULL */
     uint64_t data_bytes;     /* RLIMIT_DATA of each process; 0: none */
     int64_t log_bytes;       /* a log file that would grow larger is rotated */
-    int log_files;           /* so many are kept: log, log.1, log.2 */
+    int log_files;           /* so many are kept, 2 or more */
 };
 
 struct cube_world {

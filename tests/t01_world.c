@@ -522,8 +522,8 @@ TEST(the_exit_file_is_as_drawn)
                      &error, &started, &finished, &more), 6);
     CHECK_INT(code, 9);
     CHECK_INT(exit_field(&r, "started"), started);
-    CHECK_INT(sscanf(read_text(at(&r, "lock")), "started %ld\n", &finished),
-              1);
+    CHECK_INT(sscanf(read_text(at(&r, "lock")), "started %ld\npid %ld\n%c",
+                     &finished, &code, &more), 2);
     CHECK_INT(finished, started);
 }
 
@@ -732,41 +732,49 @@ TEST(logs_rotate_and_only_so_many_are_kept)
 {
     struct run r;
     struct stat st;
+    char name[40];
+    int last = 1, kept = 0;
 
     prepare(&r, test_dir(),
             "i=0; while [ $i -lt 4000 ]; do echo line $i; i=$((i+1)); done");
-    r.spec.log_bytes = 10000;
+    r.spec.log_bytes = 4000;
     REQUIRE(start(&r) == 0);
     ends(&r);
     CHECK_HAS(read_text(at(&r, "log")), "line 3999\n");
-    for (int i = 0; i < 3; i++) {
-        const char *name = i == 0 ? "log" : i == 1 ? "log.1" : "log.2";
-
-        test_row("%s", name);
-        CHECK(stat(at(&r, name), &st) == 0);
-        CHECK(st.st_size <= 10000 + CUBE_SUP_CHUNK);
+    for (int i = 1; i < 100; i++) {
+        snprintf(name, sizeof name, "log.%d", i);
+        if (stat(at(&r, name), &st) < 0)
+            continue;
+        CHECK(st.st_size <= 4000 || st.st_size <= CUBE_SUP_CHUNK);
+        last = i;
+        kept++;
     }
-    CHECK(access(at(&r, "log.3"), F_OK) != 0);
+    CHECK_INT(kept, 2); /* and log itself */
+    CHECK(last > 2);    /* numbers are not used again */
+    snprintf(name, sizeof name, "log.%d", last - 1);
+    CHECK(access(at(&r, name), F_OK) == 0);
 }
 
 TEST(rotated_logs_join_without_a_gap)
 {
     struct run r;
-    char all[30000] = "", line[40];
+    char all[90000] = "", line[40], name[40];
     const char *p;
     int first;
 
     prepare(&r, test_dir(),
-            "i=0; while [ $i -lt 900 ]; do echo line $i; i=$((i+1)); done");
+            "i=0; while [ $i -lt 4000 ]; do echo line $i; i=$((i+1)); done");
     r.spec.log_bytes = 4000;
     REQUIRE(start(&r) == 0);
     ends(&r);
-    strcat(all, read_text(at(&r, "log.2")));
-    strcat(all, read_text(at(&r, "log.1")));
+    for (int i = 1; i < 100; i++) {
+        snprintf(name, sizeof name, "log.%d", i);
+        strcat(all, read_text(at(&r, name)));
+    }
     strcat(all, read_text(at(&r, "log")));
     p = strchr(all, '\n') + 1; /* the oldest kept line may be cut */
     REQUIRE(sscanf(p, "line %d", &first) == 1);
-    for (; first < 900; first++) {
+    for (; first < 4000; first++) {
         int len = snprintf(line, sizeof line, "line %d\n", first);
 
         REQUIRE(strncmp(p, line, (size_t)len) == 0);
