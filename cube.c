@@ -1062,7 +1062,7 @@ struct cube_sup {
     pid_t child;
     bool has_ended;
     int status;          /* as waitpid gave it, once it has ended */
-    int exec_error;      /* errno of the exec, 0 if it went well */
+    int exec_error;      /* as `spawn` returns it; 0 if it went well */
     int64_t started, finished;
     int64_t log_size, lost; /* bytes in log; bytes that no disk took */
     int64_t log_number;     /* how many logs were full before this one */
@@ -1277,7 +1277,8 @@ static int cube_sup_limit(const struct cube_spawn *spec)
     return setrlimit(RLIMIT_DATA, &data) < 0 ? errno : 0;
 }
 
-/* Becomes the command, or tells the errno value through `error_fd`. */
+/* Becomes the command, or tells the errno value through `error_fd`: negative
+ * if it was not the command's fault. */
 static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
                             int error_fd)
 {
@@ -1289,9 +1290,9 @@ static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
         _exit(127); /* the parent died before it could be noticed */
     if (dup2(output, 1) < 0 || dup2(output, 2) < 0 ||
         fchdir(s->dir_fd) < 0 || chdir("work") < 0)
-        e = errno;
+        e = -errno;
     if (e == 0)
-        e = cube_sup_limit(s->spec);
+        e = -cube_sup_limit(s->spec);
     sigemptyset(&none);
     (void)sigprocmask(SIG_SETMASK, &none, NULL);
     if (e == 0)
@@ -1540,7 +1541,9 @@ static void cube_sup_write_exit(struct cube_sup *s)
     len = cube_sup_put_line(text, len, "code", code);
     len = cube_sup_put_line(text, len, "signal", number);
     len = cube_sup_put_line(text, len, "oom", is_oom);
-    len = cube_sup_put_line(text, len, "error", s->exec_error);
+    len = cube_sup_put_line(text, len, "error",
+                            s->exec_error < 0 ? -s->exec_error
+                                              : s->exec_error);
     len = cube_sup_put_line(text, len, "started", s->started);
     len = cube_sup_put_line(text, len, "finished", s->finished);
     if (pwrite(s->exit_fd, text, len, 0) != (ssize_t)len ||
@@ -17825,6 +17828,2175 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
 
 
 /* ---- Processes ---- */
+
+/*
+ * A machine without an engine can run tasks, too: `Cmd` is executed as a
+ * process, under a supervisor of its own (chapter 1) that outlives us. Cheap
+ * and instructive, and no isolation: a process sees the machine as we do.
+ *
+ * What an engine would know stands in directories:
+ *
+ *   DIR/run/<worker>/<task>-<attempt>-<restart>/
+ *        spec       who it is and what it was told, as JSON, drawn below
+ *        lock, log, log.N, exit, work/       as chapter 1 draws them
+ *   DIR/run/<worker>/.gone-...               removed, its files not yet
+ *
+ * The name of the directory is the container's ID. The directory is the
+ * truth: what we keep in memory is a copy of `spec`, which never changes, and
+ * a descriptor of the supervisor to see it end. After a restart of the worker
+ * all is read again:
+ *
+ *      lock         exit     is
+ *      held         -        running
+ *      free         whole    exited, as it says
+ *      free         none     exited: the supervisor was killed. What is left
+ *                            of the task is killed now (found by its
+ *                            environment, which children inherit), and an
+ *                            exit file written, with a line "lost 1"
+ *      none, empty  none     created: whoever made it died before the start
+ *
+ *   spec: {"Name":"web","Cluster":"...","Worker":"...","Attempt":1,
+ *          "Restart":0,"Created":"2025-...Z","Limits":"memory by ...",
+ *          "Ports":{"80/tcp":[{"HostIp":"0.0.0.0","HostPort":"8080"}]},
+ *          "Task":{...}}
+ *
+ * A process binds its ports by itself. It is told which: CUBE_PORT_80=8080
+ * for container port 80/tcp, CUBE_PORT_53_UDP for 53/udp, PORT for the lowest
+ * one. Between our look whether a port is free and the process's bind somebody
+ * else can take it; ports that running processes were promised are not given
+ * away, whether they have bound them or not. Only TCP ports are looked at.
+ *
+ * Limits: a cgroup for each task that has any, in version 2 (one tree) or 1
+ * (a tree for memory, one for CPU), where we may make one:
+ *
+ *   /sys/fs/cgroup/cube/<id>                         version 2
+ *   /sys/fs/cgroup/memory/cube/<id>, .../cpu/...     version 1
+ *
+ * Else memory is limited for each process by RLIMIT_DATA, and CPU not at all:
+ * rlimits know a sum of CPU time, no rate. The words of the runtime and of
+ * each process say which it is.
+ *
+ * Every call becomes a `struct cube_process_op` whose step runs from the
+ * loop, later; a step that waits for a process to end runs again then.
+ *
+ *      stop:   SIGTERM --grace--> SIGUSR1 (kill) --15 s--> error
+ *                 \__ended_________/__ended: success
+ *
+ * Naive on purpose: who follows a log looks every 100 ms whether it has
+ * grown; only as long as somebody follows, so an idle task costs nothing.
+ */
+
+#define CUBE_PROCESS_LOG_BYTES (10 << 20) /* of one log file */
+#define CUBE_PROCESS_LOG_FILES 3
+#define CUBE_PROCESS_SPEC_MAX (4 << 20)
+#define CUBE_PROCESS_FOLLOW_MS 100
+#define CUBE_PROCESS_DEAD_MS 15000 /* a killed process is gone by then */
+#define CUBE_PROCESS_CGROUPS "/sys/fs/cgroup"
+#define CUBE_PROCESS_ID "CUBE_CONTAINER_ID=" /* in each environment */
+
+/* Where cgroups can be made; NULL: they cannot. In version 2 both are one. */
+struct cube_process_limits {
+    int version;
+    char *memory, *cpu;
+};
+
+struct cube_process {
+    struct cube_runtime rt; /* first */
+    const struct cube_world *w;
+    char *root;             /* DIR/run */
+    struct cube_map boxes;  /* ID to struct cube_process_box */
+    struct cube_list ops, logs;
+    struct cube_process_limits limits;
+    cube_change_fn *change;
+    void *change_arg;
+    struct cube_defer change_defer;
+};
+
+/* What we know of one directory. */
+struct cube_process_box {
+    struct cube_process *p;
+    struct cube_container c;
+    char *dir, *command, *limits;
+    struct cube_time created;
+    int64_t pid;             /* of the command */
+    int pid_fd;              /* of the supervisor; -1: not watched */
+    struct cube_watch watch;
+    bool is_seen;            /* by the present scan */
+};
+
+/* A call that has not been answered yet. */
+struct cube_process_op {
+    struct cube_list link;
+    struct cube_process *p;
+    char *id; /* of the container that it is about */
+    void (*step)(struct cube_process_op *op);
+    struct cube_defer defer;
+    struct cube_timer timer;
+    bool is_waiting; /* for `id` to end, or the timer */
+    bool is_late;    /* the timer came first */
+    int phase;
+    struct cube_err err; /* code CUBE_OK: none */
+    cube_container_fn *on_container; /* one of these, or none */
+    cube_containers_fn *on_list;
+    cube_text_fn *on_text;
+    cube_done_fn *on_done;
+    void *arg;
+    struct cube_task *task; /* start: what to start */
+    char *cluster, *worker; /* start; list: of whom, NULL for all */
+    int64_t attempt, grace_ms;
+    struct cube_buf path;   /* remove: where it is */
+    size_t path_len;        /* remove: of the part that is removed last */
+};
+
+/* ---- Processes: files ---- */
+
+static char *cube_process_path(const char *dir, const char *name)
+{
+    struct cube_buf path = {0};
+
+    cube_buf_printf(&path, "%s/%s", dir, name);
+    return cube_buf_take(&path);
+}
+
+/* CUBE_OK, CUBE_ENOENT, or what else went wrong. */
+static enum cube_code cube_process_file(struct cube_process *p,
+                                        const char *dir, const char *name,
+                                        struct cube_buf *out)
+{
+    char *path = cube_process_path(dir, name);
+    struct cube_err err = {CUBE_OK, ""};
+
+    (void)cube_file_read(p->w, path, out, CUBE_PROCESS_SPEC_MAX, &err);
+    cube_free(path);
+    return err.code;
+}
+
+/* Writes into a file that is there, as those of a cgroup are. */
+static int cube_process_put(struct cube_process *p, const char *dir,
+                            const char *name, const char *text)
+{
+    char *path = cube_process_path(dir, name);
+    int fd = p->w->open(p->w->ctx, path, CUBE_OPEN_WRITE);
+    int r = fd < 0 ? fd : cube_file_write_all(p->w, fd, text, strlen(text), 0);
+
+    if (fd >= 0)
+        p->w->close(p->w->ctx, fd);
+    cube_free(path);
+    return r;
+}
+
+/* The number in the line "NAME NUMBER"; `none` if there is no such line. */
+static int64_t cube_process_number(const struct cube_buf *text,
+                                   const char *name, int64_t none)
+{
+    size_t len = strlen(name);
+
+    for (const char *p = text->data; p && *p;) {
+        size_t line = strcspn(p, "\n");
+        uint64_t number;
+
+        if (line > len && !strncmp(p, name, len) && p[len] == ' ' &&
+            !cube_text_u64(p + len + 1, line - len - 1, INT64_MAX, &number))
+            return (int64_t)number;
+        p += line + (p[line] == '\n');
+    }
+    return none;
+}
+
+static bool cube_process_is_id(const char *id)
+{
+    return *id && *id != '.' && !strchr(id, '/') && strlen(id) < 200;
+}
+
+/* ---- Processes: limits ---- */
+
+/* Version 2: our own part of the tree, its controllers passed down to it. */
+static void cube_process_probe_2(struct cube_process *p, const char *root)
+{
+    struct cube_buf text = {0};
+    char *own = cube_process_path(root, "cube");
+    int r = p->w->mkdir(p->w->ctx, own);
+
+    if (r == 0 || r == -EEXIST) {
+        (void)cube_process_put(p, root, "cgroup.subtree_control",
+                               "+memory +cpu");
+        (void)cube_process_put(p, own, "cgroup.subtree_control",
+                               "+memory +cpu");
+        (void)cube_process_file(p, own, "cgroup.subtree_control", &text);
+    }
+    if (text.data && strstr(text.data, "memory"))
+        p->limits.memory = cube_text_dup(own);
+    if (text.data && strstr(text.data, "cpu"))
+        p->limits.cpu = cube_text_dup(own);
+    cube_buf_free(&text);
+    cube_free(own);
+}
+
+static char *cube_process_probe_1(struct cube_process *p, const char *root,
+                                  const char *controller)
+{
+    struct cube_buf path = {0};
+    int r;
+
+    cube_buf_printf(&path, "%s/%s/cube", root, controller);
+    r = p->w->mkdir(p->w->ctx, path.data);
+    if (r == 0 || r == -EEXIST)
+        return cube_buf_take(&path);
+    cube_buf_free(&path);
+    return NULL;
+}
+
+/* Finds out what we may do, and says it. */
+static void cube_process_probe(struct cube_process *p, const char *root)
+{
+    char *sign = cube_process_path(root, "cgroup.controllers");
+    int fd = p->w->open(p->w->ctx, sign, 0);
+    struct cube_buf words = {0};
+
+    p->limits.version = fd >= 0 ? 2 : 1;
+    if (fd >= 0) {
+        p->w->close(p->w->ctx, fd);
+        cube_process_probe_2(p, root);
+    } else {
+        p->limits.memory = cube_process_probe_1(p, root, "memory");
+        p->limits.cpu = cube_process_probe_1(p, root, "cpu");
+    }
+    cube_free(sign);
+    cube_buf_printf(&words, "processes in %s, ", p->root);
+    if (p->limits.memory && p->limits.cpu)
+        cube_buf_printf(&words, "memory and CPU limited by cgroup "
+                                "(version %d)", p->limits.version);
+    else
+        cube_buf_printf(&words, "memory limited by %s, CPU %s",
+                        p->limits.memory ? "cgroup" : "rlimit",
+                        p->limits.cpu ? "by cgroup"
+                                      : "not limited (no right to make a "
+                                        "cgroup for it)");
+    p->rt.words = cube_buf_take(&words);
+}
+
+/* A cgroup of its own for `id` in `base`; NULL if that fails. */
+static char *cube_process_cgroup(struct cube_process *p, const char *base,
+                                 const char *id)
+{
+    char *dir = base ? cube_process_path(base, id) : NULL;
+    int r = dir ? p->w->mkdir(p->w->ctx, dir) : -ENOENT;
+
+    if (r == 0 || r == -EEXIST)
+        return dir;
+    cube_free(dir);
+    return NULL;
+}
+
+static bool cube_process_limit_memory(struct cube_process *p, const char *dir,
+                                      int64_t bytes)
+{
+    char text[32];
+    bool is_new = p->limits.version == 2;
+
+    (void)snprintf(text, sizeof text, "%lld", (long long)bytes);
+    if (cube_process_put(p, dir, is_new ? "memory.max"
+                                        : "memory.limit_in_bytes", text) < 0)
+        return false;
+    /* No way around the limit by swapping; not all kernels can count that. */
+    (void)cube_process_put(p, dir, is_new ? "memory.swap.max"
+                                          : "memory.memsw.limit_in_bytes",
+                           is_new ? "0" : text);
+    return true;
+}
+
+static bool cube_process_limit_cpu(struct cube_process *p, const char *dir,
+                                   double cores)
+{
+    char text[64];
+    double quota = cores * 100000 < 1000 ? 1000 : cores * 100000;
+
+    if (p->limits.version == 2) {
+        (void)snprintf(text, sizeof text, "%.0f 100000", quota);
+        return cube_process_put(p, dir, "cpu.max", text) >= 0;
+    }
+    (void)snprintf(text, sizeof text, "%.0f", quota);
+    return cube_process_put(p, dir, "cpu.cfs_period_us", "100000") >= 0 &&
+           cube_process_put(p, dir, "cpu.cfs_quota_us", text) >= 0;
+}
+
+/* Removes the cgroups of `id`; the supervisor does, unless it was killed. */
+static void cube_process_unlimit(struct cube_process *p, const char *id)
+{
+    const char *bases[2] = {p->limits.memory, p->limits.cpu};
+
+    for (size_t i = 0; i < 2; i++) {
+        char *dir = bases[i] ? cube_process_path(bases[i], id) : NULL;
+
+        if (dir)
+            (void)p->w->rmdir(p->w->ctx, dir);
+        cube_free(dir);
+    }
+}
+
+/* Sets up the limits of a task; `words` say by what. The directories in
+ * `spawn` are then the caller's to free. */
+static void cube_process_limit(struct cube_process *p, const char *id,
+                               const struct cube_task *t,
+                               struct cube_spawn *spawn,
+                               struct cube_buf *words)
+{
+    char *memory = NULL, *cpu = NULL;
+
+    if (t->mem_bytes > 0) {
+        memory = cube_process_cgroup(p, p->limits.memory, id);
+        if (!memory || !cube_process_limit_memory(p, memory, t->mem_bytes)) {
+            spawn->data_bytes = (uint64_t)t->mem_bytes;
+            cube_buf_puts(words, "memory by rlimit");
+        } else {
+            cube_buf_printf(words, "memory by cgroup (version %d)",
+                            p->limits.version);
+        }
+    }
+    if (t->cpu > 0) {
+        cpu = cube_process_cgroup(p, p->limits.cpu, id);
+        cube_buf_puts(words, words->len > 0 ? ", " : "");
+        if (!cpu || !cube_process_limit_cpu(p, cpu, t->cpu))
+            cube_buf_puts(words, "CPU not limited");
+        else
+            cube_buf_printf(words, "CPU by cgroup (version %d)",
+                            p->limits.version);
+    }
+    if (memory && cpu && strcmp(memory, cpu) == 0) {
+        cube_free(cpu);
+        cpu = NULL;
+    }
+    spawn->cgroups[0] = memory;
+    spawn->cgroups[1] = cpu;
+}
+
+/* ---- Processes: what a directory says ---- */
+
+static void cube_process_box_free(struct cube_process_box *box)
+{
+    struct cube_container *c = &box->c;
+    const struct cube_world *w = box->p->w;
+
+    cube_watch_clear(box->p->rt.loop, &box->watch);
+    if (box->pid_fd >= 0)
+        w->pid_close(w->ctx, box->pid_fd);
+    cube_free(c->id);
+    cube_free(c->name);
+    cube_free(c->task);
+    cube_free(c->cluster);
+    cube_free(c->worker);
+    cube_free(c->spec);
+    cube_free(c->error);
+    cube_ports_free(&c->ports);
+    cube_free(box->dir);
+    cube_free(box->command);
+    cube_free(box->limits);
+    cube_free(box);
+}
+
+/* A text of the object, "" if there is none. */
+static char *cube_process_text(struct json_value_s *object, const char *key)
+{
+    size_t len = 0;
+    const char *s = cube_json_str(cube_json_get(object, key), &len);
+
+    return cube_text_ndup(s, s ? len : 0);
+}
+
+static int cube_process_read_spec(struct cube_process_box *box,
+                                  struct json_value_s *root)
+{
+    struct cube_container *c = &box->c;
+    struct json_value_s *ports = cube_json_get(root, "Ports");
+    struct json_value_s *from = cube_json_get(root, "Task");
+    struct cube_task *t = from ? cube_task_from_json(from, false, NULL) : NULL;
+    struct cube_buf spec = {0};
+
+    if (!t)
+        return -1;
+    cube_task_print(t, &spec);
+    c->spec = cube_buf_take(&spec);
+    c->task = cube_text_dup(t->id);
+    box->command = cube_text_dup(t->cmd.count > 0 ? t->cmd.list[0] : "");
+    cube_task_free(t);
+    c->name = cube_process_text(root, "Name");
+    c->cluster = cube_process_text(root, "Cluster");
+    c->worker = cube_process_text(root, "Worker");
+    c->error = cube_text_dup("");
+    box->limits = cube_process_text(root, "Limits");
+    if (cube_json_i64(cube_json_get(root, "Attempt"), &c->attempt) < 0 ||
+        cube_json_i64(cube_json_get(root, "Restart"), &c->restart) < 0 ||
+        cube_json_time(cube_json_get(root, "Created"), &box->created) < 0)
+        return -1;
+    return ports ? cube_ports_read(&c->ports, ports, false, NULL) : 0;
+}
+
+/* The box of a directory; NULL if it is none of ours, or half made, and if it
+ * cannot be read, which `trouble` then says. */
+static struct cube_process_box *cube_process_load(struct cube_process *p,
+                                                  const char *dir,
+                                                  const char *id,
+                                                  bool *trouble)
+{
+    struct cube_process_box *box = cube_alloc(sizeof *box);
+    struct cube_buf text = {0};
+    struct json_value_s *root = NULL;
+    enum cube_code code;
+
+    box->p = p;
+    box->pid_fd = -1;
+    box->dir = cube_text_dup(dir);
+    box->c.id = cube_text_dup(id);
+    cube_ports_init(&box->c.ports);
+    code = cube_process_file(p, dir, "spec", &text);
+    if (code == CUBE_OK)
+        root = cube_json_parse(text.data, text.len, NULL);
+    *trouble = code == CUBE_EIO || code == CUBE_EACCES;
+    if (!root || cube_process_read_spec(box, root) < 0) {
+        cube_process_box_free(box);
+        box = NULL;
+    }
+    cube_json_free(root);
+    cube_buf_free(&text);
+    return box;
+}
+
+/* ---- Processes: what became of it ---- */
+
+/* Why a command could not be executed, as Docker says it. */
+static void cube_process_exec_words(const char *command, int64_t number,
+                                    char *out, size_t size)
+{
+    if (number == ENOENT && !strchr(command, '/'))
+        (void)snprintf(out, size, "exec: \"%.200s\": executable file not "
+                       "found in $PATH", command);
+    else
+        (void)snprintf(out, size, "exec: \"%.200s\": %s", command,
+                       cube_errno_text(-number));
+}
+
+static void cube_process_read_exit(struct cube_process_box *box,
+                                   const struct cube_buf *text)
+{
+    struct cube_container *c = &box->c;
+    int64_t number = cube_process_number(text, "error", 0);
+    char words[300] = "";
+
+    c->state = CUBE_BOX_EXITED;
+    c->has_exit = cube_process_number(text, "lost", 0) == 0;
+    c->exit_code = (int)cube_process_number(text, "code", 255);
+    c->is_oom_killed = cube_process_number(text, "oom", 0) != 0;
+    c->started = cube_time_from_ns(cube_process_number(text, "started", 0));
+    c->finished = cube_time_from_ns(cube_process_number(text, "finished", 0));
+    if (!c->has_exit)
+        (void)snprintf(words, sizeof words,
+                       "the process was lost: its supervisor was killed, or "
+                       "the machine went down");
+    else if (number != 0)
+        cube_process_exec_words(box->command, number, words, sizeof words);
+    cube_text_set(&c->error, words);
+}
+
+struct cube_process_sweep {
+    struct cube_process *p;
+    const char *id;
+};
+
+static bool cube_process_has_env(const struct cube_buf *env, const char *id)
+{
+    size_t name = sizeof CUBE_PROCESS_ID - 1;
+
+    for (size_t at = 0; at < env->len; at += strlen(env->data + at) + 1) {
+        if (cube_text_starts(env->data + at, CUBE_PROCESS_ID) &&
+            strcmp(env->data + at + name, id) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Opened before it is looked at, so that it cannot be another by then. */
+static void cube_process_sweep_one(void *arg, const char *name)
+{
+    struct cube_process_sweep *s = arg;
+    const struct cube_world *w = s->p->w;
+    struct cube_buf env = {0};
+    char dir[64];
+    uint64_t pid;
+    int fd;
+
+    if (cube_text_u64(name, strlen(name), INT_MAX, &pid) < 0)
+        return;
+    fd = w->pid_open(w->ctx, (int)pid);
+    if (fd < 0)
+        return;
+    (void)snprintf(dir, sizeof dir, "/proc/%.20s", name);
+    if (cube_process_file(s->p, dir, "environ", &env) == CUBE_OK &&
+        cube_process_has_env(&env, s->id))
+        (void)w->pid_signal(w->ctx, fd, SIGKILL);
+    w->pid_close(w->ctx, fd);
+    cube_buf_free(&env);
+}
+
+/* A supervisor was killed: what it left is killed, and its exit file written
+ * in its place. */
+static void cube_process_bury(struct cube_process_box *box,
+                              const struct cube_buf *lock)
+{
+    struct cube_process *p = box->p;
+    struct cube_process_sweep sweep = {p, box->c.id};
+    struct cube_buf text = {0};
+    char *path = cube_process_path(box->dir, "exit");
+    struct cube_err err = {CUBE_OK, ""};
+
+    (void)p->w->list(p->w->ctx, "/proc", cube_process_sweep_one, &sweep);
+    cube_buf_printf(&text, "code 137\nsignal 9\noom 0\nerror 0\n"
+                    "started %lld\nfinished %lld\nlost 1\n",
+                    (long long)cube_process_number(lock, "started", 0),
+                    (long long)p->w->wall_ns(p->w->ctx));
+    if (cube_file_replace(p->w, path, text.data, text.len, &err) < 0)
+        cube_log(p->rt.loop, CUBE_WARN, "%s", err.text);
+    cube_process_read_exit(box, &text);
+    cube_buf_free(&text);
+    cube_free(path);
+}
+
+static void cube_process_ended(void *arg, unsigned events);
+
+/* Watches the supervisor. `owner` was its PID a moment ago: if the lock is
+ * still held by that PID once it is open, then it is the one. */
+static bool cube_process_watch(struct cube_process_box *box, int owner)
+{
+    const struct cube_world *w = box->p->w;
+    char *lock = cube_process_path(box->dir, "lock");
+    int fd = w->pid_open(w->ctx, owner);
+    bool is_it = fd >= 0 && w->lock_owner(w->ctx, lock) == owner;
+
+    cube_free(lock);
+    if (is_it && cube_watch_set(box->p->rt.loop, &box->watch, fd, CUBE_READ,
+                                cube_process_ended, box) == 0) {
+        box->pid_fd = fd;
+        return true;
+    }
+    if (fd >= 0)
+        w->pid_close(w->ctx, fd);
+    return false;
+}
+
+/* The lock is free: is it over, lost, or has it never begun? False: a file
+ * cannot be read now, so that is not known. */
+static bool cube_process_read_end(struct cube_process_box *box)
+{
+    struct cube_buf exit = {0}, lock = {0};
+    enum cube_code code = cube_process_file(box->p, box->dir, "exit", &exit);
+    bool is_known = code == CUBE_OK || code == CUBE_ENOENT;
+
+    if (code == CUBE_OK)
+        cube_process_read_exit(box, &exit);
+    else if (code == CUBE_ENOENT)
+        code = cube_process_file(box->p, box->dir, "lock", &lock);
+    if (box->c.state != CUBE_BOX_EXITED) {
+        is_known = is_known && (code == CUBE_OK || code == CUBE_ENOENT);
+        if (is_known && lock.len > 0)
+            cube_process_bury(box, &lock);
+        else if (is_known)
+            box->c.state = CUBE_BOX_CREATED;
+    }
+    cube_buf_free(&exit);
+    cube_buf_free(&lock);
+    return is_known;
+}
+
+static void cube_process_read_lock(struct cube_process_box *box)
+{
+    struct cube_buf lock = {0};
+
+    box->c.state = CUBE_BOX_RUNNING;
+    if (box->pid == 0 &&
+        cube_process_file(box->p, box->dir, "lock", &lock) == CUBE_OK) {
+        box->pid = cube_process_number(&lock, "pid", 0);
+        box->c.started =
+            cube_time_from_ns(cube_process_number(&lock, "started", 0));
+    }
+    cube_buf_free(&lock);
+}
+
+/* Brings the box up to date. What has ended stays ended. A supervisor that
+ * ends between two looks is seen at the next. */
+static void cube_process_refresh(struct cube_process_box *box)
+{
+    const struct cube_world *w = box->p->w;
+    char *lock = cube_process_path(box->dir, "lock");
+    int owner = 0;
+
+    if (box->c.state == CUBE_BOX_EXITED) {
+        cube_free(lock);
+        return;
+    }
+    for (int i = 0; i < 3; i++) {
+        owner = w->lock_owner(w->ctx, lock);
+        if (owner <= 0 || box->pid_fd >= 0 || cube_process_watch(box, owner))
+            break;
+    }
+    if ((owner != 0 && owner != -ENOENT) || !cube_process_read_end(box))
+        cube_process_read_lock(box); /* in doubt it runs */
+    cube_free(lock);
+}
+
+/* ---- Processes: calls that are answered later ---- */
+
+static void cube_process_op_free(struct cube_process_op *op)
+{
+    cube_list_remove(&op->link);
+    cube_defer_clear(op->p->rt.loop, &op->defer);
+    cube_timer_clear(op->p->rt.loop, &op->timer);
+    cube_task_free(op->task);
+    cube_free(op->cluster);
+    cube_free(op->worker);
+    cube_free(op->id);
+    cube_buf_free(&op->path);
+    cube_free(op);
+}
+
+static void cube_process_op_run(void *arg)
+{
+    struct cube_process_op *op = arg;
+
+    op->step(op);
+}
+
+static void cube_process_op_late(void *arg)
+{
+    struct cube_process_op *op = arg;
+
+    op->is_waiting = false;
+    op->is_late = true;
+    op->step(op);
+}
+
+static struct cube_process_op *
+cube_process_op_new(struct cube_process *p, const char *id,
+                    void (*step)(struct cube_process_op *op), void *arg)
+{
+    struct cube_process_op *op = cube_alloc(sizeof *op);
+
+    op->p = p;
+    op->id = cube_text_dup(id);
+    op->step = step;
+    op->arg = arg;
+    cube_list_add(&p->ops, &op->link);
+    cube_defer_set(p->rt.loop, &op->defer, cube_process_op_run, op);
+    return op;
+}
+
+/* The step runs again when the container has ended, or after that time. */
+static void cube_process_op_wait(struct cube_process_op *op, int64_t ms)
+{
+    op->is_waiting = true;
+    cube_timer_set(op->p->rt.loop, &op->timer, ms, cube_process_op_late, op);
+}
+
+/* Answers and ends the call. The callback may free the runtime. */
+static void cube_process_op_end(struct cube_process_op *op,
+                                const struct cube_container *c)
+{
+    const struct cube_err *err = op->err.code == CUBE_OK ? NULL : &op->err;
+    struct cube_process_op last = *op;
+
+    op->task = NULL;
+    op->cluster = op->worker = op->id = NULL;
+    memset(&op->path, 0, sizeof op->path);
+    cube_process_op_free(op);
+    if (err)
+        err = &last.err;
+    if (last.on_container)
+        last.on_container(last.arg, err ? NULL : c, err);
+    else if (last.on_list)
+        last.on_list(last.arg, NULL, 0, err);
+    else if (last.on_text)
+        last.on_text(last.arg, NULL, 0, err);
+    else if (last.on_done)
+        last.on_done(last.arg, err);
+    else if (err) /* a removal that nobody waits for */
+        cube_log(last.p->rt.loop, CUBE_WARN, "%s", err->text);
+    cube_task_free(last.task);
+    cube_free(last.cluster);
+    cube_free(last.worker);
+    cube_free(last.id);
+    cube_buf_free(&last.path);
+}
+
+/* Those who wait for the end of `id` go on. */
+static void cube_process_resume(struct cube_process *p, const char *id)
+{
+    for (struct cube_list *at = p->ops.next; at != &p->ops; at = at->next) {
+        struct cube_process_op *op = CUBE_OF(at, struct cube_process_op, link);
+
+        if (!op->is_waiting || strcmp(op->id, id) != 0)
+            continue;
+        op->is_waiting = false;
+        cube_timer_clear(p->rt.loop, &op->timer);
+        cube_defer_set(p->rt.loop, &op->defer, cube_process_op_run, op);
+    }
+}
+
+/* ---- Processes: all directories ---- */
+
+struct cube_process_scan {
+    struct cube_process *p;
+    const char *dir; /* of one worker */
+    int error;
+};
+
+static void cube_process_scan_one(void *arg, const char *id)
+{
+    struct cube_process_scan *s = arg;
+    struct cube_process_box *box = cube_map_get(&s->p->boxes, id);
+    bool is_trouble = false;
+    char *dir;
+
+    if (!cube_process_is_id(id))
+        return;
+    if (!box) {
+        dir = cube_process_path(s->dir, id);
+        box = cube_process_load(s->p, dir, id, &is_trouble);
+        cube_free(dir);
+        if (is_trouble)
+            s->error = -EIO;
+        if (!box)
+            return;
+        cube_map_put(&s->p->boxes, id, box);
+    }
+    box->is_seen = true;
+    cube_process_refresh(box);
+}
+
+static void cube_process_scan_worker(void *arg, const char *name)
+{
+    struct cube_process_scan *s = arg;
+    char *dir = cube_process_path(s->p->root, name);
+    int r;
+
+    s->dir = dir;
+    r = s->p->w->list(s->p->w->ctx, dir, cube_process_scan_one, s);
+    if (r < 0 && r != -ENOENT && r != -ENOTDIR)
+        s->error = r;
+    cube_free(dir);
+}
+
+static void cube_process_drop(struct cube_process_box *box)
+{
+    cube_map_remove(&box->p->boxes, box->c.id);
+    cube_process_resume(box->p, box->c.id);
+    cube_process_box_free(box);
+}
+
+/* Reads what is there. A directory that somebody has removed is a container
+ * that somebody has removed: if it still runs, it is killed. */
+static int cube_process_scan(struct cube_process *p, struct cube_err *err)
+{
+    struct cube_process_scan scan = {p, NULL, 0};
+    size_t at = 0;
+    void *each;
+    int r;
+
+    while (cube_map_next(&p->boxes, &at, NULL, &each))
+        ((struct cube_process_box *)each)->is_seen = false;
+    r = p->w->list(p->w->ctx, p->root, cube_process_scan_worker, &scan);
+    if (r >= 0)
+        r = scan.error;
+    if (r < 0)
+        return cube_fail(err, CUBE_EIO, "list %s: %s", p->root,
+                         cube_errno_text(r));
+    for (at = 0; cube_map_next(&p->boxes, &at, NULL, &each);) {
+        struct cube_process_box *box = each;
+
+        if (box->is_seen)
+            continue;
+        if (box->pid_fd >= 0)
+            (void)p->w->pid_signal(p->w->ctx, box->pid_fd, SIGUSR1);
+        cube_process_drop(box);
+    }
+    return 0;
+}
+
+/* The box of `id` as it now is. NULL: there is none, or, if `err` has a code
+ * then, it cannot be known. */
+static struct cube_process_box *cube_process_find(struct cube_process *p,
+                                                  const char *id,
+                                                  struct cube_err *err)
+{
+    struct cube_process_box *box = cube_map_get(&p->boxes, id);
+    char *spec = box ? cube_process_path(box->dir, "spec") : NULL;
+    int fd = box ? p->w->open(p->w->ctx, spec, 0) : -ENOENT;
+
+    cube_free(spec);
+    if (fd >= 0)
+        p->w->close(p->w->ctx, fd);
+    if (fd != -ENOENT) {
+        cube_process_refresh(box);
+        return box;
+    }
+    if (!cube_process_is_id(id) || cube_process_scan(p, err) < 0)
+        return NULL;
+    return cube_map_get(&p->boxes, id);
+}
+
+/* ---- Processes: the end of one ---- */
+
+/* The supervisor has ended: those who wait for it go on, then the watcher is
+ * told. */
+static void cube_process_ended(void *arg, unsigned events)
+{
+    struct cube_process_box *box = arg;
+    struct cube_process *p = box->p;
+    char task[CUBE_UUID_TEXT];
+
+    (void)events;
+    cube_watch_clear(p->rt.loop, &box->watch);
+    p->w->pid_close(p->w->ctx, box->pid_fd);
+    box->pid_fd = -1;
+    cube_process_refresh(box);
+    cube_process_resume(p, box->c.id);
+    (void)snprintf(task, sizeof task, "%s", box->c.task);
+    if (p->change)
+        p->change(p->change_arg, task);
+}
+
+static void cube_process_signal(struct cube_process_box *box, int number)
+{
+    if (box->pid_fd >= 0)
+        (void)box->p->w->pid_signal(box->p->w->ctx, box->pid_fd, number);
+}
+
+/* ---- Processes: removing ---- */
+
+/* One pass over one directory of a tree that goes. */
+struct cube_process_pass {
+    struct cube_process *p;
+    struct cube_buf *path;
+    int left;  /* entries that this pass may remove */
+    int error;
+    bool is_deeper; /* `path` is now a directory within */
+};
+
+static void cube_process_clean_one(void *arg, const char *name)
+{
+    struct cube_process_pass *c = arg;
+    const struct cube_world *w = c->p->w;
+    size_t len = c->path->len;
+    int r;
+
+    if (c->is_deeper || c->error < 0 || c->left-- <= 0)
+        return;
+    cube_buf_printf(c->path, "/%s", name);
+    r = w->unlink(w->ctx, c->path->data);
+    if (r == -EISDIR || r == -EPERM)
+        r = w->rmdir(w->ctx, c->path->data);
+    if (r == -ENOTEMPTY || r == -EEXIST) {
+        c->is_deeper = true;
+        return;
+    }
+    if (r < 0 && r != -ENOENT)
+        c->error = r;
+    c->path->len = len;
+    c->path->data[len] = 0;
+}
+
+/* One pass: 1 when all is gone, 0 to go on, or a negative errno value. */
+static int cube_process_clean_pass(struct cube_process_op *op)
+{
+    struct cube_process_pass c = {op->p, &op->path, 256, 0, false};
+    const struct cube_world *w = op->p->w;
+    int r = w->list(w->ctx, op->path.data, cube_process_clean_one, &c);
+
+    if (r == -ENOENT)
+        return 1;
+    if (r < 0 || c.error < 0)
+        return r < 0 ? r : c.error;
+    if (c.is_deeper || c.left <= 0)
+        return 0;
+    r = w->rmdir(w->ctx, op->path.data);
+    if (r < 0 && r != -ENOENT)
+        return r;
+    if (op->path.len == op->path_len)
+        return 1;
+    op->path.len = (size_t)(strrchr(op->path.data, '/') - op->path.data);
+    op->path.data[op->path.len] = 0;
+    return 0;
+}
+
+/* Removes the tree in slices. */
+static void cube_process_clean_step(struct cube_process_op *op)
+{
+    struct cube_loop *l = op->p->rt.loop;
+    int64_t until = cube_loop_now_ms(l) + CUBE_SLICE_MS;
+    int r = 0;
+
+    while (r == 0 && cube_loop_now_ms(l) < until)
+        r = cube_process_clean_pass(op);
+    if (r == 0) {
+        cube_defer_set(l, &op->defer, cube_process_op_run, op);
+        return;
+    }
+    if (r < 0)
+        (void)cube_fail(&op->err, CUBE_EACCES, "remove %s: %s", op->path.data,
+                        cube_errno_text(r));
+    cube_process_op_end(op, NULL);
+}
+
+/* Removes a tree, and nobody waits for it. */
+static void cube_process_clean(struct cube_process *p, const char *dir)
+{
+    struct cube_process_op *op =
+        cube_process_op_new(p, "", cube_process_clean_step, NULL);
+
+    cube_buf_puts(&op->path, dir);
+    op->path_len = op->path.len;
+}
+
+/* Takes the box away under another name, and turns `op` into the removal of
+ * its files. */
+static void cube_process_discard(struct cube_process_box *box,
+                                 struct cube_process_op *op)
+{
+    struct cube_process *p = box->p;
+    size_t len = strlen(box->dir) - strlen(box->c.id);
+    int r;
+
+    cube_buf_clear(&op->path);
+    cube_buf_printf(&op->path, "%.*s.gone-%s-%lld", (int)len, box->dir,
+                    box->c.id, (long long)p->w->wall_ns(p->w->ctx));
+    op->path_len = op->path.len;
+    op->step = cube_process_clean_step;
+    cube_process_unlimit(p, box->c.id);
+    r = p->w->rename(p->w->ctx, box->dir, op->path.data);
+    if (r < 0 && r != -ENOENT)
+        (void)cube_fail(&op->err, cube_errno_code(r), "remove %s: %s",
+                        box->dir, cube_errno_text(r));
+    if (r >= 0 || r == -ENOENT)
+        cube_process_drop(box);
+}
+
+static void cube_process_remove_step(struct cube_process_op *op)
+{
+    struct cube_process_box *box =
+        cube_process_find(op->p, op->id, &op->err);
+
+    if (box && box->c.state == CUBE_BOX_RUNNING) {
+        if (op->is_late) {
+            (void)cube_fail(&op->err, CUBE_ETIMEOUT,
+                            "remove %s: it was killed and does not die",
+                            op->id);
+            cube_process_op_end(op, NULL);
+            return;
+        }
+        cube_process_signal(box, SIGUSR1);
+        cube_process_op_wait(op, CUBE_PROCESS_DEAD_MS);
+        return;
+    }
+    if (box)
+        cube_process_discard(box, op);
+    if (!box || op->err.code != CUBE_OK)
+        cube_process_op_end(op, NULL);
+    else
+        op->step(op);
+}
+
+static void cube_process_remove(struct cube_runtime *rt, const char *id,
+                                cube_done_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+
+    cube_process_op_new(p, id, cube_process_remove_step, arg)->on_done = fn;
+}
+
+/* What an earlier runtime had removed, but not to its end. */
+static void cube_process_clean_old(void *arg, const char *name)
+{
+    struct cube_process_scan *s = arg;
+    char *dir;
+
+    if (!cube_text_starts(name, ".gone-"))
+        return;
+    dir = cube_process_path(s->dir, name);
+    cube_process_clean(s->p, dir);
+    cube_free(dir);
+}
+
+static void cube_process_clean_worker(void *arg, const char *name)
+{
+    struct cube_process_scan *s = arg;
+    char *dir = cube_process_path(s->p->root, name);
+
+    s->dir = dir;
+    (void)s->p->w->list(s->p->w->ctx, dir, cube_process_clean_old, s);
+    cube_free(dir);
+}
+
+/* ---- Processes: ports ---- */
+
+/* The ports of one start: what is chosen, and the listeners that keep others
+ * from choosing the same until all are. */
+struct cube_process_ports {
+    struct cube_process *p;
+    struct cube_ports *chosen;
+    int *fds;
+    size_t count;
+};
+
+/* Was the port promised to a process that runs? It may not have bound it
+ * yet. */
+static bool cube_process_is_promised(struct cube_process *p, const char *port)
+{
+    size_t at = 0;
+    void *each;
+
+    while (cube_map_next(&p->boxes, &at, NULL, &each)) {
+        const struct cube_container *c = &((struct cube_process_box *)each)->c;
+
+        if (c->state != CUBE_BOX_RUNNING)
+            continue;
+        for (size_t i = 0; i < c->ports.count; i++) {
+            const struct cube_port *one = &c->ports.list[i];
+
+            if (one->count > 0 && strcmp(one->bindings[0].port, port) == 0)
+                return true;
+        }
+    }
+    return false;
+}
+
+/* Listens on all addresses of one kind; keeps the descriptor. A machine
+ * without IPv6 has no port of it that could be taken. */
+static int cube_process_listen(struct cube_process_ports *s,
+                               enum cube_addr_kind kind, uint16_t port)
+{
+    const struct cube_world *w = s->p->w;
+    struct cube_addr addr;
+    int fd;
+
+    memset(&addr, 0, sizeof addr);
+    addr.kind = kind;
+    addr.port = port;
+    fd = w->listen(w->ctx, &addr);
+    if (fd < 0)
+        return kind == CUBE_ADDR_IP6 && fd != -EADDRINUSE ? 0 : fd;
+    s->fds = cube_resize(s->fds, (s->count + 1) * sizeof *s->fds);
+    s->fds[s->count++] = fd;
+    if (port == 0 && w->local_addr(w->ctx, fd, &addr) < 0)
+        return -EIO;
+    return addr.port;
+}
+
+/* A port that is free now; a negative errno value when there is none. */
+static int cube_process_free_port(struct cube_process_ports *s)
+{
+    for (int i = 0; i < 100; i++) {
+        int port = cube_process_listen(s, CUBE_ADDR_IP4, 0);
+        char text[16];
+
+        if (port <= 0)
+            return port < 0 ? port : -EIO;
+        (void)snprintf(text, sizeof text, "%d", port);
+        if (!cube_process_is_promised(s->p, text) &&
+            cube_process_listen(s, CUBE_ADDR_IP6, (uint16_t)port) >= 0)
+            return port;
+    }
+    return -EADDRINUSE;
+}
+
+static int cube_process_port(struct cube_process_ports *s, const char *port,
+                             const char *wanted, struct cube_err *err)
+{
+    struct cube_port *slot = cube_port_slot(s->chosen, port);
+    uint64_t number = 0;
+    char text[16];
+    int r;
+
+    (void)cube_text_u64(wanted, strlen(wanted), 65535, &number);
+    (void)snprintf(text, sizeof text, "%d", (int)number);
+    if (number == 0)
+        r = cube_process_free_port(s);
+    else if (cube_process_is_promised(s->p, text))
+        r = -EADDRINUSE;
+    else
+        r = cube_process_listen(s, CUBE_ADDR_IP4, (uint16_t)number);
+    if (r > 0 && number != 0 &&
+        cube_process_listen(s, CUBE_ADDR_IP6, (uint16_t)number) < 0)
+        r = -EADDRINUSE;
+    if (r == -EADDRINUSE)
+        return cube_fail(err, CUBE_EBUSY, "Bind for 0.0.0.0:%s failed: port "
+                         "is already allocated", text);
+    if (r < 0)
+        return cube_fail(err, cube_errno_code(r), "Bind for 0.0.0.0:%s "
+                         "failed: %s", text, cube_errno_text(r));
+    (void)snprintf(text, sizeof text, "%d", r);
+    if (slot)
+        cube_port_add(slot, "0.0.0.0", text);
+    return 0;
+}
+
+/* Chooses all ports of a task: those it asks for, free ones for the rest. */
+static int cube_process_choose(struct cube_process *p,
+                               const struct cube_task *t,
+                               struct cube_ports *out, struct cube_err *err)
+{
+    struct cube_process_ports s = {p, out, NULL, 0};
+    int r = 0;
+
+    for (size_t i = 0; i < t->port_bindings.count && r == 0; i++)
+        r = cube_process_port(&s, t->port_bindings.list[i].port,
+                              t->port_bindings.list[i].host_port, err);
+    for (size_t i = 0; i < t->exposed_ports.count && r == 0; i++) {
+        const char *port = t->exposed_ports.list[i];
+        bool is_bound = false;
+
+        for (size_t k = 0; k < out->count && !is_bound; k++)
+            is_bound = strcmp(out->list[k].port, port) == 0;
+        if (!is_bound)
+            r = cube_process_port(&s, port, "", err);
+    }
+    for (size_t i = 0; i < s.count; i++)
+        p->w->close(p->w->ctx, s.fds[i]);
+    cube_free(s.fds);
+    return r;
+}
+
+/* ---- Processes: starting ---- */
+
+/* Sets NAME=VALUE, in the place of an earlier one. */
+__attribute__((format(printf, 2, 3))) static void
+cube_process_env(struct cube_texts *env, const char *format, ...)
+{
+    struct cube_buf text = {0};
+    char small[1];
+    va_list args, again;
+    size_t name;
+    int len;
+
+    va_start(args, format);
+    va_copy(again, args);
+    len = vsnprintf(small, sizeof small, format, args);
+    cube_buf_reserve(&text, (size_t)len + 1);
+    (void)vsnprintf(text.data, (size_t)len + 1, format, again);
+    va_end(again);
+    va_end(args);
+    name = strcspn(text.data, "=") + 1;
+    for (size_t i = 0; i < env->count; i++) {
+        if (strncmp(env->list[i], text.data, name) == 0) {
+            cube_text_set(&env->list[i], text.data);
+            cube_buf_free(&text);
+            return;
+        }
+    }
+    cube_task_add(env, text.data);
+    cube_buf_free(&text);
+}
+
+/* From the weakest to the strongest: what we have, what the task says, what
+ * it cannot know. */
+static void cube_process_environment(struct cube_process *p, const char *id,
+                                     const struct cube_task *t,
+                                     const struct cube_ports *ports,
+                                     struct cube_texts *env)
+{
+    static const char *const inherited[] = {"PATH", "HOME", "LANG"};
+    int lowest = 65536, number;
+    const char *protocol;
+
+    cube_process_env(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:"
+                          "/usr/bin:/sbin:/bin");
+    for (size_t i = 0; i < CUBE_COUNT(inherited); i++) {
+        const char *value = p->w->env(p->w->ctx, inherited[i]);
+
+        if (value)
+            cube_process_env(env, "%s=%s", inherited[i], value);
+    }
+    for (size_t i = 0; i < ports->count; i++) {
+        if (cube_port_parse(ports->list[i].port, &number, &protocol) == 0 &&
+            number < lowest) {
+            lowest = number;
+            cube_process_env(env, "PORT=%s", ports->list[i].bindings[0].port);
+        }
+    }
+    for (size_t i = 0; i < t->env.count; i++)
+        cube_process_env(env, "%s", t->env.list[i]);
+    for (size_t i = 0; i < ports->count; i++) {
+        if (cube_port_parse(ports->list[i].port, &number, &protocol) == 0)
+            cube_process_env(env, "CUBE_PORT_%d%s=%s", number,
+                             strcmp(protocol, "tcp") == 0   ? ""
+                             : strcmp(protocol, "udp") == 0 ? "_UDP"
+                                                            : "_SCTP",
+                             ports->list[i].bindings[0].port);
+    }
+    cube_process_env(env, "CUBE_TASK_ID=%s", t->id);
+    cube_process_env(env, "CUBE_TASK_NAME=%s", t->name);
+    cube_process_env(env, CUBE_PROCESS_ID "%s", id);
+}
+
+static void cube_process_print_spec(const struct cube_process_op *op,
+                                    const struct cube_ports *ports,
+                                    const char *limits, struct cube_buf *out)
+{
+    const struct cube_world *w = op->p->w;
+    struct cube_time now = cube_time_from_ns(w->wall_ns(w->ctx));
+
+    cube_buf_puts(out, "{\"Name\":");
+    cube_json_put_text(out, op->task->name);
+    cube_buf_puts(out, ",\"Cluster\":");
+    cube_json_put_text(out, op->cluster);
+    cube_buf_puts(out, ",\"Worker\":");
+    cube_json_put_text(out, op->worker);
+    cube_buf_printf(out, ",\"Attempt\":%lld,\"Restart\":%lld,\"Created\":",
+                    (long long)op->attempt,
+                    (long long)op->task->restart_count);
+    cube_json_put_time(out, &now);
+    cube_buf_puts(out, ",\"Limits\":");
+    cube_json_put_text(out, limits);
+    cube_buf_puts(out, ",\"Ports\":");
+    cube_ports_print(ports, out);
+    cube_buf_puts(out, ",\"Task\":");
+    cube_task_print(op->task, out);
+    cube_buf_puts(out, "}\n");
+}
+
+/* Writes the spec whole or not at all. Not synced: a process does not outlive
+ * a machine that falls. */
+static int cube_process_write_spec(struct cube_process *p, const char *dir,
+                                   const struct cube_buf *text,
+                                   struct cube_err *err)
+{
+    char *beside = cube_process_path(dir, "spec.new");
+    char *path = cube_process_path(dir, "spec");
+    int fd = p->w->open(p->w->ctx, beside,
+                        CUBE_OPEN_WRITE | CUBE_OPEN_CREATE | CUBE_OPEN_TRUNC);
+    int r = fd < 0 ? fd
+                   : cube_file_write_all(p->w, fd, text->data, text->len, 0);
+
+    if (fd >= 0)
+        p->w->close(p->w->ctx, fd);
+    if (r >= 0)
+        r = p->w->rename(p->w->ctx, beside, path);
+    if (r < 0)
+        (void)cube_fail(err, cube_errno_code(r), "write %s: %s", path,
+                        cube_errno_text(r));
+    cube_free(beside);
+    cube_free(path);
+    return r < 0 ? -1 : 0;
+}
+
+/* What `spawn` answered, as an error. */
+static int cube_process_spawn_error(int r, const char *command,
+                                    struct cube_err *err)
+{
+    char words[300];
+
+    if (r < 0)
+        return cube_fail(err, r == -ETIMEDOUT ? CUBE_ETIMEOUT
+                                              : cube_errno_code(r),
+                         "start the supervisor: %s", cube_errno_text(r));
+    cube_process_exec_words(command, r, words, sizeof words);
+    /* Out of processes or memory: later it may work. */
+    if (r == EAGAIN || r == ENOMEM || r == ENFILE || r == EIO)
+        return cube_fail(err, CUBE_EIO, "%s", words);
+    return cube_fail(err, CUBE_EINVAL, "%s (exit code %d)", words,
+                     r == ENOENT ? 127 : 126);
+}
+
+/* A list that ends with NULL, of borrowed texts. */
+static const char **cube_process_vector(const struct cube_texts *texts)
+{
+    const char **out = cube_alloc((texts->count + 1) * sizeof *out);
+
+    for (size_t i = 0; i < texts->count; i++)
+        out[i] = texts->list[i];
+    return out;
+}
+
+/* Spawns the command in its directory, which is there. */
+static int cube_process_spawn(struct cube_process_op *op, const char *dir,
+                              const struct cube_ports *ports,
+                              struct cube_err *err)
+{
+    struct cube_process *p = op->p;
+    struct cube_texts env = {NULL, 0, false};
+    struct cube_buf limits = {0}, text = {0};
+    struct cube_spawn spawn;
+    const char **argv = cube_process_vector(&op->task->cmd), **envp;
+    int r;
+
+    memset(&spawn, 0, sizeof spawn);
+    cube_buf_puts(&limits, "");
+    cube_process_limit(p, op->id, op->task, &spawn, &limits);
+    cube_process_print_spec(op, ports, limits.data, &text);
+    cube_process_environment(p, op->id, op->task, ports, &env);
+    envp = cube_process_vector(&env);
+    spawn.dir = dir;
+    spawn.argv = argv;
+    spawn.env = envp;
+    spawn.log_bytes = CUBE_PROCESS_LOG_BYTES;
+    spawn.log_files = CUBE_PROCESS_LOG_FILES;
+    r = cube_process_write_spec(p, dir, &text, err);
+    if (r == 0)
+        r = p->w->spawn(p->w->ctx, &spawn);
+    else
+        r = -ECANCELED; /* `err` is set */
+    cube_free((void *)(uintptr_t)spawn.cgroups[0]);
+    cube_free((void *)(uintptr_t)spawn.cgroups[1]);
+    cube_words_free(&env);
+    cube_free(argv);
+    cube_free(envp);
+    cube_buf_free(&limits);
+    cube_buf_free(&text);
+    /* Busy: somebody else's start of the same came first. */
+    if (r == 0 || r == -EBUSY || r == -ECANCELED)
+        return r == -ECANCELED ? -1 : 0;
+    return cube_process_spawn_error(r, op->task->cmd.list[0], err);
+}
+
+static int cube_process_make_dirs(struct cube_process_op *op, char **dir)
+{
+    struct cube_buf path = {0};
+    char *work;
+    int r;
+
+    cube_buf_printf(&path, "%s/%s/%s", op->p->root,
+                    cube_process_is_id(op->worker) ? op->worker : "none",
+                    op->id);
+    *dir = cube_buf_take(&path);
+    work = cube_process_path(*dir, "work");
+    r = cube_dir_make(op->p->w, work, &op->err);
+    cube_free(work);
+    return r;
+}
+
+/* Is the box an older one of the same task and worker? */
+static bool cube_process_is_older(const struct cube_process_box *box,
+                                  const struct cube_process_op *op)
+{
+    const struct cube_container *c = &box->c;
+
+    return strcmp(c->task, op->task->id) == 0 &&
+           strcmp(c->worker, op->worker) == 0 &&
+           (c->attempt < op->attempt ||
+            (c->attempt == op->attempt &&
+             c->restart < op->task->restart_count));
+}
+
+/* Removes older ones. Those that run are killed: `*running` is one of them,
+ * which must end first, since it may hold the ports. */
+static void cube_process_clear_older(struct cube_process_op *op,
+                                     struct cube_process_box **running)
+{
+    struct cube_process *p = op->p;
+    size_t at = 0;
+    void *each;
+
+    *running = NULL;
+    while (cube_map_next(&p->boxes, &at, NULL, &each)) {
+        struct cube_process_box *box = each;
+
+        if (!cube_process_is_older(box, op))
+            continue;
+        if (box->c.state == CUBE_BOX_RUNNING) {
+            cube_process_signal(box, SIGUSR1);
+            *running = box;
+        } else {
+            cube_process_discard(box, cube_process_op_new(
+                                          p, box->c.id,
+                                          cube_process_clean_step, NULL));
+        }
+    }
+}
+
+/* Makes the directory and starts the command; the box, or NULL. */
+static struct cube_process_box *cube_process_make(struct cube_process_op *op)
+{
+    struct cube_process *p = op->p;
+    struct cube_ports ports;
+    struct cube_process_box *box;
+    bool is_trouble;
+    char *dir = NULL;
+    int r;
+
+    cube_ports_init(&ports);
+    r = cube_process_choose(p, op->task, &ports, &op->err);
+    if (r == 0)
+        r = cube_process_make_dirs(op, &dir);
+    if (r == 0)
+        r = cube_process_spawn(op, dir, &ports, &op->err);
+    box = cube_map_get(&p->boxes, op->id); /* one that was only created */
+    if (box)
+        cube_process_drop(box);
+    box = dir ? cube_process_load(p, dir, op->id, &is_trouble) : NULL;
+    if (box) {
+        cube_map_put(&p->boxes, op->id, box);
+        cube_process_refresh(box);
+    } else if (r == 0) {
+        r = cube_fail(&op->err, CUBE_EIO, "read %s/spec", dir);
+    } else if (dir) { /* no box, so there is no spec: half made */
+        cube_process_unlimit(p, op->id);
+        cube_process_clean(p, dir);
+    }
+    cube_ports_free(&ports);
+    cube_free(dir);
+    return r == 0 ? box : NULL;
+}
+
+/* After a `no` nothing is left of the start. */
+static void cube_process_start_failed(struct cube_process_op *op)
+{
+    struct cube_process_box *box = cube_map_get(&op->p->boxes, op->id);
+
+    if (box && box->c.state != CUBE_BOX_RUNNING &&
+        !cube_runtime_is_trouble(&op->err))
+        cube_process_discard(box, cube_process_op_new(op->p, op->id,
+                                                      cube_process_clean_step,
+                                                      NULL));
+    cube_process_op_end(op, NULL);
+}
+
+/* The container's ID; kept apart from `op->id`, which names what it waits
+ * for. */
+static void cube_process_start_id(struct cube_process_op *op)
+{
+    char id[128];
+
+    (void)snprintf(id, sizeof id, "%s-%lld-%lld", op->task->id,
+                   (long long)op->attempt,
+                   (long long)op->task->restart_count);
+    cube_text_set(&op->id, id);
+}
+
+/* Is the way free? Else it waits, or there is an error. */
+static bool cube_process_start_clear(struct cube_process_op *op)
+{
+    struct cube_process_box *running;
+
+    cube_process_clear_older(op, &running);
+    if (!running)
+        return true;
+    if (op->is_late) {
+        (void)cube_fail(&op->err, CUBE_ETIMEOUT,
+                        "start: %s was killed and does not die",
+                        running->c.id);
+        return false;
+    }
+    cube_text_set(&op->id, running->c.id);
+    cube_process_op_wait(op, CUBE_PROCESS_DEAD_MS);
+    return false;
+}
+
+static void cube_process_start_step(struct cube_process_op *op)
+{
+    struct cube_process_box *box = NULL;
+
+    cube_process_start_id(op);
+    if (op->err.code == CUBE_OK && op->task->cmd.count == 0)
+        (void)cube_fail(&op->err, CUBE_EINVAL,
+                        "Cmd: there is none, and this worker runs processes: "
+                        "it has no engine to run an image%s%.200s",
+                        op->task->image[0] ? " like " : "", op->task->image);
+    if (op->err.code == CUBE_OK && cube_process_scan(op->p, &op->err) == 0 &&
+        cube_process_start_clear(op)) {
+        box = cube_map_get(&op->p->boxes, op->id);
+        if (!box || box->c.state == CUBE_BOX_CREATED)
+            box = cube_process_make(op);
+    }
+    if (op->is_waiting)
+        return;
+    if (box)
+        cube_process_op_end(op, &box->c);
+    else
+        cube_process_start_failed(op);
+}
+
+static void cube_process_start(struct cube_runtime *rt,
+                               const struct cube_start *what,
+                               cube_container_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+    struct cube_process_op *op =
+        cube_process_op_new(p, "", cube_process_start_step, arg);
+
+    op->on_container = fn;
+    op->task = cube_task_copy(what->task);
+    op->cluster = cube_text_dup(what->cluster ? what->cluster : "");
+    op->worker = cube_text_dup(what->worker ? what->worker : "");
+    op->attempt = what->attempt;
+}
+
+/* A start takes one turn, unless it waits for an older one to end. */
+static void cube_process_start_cancel(struct cube_runtime *rt,
+                                      const char *task)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+
+    for (struct cube_list *at = p->ops.next; at != &p->ops; at = at->next) {
+        struct cube_process_op *op = CUBE_OF(at, struct cube_process_op, link);
+
+        if (!op->task || strcmp(op->task->id, task) != 0 ||
+            op->err.code != CUBE_OK)
+            continue;
+        (void)cube_fail(&op->err, CUBE_ECANCELED, "start: given up");
+        op->is_waiting = false;
+        cube_timer_clear(p->rt.loop, &op->timer);
+        cube_defer_set(p->rt.loop, &op->defer, cube_process_op_run, op);
+    }
+}
+
+/* ---- Processes: stopping ---- */
+
+static void cube_process_stop_step(struct cube_process_op *op)
+{
+    struct cube_process_box *box =
+        cube_process_find(op->p, op->id, &op->err);
+
+    if (!box || box->c.state != CUBE_BOX_RUNNING) {
+        cube_process_op_end(op, NULL);
+        return;
+    }
+    if (op->phase == 0 && op->grace_ms > 0) {
+        op->phase = 1;
+        cube_process_signal(box, SIGTERM);
+        cube_process_op_wait(op, op->grace_ms);
+    } else if (op->phase < 2) {
+        op->phase = 2;
+        cube_process_signal(box, SIGUSR1);
+        cube_process_op_wait(op, CUBE_PROCESS_DEAD_MS);
+    } else {
+        (void)cube_fail(&op->err, CUBE_ETIMEOUT,
+                        "stop %s: it was killed and does not die", op->id);
+        cube_process_op_end(op, NULL);
+    }
+}
+
+static void cube_process_stop(struct cube_runtime *rt, const char *id,
+                              int64_t grace_ms, cube_done_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+    struct cube_process_op *op =
+        cube_process_op_new(p, id, cube_process_stop_step, arg);
+
+    op->on_done = fn;
+    op->grace_ms = grace_ms;
+}
+
+static void cube_process_kill(struct cube_runtime *rt, const char *id,
+                              cube_done_fn *fn, void *arg)
+{
+    cube_process_stop(rt, id, 0, fn, arg);
+}
+
+/* ---- Processes: asking ---- */
+
+static void cube_process_list_step(struct cube_process_op *op)
+{
+    struct cube_process *p = op->p;
+    struct cube_container *list;
+    cube_containers_fn *fn = op->on_list;
+    void *arg = op->arg, *each;
+    size_t at = 0, count = 0;
+
+    if (cube_process_scan(p, &op->err) < 0) {
+        cube_process_op_end(op, NULL);
+        return;
+    }
+    list = cube_alloc((p->boxes.count + 1) * sizeof *list);
+    while (cube_map_next(&p->boxes, &at, NULL, &each)) {
+        struct cube_process_box *box = each;
+
+        if (!op->worker || strcmp(op->worker, box->c.worker) == 0)
+            list[count++] = box->c;
+    }
+    cube_process_op_free(op);
+    fn(arg, list, count, NULL);
+    cube_free(list);
+}
+
+static void cube_process_list(struct cube_runtime *rt, const char *worker,
+                              cube_containers_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+    struct cube_process_op *op =
+        cube_process_op_new(p, "", cube_process_list_step, arg);
+
+    op->on_list = fn;
+    op->worker = worker ? cube_text_dup(worker) : NULL;
+}
+
+static struct cube_process_box *cube_process_need(struct cube_process_op *op)
+{
+    struct cube_process_box *box =
+        cube_process_find(op->p, op->id, &op->err);
+
+    if (!box && op->err.code == CUBE_OK)
+        (void)cube_fail(&op->err, CUBE_ENOENT, "No such process: %.200s",
+                        op->id);
+    return box;
+}
+
+static void cube_process_inspect_step(struct cube_process_op *op)
+{
+    struct cube_process_box *box = cube_process_need(op);
+
+    cube_process_op_end(op, box ? &box->c : NULL);
+}
+
+static void cube_process_inspect(struct cube_runtime *rt, const char *id,
+                                 cube_container_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+
+    cube_process_op_new(p, id, cube_process_inspect_step, arg)->on_container =
+        fn;
+}
+
+static void cube_process_json_text(struct cube_buf *out, const char *key,
+                                   const char *value)
+{
+    cube_buf_printf(out, "\"%s\":", key);
+    cube_json_put_text(out, value);
+}
+
+static void cube_process_json_words(struct cube_buf *out, const char *key,
+                                    const struct cube_texts *words, size_t i)
+{
+    cube_buf_printf(out, "\"%s\":[", key);
+    for (size_t first = i; i < words->count; i++) {
+        if (i > first)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, words->list[i]);
+    }
+    cube_buf_addc(out, ']');
+}
+
+static void cube_process_json_state(const struct cube_process_box *box,
+                                    struct cube_buf *out)
+{
+    static const char *const words[] = {"created", "running", "exited"};
+    const struct cube_container *c = &box->c;
+    bool is_up = c->state == CUBE_BOX_RUNNING;
+
+    cube_buf_printf(out, "\"State\":{\"Status\":\"%s\",\"Running\":%s,"
+                    "\"Paused\":false,\"Restarting\":false,\"OOMKilled\":%s,"
+                    "\"Dead\":false,\"Pid\":%lld,\"ExitCode\":%d,",
+                    words[c->state], is_up ? "true" : "false",
+                    c->is_oom_killed ? "true" : "false",
+                    is_up ? (long long)box->pid : 0, c->exit_code);
+    cube_process_json_text(out, "Error", c->error);
+    cube_buf_puts(out, ",\"StartedAt\":");
+    cube_json_put_time(out, &c->started);
+    cube_buf_puts(out, ",\"FinishedAt\":");
+    cube_json_put_time(out, &c->finished);
+    cube_buf_addc(out, '}');
+}
+
+/* "HostConfig" and "Config": what was asked for. */
+static void cube_process_json_config(const struct cube_process_box *box,
+                                     const struct cube_task *t,
+                                     struct cube_buf *out)
+{
+    const struct cube_container *c = &box->c;
+
+    cube_buf_printf(out, "\"HostConfig\":{\"Memory\":%lld,\"NanoCpus\":%.0f,",
+                    (long long)t->mem_bytes, t->cpu * 1e9);
+    cube_process_json_text(out, "Limits", box->limits);
+    cube_buf_puts(out, ",\"PortBindings\":");
+    cube_ports_print(&c->ports, out);
+    cube_buf_puts(out, "},\"Config\":{");
+    cube_process_json_words(out, "Env", &t->env, 0);
+    cube_buf_addc(out, ',');
+    cube_process_json_words(out, "Cmd", &t->cmd, 0);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "Image", t->image);
+    cube_buf_puts(out, ",\"ExposedPorts\":{");
+    for (size_t i = 0; i < c->ports.count; i++) {
+        if (i > 0)
+            cube_buf_addc(out, ',');
+        cube_json_put_text(out, c->ports.list[i].port);
+        cube_buf_puts(out, ":{}");
+    }
+    cube_buf_puts(out, "},\"Labels\":{");
+    cube_process_json_text(out, "cube.task", c->task);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "cube.cluster", c->cluster);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "cube.worker", c->worker);
+    cube_buf_printf(out, ",\"cube.attempt\":\"%lld\"}}",
+                    (long long)c->attempt);
+}
+
+/* The shape of Docker's inspection, with what there is. */
+static void cube_process_print(const struct cube_process_box *box,
+                               const struct cube_task *t,
+                               struct cube_buf *out)
+{
+    const struct cube_container *c = &box->c;
+    struct cube_buf path = {0};
+
+    cube_buf_addc(out, '{');
+    cube_process_json_text(out, "Id", c->id);
+    cube_buf_puts(out, ",\"Created\":");
+    cube_json_put_time(out, &box->created);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "Path", box->command);
+    cube_buf_addc(out, ',');
+    cube_process_json_words(out, "Args", &t->cmd, 1);
+    cube_buf_addc(out, ',');
+    cube_process_json_state(box, out);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "Image", t->image);
+    cube_buf_printf(&path, "%s/log", box->dir);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "LogPath", path.data);
+    cube_buf_clear(&path);
+    cube_buf_printf(&path, "/%s", c->name);
+    cube_buf_addc(out, ',');
+    cube_process_json_text(out, "Name", path.data);
+    cube_buf_printf(out, ",\"RestartCount\":%lld,\"Driver\":\"process\",",
+                    (long long)c->restart);
+    cube_process_json_config(box, t, out);
+    cube_buf_puts(out, ",\"NetworkSettings\":{\"Ports\":");
+    cube_ports_print(&c->ports, out);
+    cube_buf_puts(out, "}}");
+    cube_buf_free(&path);
+}
+
+static void cube_process_inspect_json_step(struct cube_process_op *op)
+{
+    struct cube_process_box *box = cube_process_need(op);
+    struct cube_task *t = NULL;
+    struct cube_buf text = {0};
+    cube_text_fn *fn = op->on_text;
+    void *arg = op->arg;
+
+    if (!box || cube_task_parse(box->c.spec, strlen(box->c.spec), false, &t,
+                                &op->err) < 0) {
+        cube_process_op_end(op, NULL);
+        return;
+    }
+    cube_process_print(box, t, &text);
+    cube_task_free(t);
+    cube_process_op_free(op);
+    fn(arg, text.data, text.len, NULL);
+    cube_buf_free(&text);
+}
+
+static void cube_process_inspect_json(struct cube_runtime *rt, const char *id,
+                                      cube_text_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+
+    cube_process_op_new(p, id, cube_process_inspect_json_step, arg)->on_text =
+        fn;
+}
+
+/* ---- Processes: logs ---- */
+
+/*
+ * A log is a row of files, numbered from 1 on; the newest is called `log`
+ * until it is full and gets its number. A reader is at byte `at` of file
+ * `number`.
+ *
+ *      log.7      log.8      log (will be log.9)
+ *      [......]   [...|..]   [...           ]
+ *                     `- number 8, at 3
+ *
+ * "So many last lines" are found backwards from the end, in slices; then the
+ * reader reads forwards.
+ */
+struct cube_process_logs {
+    struct cube_list link;
+    struct cube_process *p;
+    char *id, *dir;
+    cube_data_fn *on_data;
+    cube_done_fn *on_end;
+    void *arg;
+    bool is_following;
+    int64_t tail; /* lines still to find; below 0: no more */
+    bool has_seen_end;          /* tail: the last byte was looked at */
+    int64_t number, at;
+    int fd;                     /* -1: not open */
+    bool is_full, is_over;      /* no more will be added: to the file, to all */
+    bool is_busy, is_cancelled; /* within on_data; and then given up */
+    struct cube_defer defer;
+    struct cube_timer timer;
+};
+
+#define CUBE_PROCESS_BLOCK 65536 /* read at once, 4 to 16 times a turn */
+
+/* The smallest and largest number of a full log; 0: there is none. */
+struct cube_process_range {
+    int64_t first, last;
+};
+
+static void cube_process_range_one(void *arg, const char *name)
+{
+    struct cube_process_range *r = arg;
+    uint64_t number;
+
+    if (!cube_text_starts(name, "log.") ||
+        cube_text_u64(name + 4, strlen(name + 4), INT32_MAX, &number) < 0)
+        return;
+    if (r->first == 0 || (int64_t)number < r->first)
+        r->first = (int64_t)number;
+    if ((int64_t)number > r->last)
+        r->last = (int64_t)number;
+}
+
+static struct cube_process_range
+cube_process_range(const struct cube_process_logs *l)
+{
+    struct cube_process_range r = {0, 0};
+
+    (void)l->p->w->list(l->p->w->ctx, l->dir, cube_process_range_one, &r);
+    return r;
+}
+
+static void cube_process_logs_close(struct cube_process_logs *l)
+{
+    if (l->fd >= 0)
+        l->p->w->close(l->p->w->ctx, l->fd);
+    l->fd = -1;
+}
+
+/* Opens file `number`, or the oldest that there still is. `log` can get its
+ * number between two steps: then it is tried again. */
+static int cube_process_logs_open(struct cube_process_logs *l)
+{
+    const struct cube_world *w = l->p->w;
+
+    for (int i = 0; i < 10 && l->fd < 0; i++) {
+        struct cube_process_range r = cube_process_range(l);
+        char name[32] = "log", *path;
+
+        if (l->number < r.first)
+            l->number = r.first;
+        l->is_full = l->number <= r.last;
+        if (l->is_full)
+            (void)snprintf(name, sizeof name, "log.%lld",
+                           (long long)l->number);
+        path = cube_process_path(l->dir, name);
+        l->fd = w->open(w->ctx, path, 0);
+        cube_free(path);
+        if (l->fd >= 0 && !l->is_full &&
+            cube_process_range(l).last >= l->number)
+            cube_process_logs_close(l);
+    }
+    return l->fd < 0 ? -1 : 0;
+}
+
+static void cube_process_logs_free(struct cube_process_logs *l)
+{
+    cube_free(l->id);
+    cube_free(l->dir);
+    cube_free(l);
+}
+
+/* Takes it out of the runtime; what is left is its memory. */
+static void cube_process_logs_leave(struct cube_process_logs *l)
+{
+    cube_process_logs_close(l);
+    cube_list_remove(&l->link);
+    cube_defer_clear(l->p->rt.loop, &l->defer);
+    cube_timer_clear(l->p->rt.loop, &l->timer);
+}
+
+static void cube_process_logs_end(struct cube_process_logs *l,
+                                  const struct cube_err *err)
+{
+    cube_process_logs_leave(l);
+    l->on_end(l->arg, err);
+    cube_process_logs_free(l);
+}
+
+static bool cube_process_is_running(struct cube_process *p, const char *id)
+{
+    struct cube_err err = {CUBE_OK, ""};
+    struct cube_process_box *box = cube_process_find(p, id, &err);
+
+    return err.code != CUBE_OK || (box && box->c.state == CUBE_BOX_RUNNING);
+}
+
+static void cube_process_logs_forward(void *arg);
+
+static void cube_process_logs_later(struct cube_process_logs *l)
+{
+    cube_timer_set(l->p->rt.loop, &l->timer, CUBE_PROCESS_FOLLOW_MS,
+                   cube_process_logs_forward, l);
+}
+
+/* At the end of a file. What is known to be full, or over, was known before
+ * the read that found the end, so nothing is missed. False: it has ended. */
+static bool cube_process_logs_turn(struct cube_process_logs *l)
+{
+    if (l->is_full) {
+        cube_process_logs_close(l);
+        l->number++;
+        l->at = 0;
+        l->is_full = false;
+        return true;
+    }
+    if (cube_process_range(l).last >= l->number) {
+        l->is_full = true;
+        return true;
+    }
+    if (l->is_over || !l->is_following) {
+        cube_process_logs_end(l, NULL);
+        return false;
+    }
+    l->is_over = !cube_process_is_running(l->p, l->id);
+    if (l->is_over)
+        return true;
+    cube_process_logs_later(l);
+    return false;
+}
+
+/* Hands out what there is. */
+static void cube_process_logs_forward(void *arg)
+{
+    struct cube_process_logs *l = arg;
+    char *block = cube_alloc(CUBE_PROCESS_BLOCK);
+    const struct cube_world *w = l->p->w;
+
+    for (int i = 0; i < 4; i++) {
+        int64_t n;
+
+        if (l->fd < 0 && cube_process_logs_open(l) < 0) {
+            cube_process_logs_end(l, NULL); /* removed meanwhile */
+            break;
+        }
+        n = w->pread(w->ctx, l->fd, block, CUBE_PROCESS_BLOCK, l->at);
+        if (n > 0) {
+            l->at += n;
+            l->is_busy = true;
+            l->on_data(l->arg, block, (size_t)n);
+            l->is_busy = false;
+        }
+        if (n > 0 && l->is_cancelled) {
+            cube_process_logs_free(l);
+            break;
+        }
+        if (n <= 0 && !cube_process_logs_turn(l))
+            break;
+        if (i == 3)
+            cube_defer_set(l->p->rt.loop, &l->defer,
+                           cube_process_logs_forward, l);
+    }
+    cube_free(block);
+}
+
+/* Counts lines backwards in one block; true when the place is found. A line
+ * feed at the very end ends the last line, and begins none. */
+static bool cube_process_logs_count(struct cube_process_logs *l,
+                                    const char *block, int64_t len)
+{
+    for (int64_t i = len; i > 0; i--) {
+        bool is_end = !l->has_seen_end;
+
+        l->has_seen_end = true;
+        if (block[i - 1] == '\n' && !is_end && --l->tail == 0)
+            return true;
+        l->at--;
+    }
+    return false;
+}
+
+/* Goes backwards to where the last `tail` lines begin. */
+static void cube_process_logs_backward(void *arg)
+{
+    struct cube_process_logs *l = arg;
+    char *block = cube_alloc(CUBE_PROCESS_BLOCK);
+    const struct cube_world *w = l->p->w;
+    bool is_done = l->tail == 0;
+
+    for (int i = 0; i < 16 && !is_done; i++) {
+        int64_t len = l->at < CUBE_PROCESS_BLOCK ? l->at : CUBE_PROCESS_BLOCK;
+
+        if (len > 0) {
+            is_done = w->pread(w->ctx, l->fd, block, (size_t)len,
+                               l->at - len) != len ||
+                      cube_process_logs_count(l, block, len);
+            continue;
+        }
+        is_done = l->number <= 1 || l->number <= cube_process_range(l).first;
+        if (is_done)
+            continue;
+        cube_process_logs_close(l);
+        l->number--;
+        is_done = cube_process_logs_open(l) < 0;
+        l->at = is_done ? 0 : w->size(w->ctx, l->fd);
+    }
+    cube_free(block);
+    if (is_done)
+        cube_process_logs_forward(l);
+    else
+        cube_defer_set(l->p->rt.loop, &l->defer, cube_process_logs_backward,
+                       l);
+}
+
+static void cube_process_logs_begin(void *arg)
+{
+    struct cube_process_logs *l = arg;
+    struct cube_err err = {CUBE_OK, ""};
+    struct cube_process_box *box = cube_process_find(l->p, l->id, &err);
+
+    if (!box) {
+        if (err.code == CUBE_OK)
+            (void)cube_fail(&err, CUBE_ENOENT, "No such process: %.200s",
+                            l->id);
+        cube_process_logs_end(l, &err);
+        return;
+    }
+    l->dir = cube_text_dup(box->dir);
+    l->is_over = box->c.state != CUBE_BOX_RUNNING;
+    l->number = l->tail < 0 ? 1 : cube_process_range(l).last + 1;
+    if (l->tail < 0) {
+        cube_process_logs_forward(l);
+        return;
+    }
+    if (cube_process_logs_open(l) == 0)
+        l->at = l->p->w->size(l->p->w->ctx, l->fd);
+    cube_process_logs_backward(l);
+}
+
+static struct cube_logs *
+cube_process_logs(struct cube_runtime *rt, const char *id,
+                  const struct cube_logs_options *options,
+                  cube_data_fn *on_data, cube_done_fn *on_end, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+    struct cube_process_logs *l = cube_alloc(sizeof *l);
+
+    l->p = p;
+    l->id = cube_text_dup(id);
+    l->on_data = on_data;
+    l->on_end = on_end;
+    l->arg = arg;
+    l->is_following = options->is_following;
+    l->tail = options->tail;
+    l->fd = -1;
+    cube_list_add(&p->logs, &l->link);
+    cube_defer_set(rt->loop, &l->defer, cube_process_logs_begin, l);
+    return (struct cube_logs *)(void *)l;
+}
+
+static void cube_process_logs_cancel(struct cube_runtime *rt,
+                                     struct cube_logs *logs)
+{
+    struct cube_process_logs *l = (struct cube_process_logs *)(void *)logs;
+
+    (void)rt;
+    cube_process_logs_leave(l);
+    l->is_cancelled = true;
+    if (!l->is_busy)
+        cube_process_logs_free(l);
+}
+
+/* ---- Processes: the runtime ---- */
+
+static void cube_process_report(void *arg)
+{
+    struct cube_process *p = arg;
+
+    (void)cube_process_scan(p, NULL);
+    if (p->change)
+        p->change(p->change_arg, NULL);
+}
+
+static void cube_process_on_change(struct cube_runtime *rt,
+                                   cube_change_fn *fn, void *arg)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+
+    p->change = fn;
+    p->change_arg = arg;
+    if (fn)
+        cube_defer_set(rt->loop, &p->change_defer, cube_process_report, p);
+    else
+        cube_defer_clear(rt->loop, &p->change_defer);
+}
+
+static void cube_process_free(struct cube_runtime *rt)
+{
+    struct cube_process *p = (struct cube_process *)rt;
+    size_t at = 0;
+    void *each;
+
+    while (!cube_list_is_empty(&p->ops))
+        cube_process_op_free(
+            CUBE_OF(p->ops.next, struct cube_process_op, link));
+    while (!cube_list_is_empty(&p->logs)) {
+        struct cube_process_logs *l =
+            CUBE_OF(p->logs.next, struct cube_process_logs, link);
+
+        cube_process_logs_cancel(rt, (struct cube_logs *)(void *)l);
+    }
+    while (cube_map_next(&p->boxes, &at, NULL, &each))
+        cube_process_box_free(each);
+    cube_map_free(&p->boxes);
+    cube_defer_clear(rt->loop, &p->change_defer);
+    if (p->limits.memory)
+        (void)p->w->rmdir(p->w->ctx, p->limits.memory);
+    if (p->limits.cpu)
+        (void)p->w->rmdir(p->w->ctx, p->limits.cpu);
+    cube_free(p->limits.memory);
+    cube_free(p->limits.cpu);
+    cube_free(p->root);
+    cube_free(rt->words);
+    cube_free(rt->engine_id);
+    cube_free(p);
+}
+
+static const struct cube_runtime_ops cube_process_ops = {
+    .start = cube_process_start,
+    .start_cancel = cube_process_start_cancel,
+    .stop = cube_process_stop,
+    .kill = cube_process_kill,
+    .remove = cube_process_remove,
+    .list = cube_process_list,
+    .inspect = cube_process_inspect,
+    .inspect_json = cube_process_inspect_json,
+    .logs = cube_process_logs,
+    .logs_cancel = cube_process_logs_cancel,
+    .watch = cube_process_on_change,
+    .free = cube_process_free,
+};
+
+/* `cgroups` is where they are mounted. */
+static struct cube_runtime *cube_process_open(struct cube_loop *l,
+                                              const char *dir,
+                                              const char *cgroups,
+                                              struct cube_err *err)
+{
+    struct cube_process *p = cube_alloc(sizeof *p);
+    struct cube_process_scan scan = {p, NULL, 0};
+
+    p->rt.ops = &cube_process_ops;
+    p->rt.loop = l;
+    p->rt.name = "process";
+    p->rt.is_up = true;
+    p->w = cube_loop_world(l);
+    p->root = cube_process_path(dir, "run");
+    p->rt.engine_id = cube_text_dup(p->root);
+    cube_list_init(&p->ops);
+    cube_list_init(&p->logs);
+    if (cube_dir_make(p->w, p->root, err) < 0) {
+        cube_process_free(&p->rt);
+        return NULL;
+    }
+    cube_process_probe(p, cgroups);
+    (void)p->w->list(p->w->ctx, p->root, cube_process_clean_worker, &scan);
+    return &p->rt;
+}
+
+CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
+                                               const char *dir,
+                                               struct cube_err *err)
+{
+    return cube_process_open(l, dir, CUBE_PROCESS_CGROUPS, err);
+}
 
 
 

@@ -922,7 +922,7 @@ TEST(a_cgroup_that_cannot_be_joined_stops_the_start)
 
     prepare(&r, test_dir(), "true");
     r.spec.cgroups[1] = "/no/such/cgroup";
-    CHECK_INT(start(&r), ENOENT);
+    CHECK_INT(start(&r), -ENOENT);
     ends(&r);
     CHECK_INT(exit_field(&r, "error"), ENOENT);
 }
