@@ -1578,6 +1578,15 @@ static void cube_sup_finish(struct cube_sup *s)
     }
 }
 
+/* Whoever gets the report finds the lock free. */
+static void cube_sup_end(struct cube_sup *s, int result)
+{
+    close(s->lock_fd);
+    if (result != 0)
+        cube_sup_report(CUBE_SUP_REPORT, result);
+    _exit(0);
+}
+
 /* The supervisor's life; the descriptor of the report is `report_fd`. */
 static void cube_sup_main(struct cube_sup *s)
 {
@@ -1592,16 +1601,15 @@ static void cube_sup_main(struct cube_sup *s)
     if (r == 0)
         r = cube_sup_start(s);
     if (r < 0) {
-        cube_sup_report(CUBE_SUP_REPORT, r);
-        _exit(1);
+        if (r != -EBUSY && s->lock_fd > 0)
+            (void)ftruncate(s->lock_fd, 0); /* it has never begun */
+        cube_sup_end(s, r);
     }
     if (s->exec_error == 0)
         cube_sup_report(CUBE_SUP_REPORT, 0);
     cube_sup_attend(s);
     cube_sup_finish(s);
-    if (s->exec_error != 0)
-        cube_sup_report(CUBE_SUP_REPORT, s->exec_error);
-    _exit(0);
+    cube_sup_end(s, s->exec_error);
 }
 
 /* ---- Supervised processes: the caller's side ---- */
@@ -18228,7 +18236,9 @@ static int cube_process_read_spec(struct cube_process_box *box,
         cube_json_i64(cube_json_get(root, "Restart"), &c->restart) < 0 ||
         cube_json_time(cube_json_get(root, "Created"), &box->created) < 0)
         return -1;
-    return ports ? cube_ports_read(&c->ports, ports, false, NULL) : 0;
+    return ports && ports->type != json_type_null
+               ? cube_ports_read(&c->ports, ports, false, NULL)
+               : 0;
 }
 
 /* The box of a directory; NULL if it is none of ours, or half made, and if it
@@ -19213,13 +19223,12 @@ static void cube_process_clear_older(struct cube_process_op *op,
 static struct cube_process_box *cube_process_make(struct cube_process_op *op)
 {
     struct cube_process *p = op->p;
-    struct cube_ports ports;
+    struct cube_ports ports = {NULL, 0, true};
     struct cube_process_box *box;
     bool is_trouble;
     char *dir = NULL;
     int r;
 
-    cube_ports_init(&ports);
     r = cube_process_choose(p, op->task, &ports, &op->err);
     if (r == 0)
         r = cube_process_make_dirs(op, &dir);
