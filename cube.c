@@ -4660,6 +4660,88 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
 
 /* ==== Chapter 4. Store ==== uses: 1 2 ==== */
 
+/*
+ * A store keeps what was promised. Its problem: a write that the system has
+ * taken is in memory, a sync costs about as much as 64 kB of writing, and a
+ * crash leaves any part of what was written since the last sync, in any order
+ * and torn at 512 bytes.
+ *
+ * The simplest thing that works is a log: each commit appends its changes and
+ * syncs. Nothing that was promised is ever written over, so no crash can harm
+ * it, and what is torn can only be at the end. A log alone would have to be
+ * read whole at each start, and kept whole in memory. So at times the changes
+ * are merged into trees, whose pages are appended to the same file; opening
+ * needs the last trees and the little of the log that came after.
+ *
+ *   records, each with the checksum of the one before:
+ *
+ *   +------+---+---+---+---+-----+---+-----+---+---+---+- - - - -
+ *   | head | R | B | B | B |  P  | B |  P  | R | B | B | 0 0 0 0
+ *   +------+---+---+---+---+-----+---+-----+---+---+---+- - - - -
+ *            |   1   2   3    |    4    |    |   5   6
+ *         no trees            |         |    |
+ *                      pages with 1 to 3     trees with 1 to 3; the
+ *                      merged in             records from 4 on to be
+ *                                            replayed over them
+ *
+ *   B  a batch: the changes of one commit     P  pages of trees
+ *   R  roots: where each named tree begins    0  zeros, laid out ahead
+ *
+ * A tree is never changed but copied: a changed leaf is written anew, and so
+ * are its parents, up to the root; all else is shared with the tree before.
+ *
+ *   before:     [a m]              after, m=2:     [a m]   ->  [a m]'
+ *              /     \                            /     \    /      \
+ *        [a b c]    [m=1 n]                 [a b c]<-----\--+    [m=2 n]
+ *                                                    [m=1 n]
+ *
+ * So the old tree stays whole for whoever reads it (a snapshot costs nothing)
+ * and for whoever opens the file when the new one is torn.
+ *
+ * One fdatasync a commit is enough, where a tree that is changed in place
+ * needs two (the journal first, then the pages; or the pages first, then the
+ * root): a batch needs no second place to be true. Either its checksums hold,
+ * and those of each record before it back to trees that were synced earlier;
+ * or it is not there, and nobody was told that it was. A record says which
+ * part of the file was on disk when it was written. Damage before that point
+ * is damage, and told with its offset; a broken record behind it is a commit
+ * that was torn, and cut off.
+ *
+ * What was refused: pages written at each commit (the ancestor of LMDB wrote
+ * 21 kB for one put); a fixed page size (half of a tree would be air: here a
+ * page is as long as what is in it); values moved with their leaves (500
+ * bytes stay where the batch put them, a leaf only refers to them, until a
+ * compaction brings them into order beside their keys); levels of files, as
+ * LevelDB has (a read asks each of them).
+ *
+ * What is paid: the file grows with each change. When half of it is garbage a
+ * compaction copies what lives to a new file: at a steady load each byte is
+ * written about three times in its life, in slices, beside the commits.
+ *
+ * What always holds:
+ *   - a record, once synced, never changes; files are replaced by rename;
+ *   - a reference leads to a smaller offset than its own, and says length and
+ *     checksum of what is there: no read is believed unchecked, no chain of
+ *     references is endless;
+ *   - trees are used only when they are on disk; until then their changes
+ *     are in the overlay too. So after a sync that failed all that is
+ *     believed was synced before or is in memory, and can be written to a new
+ *     file. It must be: the system marks pages clean that it failed to write,
+ *     so that a second sync succeeds, and reads find what the disk never got;
+ *   - a commit is seen by readers when it is on disk, not before.
+ *
+ * The life of a change: cube_store_put puts it into the overlay, under the
+ * number of a commit to come, and into the open batch; cube_store_commit_begin
+ * appends the batch (the caller syncs); cube_store_commit_end makes its number
+ * the one that readers see. When the overlay is full it is frozen, and
+ * cube_store_slice merges it into the trees, and later copies them.
+ *
+ * Naive on purpose: one writer, one thread, the roots name at most 32 trees,
+ * small neighbours are joined only when they are rewritten or compacted, an
+ * overlay walks backwards by searching. For queries, several writing
+ * processes, or values of gigabytes take SQLite; to share reads between
+ * processes take LMDB.
+ */
 
 /* ---- Sizes ---- */
 
