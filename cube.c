@@ -11209,6 +11209,7 @@ static void cube_http_set_deadline(struct cube_http_req *req)
                        req);
 }
 
+/* Mutual recursion: being ready is seen by settle, which waits for it. */
 static void cube_http_on_ready(void *arg, unsigned events);
 
 /* Reads while there is room, writes while there is something to write. A
