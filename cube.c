@@ -4763,6 +4763,7 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
 #define CUBE_STORE_TAIL_SMALL 65536        /* to replay at opening: fine */
 #define CUBE_STORE_DEBT (1u << 20)         /* background work put off */
+#define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
 #define CUBE_STORE_LIMIT (6u << 20)        /* garbage that stops commits */
 #define CUBE_STORE_RECORD_MAX (CUBE_STORE_COMMIT_MAX + (64u << 20))
 
@@ -6803,7 +6804,8 @@ struct cube_store {
     uint64_t pending_end;             /* and on disk once all to here is */
     struct cube_store_comp *comp;
     uint64_t debt;     /* background bytes that commits have run up */
-    uint64_t retry_at; /* no compaction before the file ends here */
+    uint64_t retry_at; /* no compaction before the file ends here, */
+    int64_t retry_ms;  /* nor before this time */
 
     bool is_stuck;     /* a checkpoint failed, and no write since worked */
     bool is_broken;    /* a sync failed: only reads */
@@ -7205,6 +7207,12 @@ static void cube_store_comp_free(struct cube_store *s)
     s->comp = NULL;
 }
 
+static void cube_store_comp_postpone(struct cube_store *s)
+{
+    s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
+    s->retry_ms = s->world->now_ms(s->world->ctx) + CUBE_STORE_RETRY_MS;
+}
+
 static void cube_store_comp_abort(struct cube_store *s)
 {
     struct cube_buf beside = {0};
@@ -7212,7 +7220,7 @@ static void cube_store_comp_abort(struct cube_store *s)
     if (!s->comp)
         return;
     cube_store_comp_free(s);
-    s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
+    cube_store_comp_postpone(s);
     if (!s->path)
         return;
     cube_buf_printf(&beside, "%s.new", s->path);
@@ -7528,6 +7536,8 @@ static bool cube_store_comp_is_due(const struct cube_store *s)
     uint64_t slack = cube_store_is_memory(s) ? CUBE_STORE_SLACK_MEMORY
                                              : CUBE_STORE_SLACK;
 
+    if (s->retry_ms > 0 && s->world->now_ms(s->world->ctx) < s->retry_ms)
+        return false;
     if (s->is_broken || s->retry_at > s->file->end)
         return s->is_broken;
     return s->file->end > live + live / 2 + slack + s->view.mem[0]->bytes +
@@ -7545,7 +7555,7 @@ static int cube_store_comp_step(struct cube_store *s, bool may_wait,
             return 0;
         r = cube_store_comp_start(s, err);
         if (r < 0)
-            s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
+            cube_store_comp_postpone(s);
         return r;
     }
     r = cube_store_comp_phase(s, may_wait, err);
@@ -7778,6 +7788,8 @@ static int cube_store_lock(struct cube_store *s, struct cube_err *err)
                                     CUBE_OPEN_WRITE | CUBE_OPEN_CREATE);
     if (r >= 0)
         r = s->world->lock(s->world->ctx, s->lock_fd);
+    if (r < 0 && s->lock_fd < 0 && s->options.is_read_only)
+        r = 0; /* where nothing can be written, nobody writes */
     if (r == -EBUSY)
         (void)cube_fail(err, CUBE_EBUSY, "open %s: another process, or "
                         "another store of this one, has it open", s->path);
@@ -7941,6 +7953,16 @@ static void cube_store_fail_commit(struct cube_store *s)
     s->batch_commit = s->view.commit + 1;
 }
 
+/* After a failed sync: what it should have put on disk may read well and not
+ * be there, and a later sync may succeed without it. */
+static void cube_store_distrust(struct cube_store *s)
+{
+    cube_store_checkpoint_abort(s);
+    cube_store_comp_abort(s);
+    s->retry_ms = 0;
+    s->is_broken = true;
+}
+
 /* The batch is on disk, or needs no disk. */
 static void cube_store_land(struct cube_store *s)
 {
@@ -8018,9 +8040,7 @@ CUBE_API int cube_store_commit_end(struct cube_store *s, int sync_result,
     if (err)
         *err = s->last;
     cube_store_fail_commit(s);
-    cube_store_checkpoint_abort(s);
-    cube_store_comp_abort(s);
-    s->is_broken = true;
+    cube_store_distrust(s);
     return -1;
 }
 
@@ -8083,8 +8103,12 @@ static int cube_store_settle(struct cube_store *s, struct cube_err *err)
             cube_store_freeze(s);
         while (r > 0)
             r = cube_store_checkpoint_step(s, err);
-        if (r < 0 || cube_store_sync(s->file, err) < 0)
+        if (r < 0)
             return -1;
+        if (cube_store_sync(s->file, err) < 0) {
+            cube_store_distrust(s);
+            return -1;
+        }
         cube_store_checkpoint_synced(s, s->file->end);
         s->done_end = s->file->end;
     }
@@ -11209,7 +11233,6 @@ static void cube_http_set_deadline(struct cube_http_req *req)
                        req);
 }
 
-/* Mutual recursion: being ready is seen by settle, which waits for it. */
 static void cube_http_on_ready(void *arg, unsigned events);
 
 /* Reads while there is room, writes while there is something to write. A
@@ -17801,7 +17824,6 @@ static void cube_docker_watch_open(void *arg)
     cube_docker_ask(op, 0, 0);
 }
 
-/* Mutual recursion: a ping's answer sets the time of the next one. */
 static void cube_docker_watch_check(void *arg);
 
 /* A stream that says nothing can be a quiet engine or a dead one; the ping
@@ -20190,12 +20212,10 @@ static void cube_search_without(struct cube_runtime_search *s)
     if (!strcmp(s->which, "auto") || !strcmp(s->which, "process"))
         rt = cube_process_new(s->loop, s->dir, &err);
     else if (s->count > 0)
-        rt = cube_docker_new(s->loop, s->places[0], &err);
+        rt = cube_docker_new(s->loop, s->places[s->count - 1], &err);
     else
         (void)cube_fail(&err, CUBE_EINVAL, "%s is no runtime: auto, docker, "
                         "podman and process are", s->which);
-    if (rt && s->count > 0 && !strcmp(s->which, "podman"))
-        rt->name = "podman"; /* until it says so itself */
     cube_search_end(s, rt, rt ? NULL : &err);
 }
 

@@ -16,7 +16,6 @@
 struct inode {
     struct cube_buf now;     /* what a reader sees */
     struct cube_buf safe;    /* what surely survives */
-    int64_t safe_size;
 };
 
 struct disk {
@@ -30,8 +29,8 @@ struct disk {
     /* Faults: call number fail_at, and all after it if is_fail_forever. */
     int calls, fail_at, fail_errno;
     bool is_fail_forever, is_short;
-    int syncs;
-    uint64_t written;
+    int64_t clock_ms;
+    bool is_forgetful; /* false: syncs do nothing, for long tests */
     void (*before)(struct disk *d); /* each change of the disk */
 };
 
@@ -53,6 +52,29 @@ static int disk_find(struct disk *d, const char *name)
     return -1;
 }
 
+/* One that no name and no descriptor leads to any more, or a new one. */
+static int disk_new_inode(struct disk *d)
+{
+    for (int n = 0; n < 64; n++) {
+        bool is_used = false;
+
+        for (int i = 0; i < DISK_FILES; i++)
+            is_used |= (i < d->name_count && d->names[i].inode == n) ||
+                       (i < d->safe_count && d->safe[i].inode == n);
+        for (int i = 0; i < 64; i++)
+            is_used |= d->fds[i] == n + 1;
+        if (is_used)
+            continue;
+        cube_buf_free(&d->inodes[n].now);
+        cube_buf_free(&d->inodes[n].safe);
+        if (d->inode_count <= n)
+            d->inode_count = n + 1;
+        return n;
+    }
+    FAIL("too many files for this disk");
+    return 0;
+}
+
 static int disk_open(void *ctx, const char *path, unsigned flags)
 {
     struct disk *d = ctx;
@@ -65,10 +87,9 @@ static int disk_open(void *ctx, const char *path, unsigned flags)
     if (i < 0 || flags & CUBE_OPEN_TRUNC) {
         if (i < 0)
             i = d->name_count++;
+        d->names[i].inode = -1;
         snprintf(d->names[i].name, sizeof d->names[i].name, "%s", path);
-        d->names[i].inode = d->inode_count++;
-        if (d->inode_count > 64)
-            FAIL("too many files for this disk");
+        d->names[i].inode = disk_new_inode(d);
     }
     while (d->fds[fd])
         fd++;
@@ -127,7 +148,6 @@ static int64_t disk_pwrite(void *ctx, int fd, const void *buf, size_t len,
     if (d->is_short && len > 7)
         len = len / 2;
     buf_put(&disk_inode(d, fd)->now, buf, len, (size_t)at);
-    d->written += len;
     return (int64_t)len;
 }
 
@@ -146,7 +166,8 @@ static int disk_sync(void *ctx, int fd)
         return r;
     if (d->before)
         d->before(d);
-    d->syncs++;
+    if (!d->is_forgetful)
+        return 0;
     cube_buf_clear(&n->safe);
     cube_buf_add(&n->safe, n->now.data, n->now.len);
     return 0;
@@ -214,12 +235,13 @@ static int disk_random(void *ctx, void *buf, size_t len)
 
 static int64_t disk_now_ms(void *ctx)
 {
-    return ((struct disk *)ctx)->calls;
+    return ((struct disk *)ctx)->clock_ms++;
 }
 
 static void disk_init(struct disk *d)
 {
     memset(d, 0, sizeof *d);
+    d->is_forgetful = true;
     d->world = *cube_world_real();
     d->world.ctx = d;
     d->world.open = disk_open;
@@ -1067,6 +1089,7 @@ static void fail_each_call(int fail_errno, bool is_forever, int code)
         }
         is_reached = d.calls >= fail_at;
         d.fail_at = 0; /* there is room again */
+        d.clock_ms += 2 * CUBE_STORE_RETRY_MS;
         while (cube_store_slice(s, 1000))
             ;
         CHECK(store_is(s, &want));
@@ -1097,4 +1120,116 @@ TEST(broken_disk_is_told_and_survived)
 {
     fail_each_call(EIO, false, CUBE_EIO);
     fail_each_call(EIO, true, CUBE_EIO);
+}
+
+/* ---- Bounds ---- */
+
+TEST(file_never_grows_past_twice_its_live_bytes_and_8_mib)
+{
+    static struct disk d;
+    static const struct {
+        int keys;
+        size_t len, total;
+        bool is_sliced;
+    } rows[] = {
+        {3000, 1500, 48 << 20, true},  /* a loop that slices */
+        {3000, 1500, 48 << 20, false}, /* and one that does not */
+        {100, 500, 24 << 20, false},   /* a manager with few tasks */
+        {10000, 20, 6 << 20, false},   /* little records */
+        {20, 200000, 48 << 20, false}, /* large ones */
+    };
+    static char val[200000];
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        size_t live = (size_t)rows[i].keys * (rows[i].len + 4), most = 0;
+        size_t written = 0;
+        struct cube_store *s;
+        struct cube_store_stats stats;
+
+        test_row("row %zu", i);
+        disk_init(&d);
+        d.is_forgetful = false;
+        s = must_open(&d.world, "t");
+        for (int n = 0; written < rows[i].total; n++) {
+            uint32_t k = n < rows[i].keys ? (uint32_t)n
+                : (uint32_t)test_below((unsigned)rows[i].keys);
+
+            if (cube_store_put(s, "t", &k, 4, val, rows[i].len, NULL) < 0)
+                FAIL("put");
+            written += rows[i].len + 12;
+            if (n % 8 != 7)
+                continue;
+            commit(s);
+            if (rows[i].is_sliced)
+                (void)cube_store_slice(s, 5);
+            cube_store_stats(s, &stats);
+            if (most < stats.file_bytes)
+                most = (size_t)stats.file_bytes;
+        }
+        if (most > 2 * live + (8 << 20))
+            FAIL("%zu bytes for %zu live ones", most, live);
+        CHECK(stats.compactions > 0);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        cube_store_close(s);
+        disk_free(&d);
+    }
+}
+
+TEST(memory_stays_within_the_cache_and_a_mebibyte)
+{
+    static struct disk d;
+    struct cube_store_options o = {.cache_bytes = 4 << 20};
+    struct cube_store *s;
+    struct cube_buf got = {0};
+    static char val[500];
+    long before, most = 0;
+
+    disk_init(&d);
+    d.is_forgetful = false;
+    s = cube_store_open(&d.world, "t", &o, NULL);
+    REQUIRE(s);
+    before = test_heap_bytes;
+    for (int n = 0; n < 100000; n++) {
+        uint32_t k = (uint32_t)test_random();
+
+        if (cube_store_put(s, "t", &k, 4, val, sizeof val, NULL) < 0 ||
+            cube_store_get(s, "t", &k, 4, &got, NULL) != 1)
+            FAIL("put and get");
+        if (n % 8 == 7) {
+            long disk_bytes = 0;
+
+            commit(s);
+            for (int i = 0; i < d.inode_count; i++)
+                disk_bytes += (long)d.inodes[i].now.cap;
+            if (most < test_heap_bytes - disk_bytes)
+                most = test_heap_bytes - disk_bytes;
+        }
+    }
+    (void)before;
+    CHECK(most < (5 << 20));
+    cube_buf_free(&got);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+TEST(idle_store_writes_nothing)
+{
+    static struct disk d;
+    struct cube_store *s;
+    int calls;
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    put(s, "a", "1");
+    commit(s);
+    calls = d.calls;
+    for (int i = 0; i < 100; i++) {
+        CHECK(!cube_store_slice(s, 5));
+        commit(s);
+    }
+    CHECK_INT(d.calls, calls);
+    cube_store_close(s);
+    s = must_open(&d.world, "t");
+    cube_store_close(s);
+    disk_free(&d);
 }
