@@ -11233,6 +11233,7 @@ static void cube_http_set_deadline(struct cube_http_req *req)
                        req);
 }
 
+/* Mutual recursion: being ready is seen by settle, which waits for it. */
 static void cube_http_on_ready(void *arg, unsigned events);
 
 /* Reads while there is room, writes while there is something to write. A
@@ -17824,6 +17825,7 @@ static void cube_docker_watch_open(void *arg)
     cube_docker_ask(op, 0, 0);
 }
 
+/* Mutual recursion: a ping's answer sets the time of the next one. */
 static void cube_docker_watch_check(void *arg);
 
 /* A stream that says nothing can be a quiet engine or a dead one; the ping
@@ -20212,10 +20214,12 @@ static void cube_search_without(struct cube_runtime_search *s)
     if (!strcmp(s->which, "auto") || !strcmp(s->which, "process"))
         rt = cube_process_new(s->loop, s->dir, &err);
     else if (s->count > 0)
-        rt = cube_docker_new(s->loop, s->places[s->count - 1], &err);
+        rt = cube_docker_new(s->loop, s->places[0], &err);
     else
         (void)cube_fail(&err, CUBE_EINVAL, "%s is no runtime: auto, docker, "
                         "podman and process are", s->which);
+    if (rt && s->count > 0 && !strcmp(s->which, "podman"))
+        rt->name = "podman"; /* until it says so itself */
     cube_search_end(s, rt, rt ? NULL : &err);
 }
 

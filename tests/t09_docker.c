@@ -1721,6 +1721,110 @@ TEST(what_is_freed_with_calls_in_flight_calls_back_no_more)
         CHECK(!h[verb].is_done);
 }
 
+/* ---- Finding a runtime ---- */
+
+struct found {
+    bool is_done;
+    struct cube_runtime *rt;
+    char words[700];
+    struct cube_err err;
+};
+
+static void on_found(void *arg, struct cube_runtime *rt, const char *words,
+                     const struct cube_err *err)
+{
+    struct found *f = arg;
+
+    f->is_done = true;
+    f->rt = rt;
+    (void)snprintf(f->words, sizeof f->words, "%s", words);
+    if (err)
+        f->err = *err;
+}
+
+static unsigned root(void *ctx)
+{
+    (void)ctx;
+    return 0;
+}
+
+TEST(a_runtime_is_found_and_it_is_said_why)
+{
+    static const struct {
+        const char *which, *docker, *podman; /* "x" is the fake engine */
+        const char *name, *words;
+        bool is_up;
+    } rows[] = {
+        {"auto", "x", "unix:///nosuch/p", "docker",
+         "Docker Engine 20.10.24 at", true},
+        {"docker", "x", "unix:///nosuch/p", "docker", "Docker Engine", true},
+        {NULL, "x", "unix:///nosuch/p", "docker", "Docker Engine", true},
+        {"auto", "unix:///nosuch/d", "x", "podman",
+         ", since GET unix:///nosuch/d", true},
+        {"auto", "ssh://me@host", "x", "podman", "ssh:", true},
+        {"podman", "unix:///nosuch/d", "x", "podman", "Podman 20.10.24 at",
+         true},
+        {"auto", "unix:///nosuch/d", "unix:///nosuch/p", "process",
+         "unix:///nosuch/p", true},
+        {"process", "x", "x", "process", "process", true},
+        {"docker", "unix:///nosuch/d", "x", "docker", "for which we wait",
+         false},
+        {"podman", "x", "unix:///nosuch/p", "podman", "for which we wait",
+         false},
+        {"lxc", "x", "x", NULL, "", false},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct found f = {0};
+
+        test_row("%s %s %s", rows[i].which, rows[i].docker, rows[i].podman);
+        open_fake();
+        fake.world.uid = root;
+        fake.is_podman = rows[i].name && !strcmp(rows[i].name, "podman");
+        env_docker_host = strcmp(rows[i].docker, "x") ? rows[i].docker
+                                                      : fake.where;
+        env_container_host = strcmp(rows[i].podman, "x") ? rows[i].podman
+                                                         : fake.where;
+        (void)cube_runtime_find(fake.loop, rows[i].which, test_dir(), on_found,
+                                &f);
+        CHECK(!f.is_done);
+        (void)until(&f.is_done);
+        CHECK_INT(f.rt != NULL, rows[i].name != NULL);
+        if (f.rt) {
+            CHECK_STR(f.rt->name, rows[i].name);
+            CHECK_HAS(f.words, rows[i].words);
+            CHECK_INT(f.rt->is_up, rows[i].is_up);
+        } else {
+            CHECK_INT(f.err.code, CUBE_EINVAL);
+            CHECK_HAS(f.err.text, "lxc is no runtime");
+        }
+        cube_runtime_free(f.rt);
+        close_fake();
+    }
+}
+
+TEST(a_search_can_be_given_up_at_any_time)
+{
+    for (int turns = 0; turns < 12; turns++) {
+        struct found f = {0};
+        struct cube_runtime_search *s;
+
+        test_row("after %d turns", turns);
+        open_fake();
+        env_docker_host = "unix:///nosuch/d";
+        env_container_host = fake.where;
+        rule("GET /_ping", 0, 200, NULL, HANG);
+        s = cube_runtime_find(fake.loop, "auto", test_dir(), on_found, &f);
+        for (int i = 0; i < turns; i++)
+            (void)cube_loop_turn(fake.loop, 0, NULL);
+        cube_runtime_find_cancel(s);
+        settle();
+        CHECK(!f.is_done);
+        close_fake();
+    }
+    cube_runtime_find_cancel(NULL);
+}
+
 TEST(who_the_engine_is_can_be_said)
 {
     open_fake();
