@@ -14979,7 +14979,7 @@ static void cube_health_stop(struct cube_health *h)
     memset(h, 0, sizeof *h);
 }
 
-/* The host port of the lowest container port; 0: it has none. */
+/* The host port of the lowest container port (TCP); 0: it has none. */
 static int cube_health_port(const struct cube_task *t, const char **ip)
 {
     int lowest = 65536, found = 0;
@@ -14987,10 +14987,12 @@ static int cube_health_port(const struct cube_task *t, const char **ip)
     for (size_t i = 0; i < t->host_ports.count; i++) {
         const struct cube_port *p = &t->host_ports.list[i];
         const char *text = p->count > 0 ? p->bindings[0].port : "";
+        const char *protocol;
         uint64_t number;
         int port;
 
-        if (cube_port_parse(p->port, &port, NULL) < 0 || port >= lowest ||
+        if (cube_port_parse(p->port, &port, &protocol) < 0 ||
+            strcmp(protocol, "tcp") != 0 || port >= lowest ||
             cube_text_u64(text, strlen(text), 65535, &number) < 0)
             continue;
         lowest = port;
