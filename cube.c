@@ -9353,8 +9353,10 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
  * A head is gathered line by line in one text, where each line is cut up in
  * place; what is found is kept as offsets, since the text moves as it grows.
  *
- *     text    G E T 0 / t a s k s 0 H T T P / 1 . 1 0 0 H o s t 0   a 0 0
- *             ^method ^target                           ^name     ^value
+ *     text    G E T 0 / t a s k s 0 H T T P / 1 . 1 0 n H o s t 0   a 0 n
+ *             ^method ^target                           ^name       ^value
+ *
+ * (0 is a NUL where a space, a colon or the CR stood, n is the LF).
  *
  * Server and client are two users of that parser. Each has one function that
  * looks at a connection as it is and does what comes next
@@ -9417,6 +9419,18 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 
 /* ---- Characters ---- */
 
+/* HTTP is a protocol of characters, and most of its holes are characters that
+ * one reader took for something else. So each place has its own class, asked
+ * for by name; nothing here depends on the locale, as isalnum and friends do.
+ *
+ *    class       where it may stand                   RFC
+ *    token       method, field name, list items       9110, 5.6.2
+ *    visible     request target, Host                 9112, 3
+ *    text        field values, chunk extensions       9110, 5.5
+ *    blank       around values and list items (OWS)   9110, 5.6.3
+ *    digit       versions, statuses, lengths          5234, B.1
+ */
+
 /* A token character of RFC 9110, section 5.6.2: letters, digits and
  * !#$%&'*+-.^_`|~ as a bit for each of 0 .. 127. */
 static bool cube_http_is_token(char c)
@@ -9427,16 +9441,23 @@ static bool cube_http_is_token(char c)
     return u < 128 && (bits[u / 32] >> u % 32 & 1);
 }
 
+/* Optional white space, OWS: a space or a tab. No other byte counts as blank,
+ * vertical tabs least of all: some readers pass over those, and so can be
+ * told another story than we are. */
 static bool cube_http_is_blank(char c)
 {
     return c == ' ' || c == '\t';
 }
 
+/* An ASCII digit. Lengths and statuses have no sign and no blank. */
 static bool cube_http_is_digit(char c)
 {
     return c >= '0' && c <= '9';
 }
 
+/* Are all bytes of one class? True for no bytes at all. NULs count, which is
+ * why this takes a length: a text with a NUL inside is as long as its line
+ * was. */
 static bool cube_http_all(const char *p, size_t len, bool (*is)(char c))
 {
     for (size_t i = 0; i < len; i++) {
@@ -9480,6 +9501,13 @@ static const char *cube_http_item(const char **list, size_t *len)
 
 /* ---- Heads ---- */
 
+/* A head is what both sides look up fields in: the server's handlers through
+ * cube_http_header, the client's callbacks through cube_http_head_get. Fields
+ * are kept in the order they came in, under the names they came with; a name
+ * that comes twice is found at its first place. Those few fields that have to
+ * do with framing are not looked up: the parser has judged them when they
+ * came. */
+
 /* Offsets into the head's text. */
 struct cube_http_field {
     uint32_t name, value;
@@ -9495,11 +9523,15 @@ struct cube_http_head {
     int minor;     /* HTTP/1.x; higher ones count as 1 */
 };
 
+/* For the client: the head of an answer. */
 CUBE_API int cube_http_head_status(const struct cube_http_head *head)
 {
     return head->status;
 }
 
+/* Linear, over at most CUBE_HTTP_MAX_FIELDS fields: a handler asks for one or
+ * two of them, so an index would cost more than it saves. The text is
+ * borrowed from the head. */
 CUBE_API const char *cube_http_head_get(const struct cube_http_head *head,
                                         const char *name)
 {
@@ -9515,6 +9547,29 @@ CUBE_API const char *cube_http_head_get(const struct cube_http_head *head,
 }
 
 /* ---- The parser ---- */
+
+/* The parser is a state and a function for each state, called in a loop until
+ * one of them has something to say. A function takes from the input what it
+ * understands and moves the input on; it keeps what it must remember in the
+ * parser, since its next call may be in another turn.
+ *
+ * A typical use:
+ *
+ *    struct cube_http_parser p = {0};
+ *    struct cube_http_input in = {bytes, count};
+ *
+ *    for (;;)
+ *        switch (cube_http_parse(&p, &in)) {
+ *        case CUBE_HTTP_MORE:  wait for more bytes, all of these are used
+ *        case CUBE_HTTP_HEAD:  look at p.head, p.has_body, p.is_kept
+ *        case CUBE_HTTP_DATA:  take p.piece, p.piece_len
+ *        case CUBE_HTTP_END:   act; then cube_http_parser_reset(&p)
+ *        case CUBE_HTTP_ERROR: answer p.status, say p.words, close
+ *        }
+ *
+ * Nothing is allocated but the head's text, and that is capped. A body is
+ * never held by the parser: it is handed over in the pieces in which it came.
+ */
 
 enum cube_http_event {
     CUBE_HTTP_MORE,  /* all bytes are used up */
@@ -9591,11 +9646,16 @@ static void cube_http_parser_reset(struct cube_http_parser *p)
     cube_buf_clear(&p->head.text);
 }
 
+/* Nothing of a message has come yet: a connection that ends here ends well.
+ * Empty lines before a request do not count. */
 static bool cube_http_parser_is_fresh(const struct cube_http_parser *p)
 {
     return p->state == CUBE_HTTP_START && p->head.text.len == 0;
 }
 
+/* Refuses the message: `status` is what a server answers, `words` say why.
+ * From here on only ERROR comes, until a reset; and since nobody knows where
+ * the next message begins, the connection cannot be kept. */
 static enum cube_http_event cube_http_bad(struct cube_http_parser *p,
                                           int status, const char *words)
 {
@@ -9705,6 +9765,8 @@ static enum cube_http_event cube_http_status_line(struct cube_http_parser *p,
     return CUBE_HTTP_GO_ON;
 }
 
+/* The first line. A NUL in it would end the text early for us and not for
+ * others, so it is looked for by length. */
 static enum cube_http_event cube_http_step_start(struct cube_http_parser *p,
                                                  struct cube_http_input *in)
 {
@@ -9731,6 +9793,18 @@ static enum cube_http_event cube_http_step_start(struct cube_http_parser *p,
 
 /* ---- Fields that decide where a message ends ---- */
 
+/* Five fields are looked at when they come, whatever a handler does with
+ * them. Each has a function that returns the words of a refusal, or NULL. The
+ * rules that need more than one field are checked at the end of the head.
+ *
+ *    field               what is refused
+ *    Content-Length      no number, two numbers (400)
+ *    Transfer-Encoding   chunked not last or twice (400), others (501)
+ *    both of them        400
+ *    Host                two of them, none in HTTP/1.1, odd characters (400)
+ *    Connection, Expect  nothing
+ */
+
 /* Digits, or a list of the same digits (RFC 9110, section 8.6). A number
  * beyond 64 bits is a number all the same: the largest. */
 static const char *cube_http_on_length(struct cube_http_parser *p,
@@ -9755,6 +9829,9 @@ static const char *cube_http_on_length(struct cube_http_parser *p,
     return count ? NULL : "Content-Length is empty";
 }
 
+/* The codings of all such fields make one list, in order. Chunked ends it:
+ * what comes after would be applied to the chunks, and no end would be known.
+ * Parameters are not told from names: "chunked;q=1" is another coding. */
 static const char *cube_http_on_coding(struct cube_http_parser *p,
                                        const char *value)
 {
@@ -9774,6 +9851,8 @@ static const char *cube_http_on_coding(struct cube_http_parser *p,
                ? NULL : "Transfer-Encoding is empty";
 }
 
+/* Only two options of the list mean something here. Their names are taken in
+ * any case, as clients of the last century wrote "Keep-Alive". */
 static const char *cube_http_on_connection(struct cube_http_parser *p,
                                            const char *value)
 {
@@ -9789,6 +9868,9 @@ static const char *cube_http_on_connection(struct cube_http_parser *p,
     return NULL;
 }
 
+/* More than one Host is refused also when they agree: whoever sends two wants
+ * two readers to pick different ones. Who may be named is the business of the
+ * server, in its access check. */
 static const char *cube_http_on_host(struct cube_http_parser *p,
                                      const char *value)
 {
@@ -9797,6 +9879,7 @@ static const char *cube_http_on_host(struct cube_http_parser *p,
     return ++p->hosts > 1 ? "there are two Host fields" : NULL;
 }
 
+/* Noted only: the answer, 100 or 417, is the server's. */
 static const char *cube_http_on_expect(struct cube_http_parser *p,
                                        const char *value)
 {
@@ -9843,6 +9926,8 @@ static const char *cube_http_cut_field(char *line, size_t len, char **value)
     return NULL;
 }
 
+/* Adds a field to the head. The pointers into the line become offsets, since
+ * the text may move when the next line comes. */
 static enum cube_http_event cube_http_field(struct cube_http_parser *p,
                                             char *line)
 {
@@ -9889,6 +9974,9 @@ static enum cube_http_event cube_http_frame(struct cube_http_parser *p)
     return CUBE_HTTP_HEAD;
 }
 
+/* The head is complete: what its fields say together. Some of these could be
+ * repaired, as RFC 9112 allows (a coding beats a length); a repair is what
+ * smugglers count on. */
 static enum cube_http_event cube_http_judge(struct cube_http_parser *p)
 {
     if (!p->is_answer && p->head.minor > 0 && p->hosts == 0)
@@ -9904,6 +9992,8 @@ static enum cube_http_event cube_http_judge(struct cube_http_parser *p)
     return cube_http_frame(p);
 }
 
+/* One line after the other, until an empty one. The cap is on the head as a
+ * whole, first line included. */
 static enum cube_http_event cube_http_step_fields(struct cube_http_parser *p,
                                                   struct cube_http_input *in)
 {
@@ -9919,6 +10009,23 @@ static enum cube_http_event cube_http_step_fields(struct cube_http_parser *p,
 }
 
 /* ---- Bodies ---- */
+
+/* A chunked body, byte by byte, for "hello world" in two chunks with an
+ * extension and a trailer (RFC 9112, section 7.1):
+ *
+ *    5 ; x = y CR LF      size in hexadecimal, extensions   SIZE
+ *    h e l l o            that many bytes                   CHUNK
+ *    CR LF                and a line end                    CHUNK_END
+ *    6 CR LF                                                SIZE
+ *    _ w o r l d CR LF                                      CHUNK, CHUNK_END
+ *    0 CR LF              the last one                      SIZE
+ *    S u m : _ 1 CR LF    trailers, if any                  TRAILERS
+ *    CR LF                the end                           DONE
+ *
+ * Extensions mean nothing to us and are passed over, but they count: a peer
+ * that sends more of them than a head may hold is up to something. Trailers
+ * are checked and dropped, as RFC 9110, section 6.5.1 advises: who merges
+ * them into the head lets the end of a message change its beginning. */
 
 /* SIZED, CHUNK and TO_CLOSE: hands over what there is, at most `left`. */
 static enum cube_http_event cube_http_step_data(struct cube_http_parser *p,
@@ -9962,6 +10069,8 @@ static int64_t cube_http_chunk_size(const char *line, size_t len)
     return size;
 }
 
+/* The line before a chunk. It is forgotten once it is read, so that a body of
+ * a million chunks takes the memory of one. */
 static enum cube_http_event cube_http_step_size(struct cube_http_parser *p,
                                                 struct cube_http_input *in)
 {
@@ -9985,6 +10094,9 @@ static enum cube_http_event cube_http_step_size(struct cube_http_parser *p,
     return CUBE_HTTP_GO_ON;
 }
 
+/* The line end behind a chunk: CR and LF and nothing else. The first byte is
+ * looked at as soon as it is here, so that a chunk longer than its size is
+ * refused at once and not when a line end happens to come. */
 static enum cube_http_event cube_http_step_end(struct cube_http_parser *p,
                                                struct cube_http_input *in)
 {
@@ -10026,6 +10138,7 @@ static enum cube_http_event cube_http_step_trailers(struct cube_http_parser *p,
     return CUBE_HTTP_GO_ON;
 }
 
+/* DONE and BAD: there is nothing to read any more. */
 static enum cube_http_event cube_http_step_done(struct cube_http_parser *p,
                                                 struct cube_http_input *in)
 {
@@ -10070,6 +10183,18 @@ static enum cube_http_event cube_http_parse_eof(struct cube_http_parser *p)
 
 /* ---- Addresses as text ---- */
 
+/* Where to listen and where to connect are written in one way, in flags,
+ * files and on the wire. A place is such a text taken apart; its addresses
+ * are found in three ways:
+ *
+ *    10.0.0.7, [::1]     are addresses already
+ *    localhost           127.0.0.1, then ::1, whatever /etc/hosts thinks
+ *    anything else       is asked of the machine's resolver, beside the loop
+ *
+ * That localhost needs no name server is a matter of safety as well: RFC
+ * 6761, section 6.3, since a resolver that answers for it can send a token
+ * abroad. */
+
 /* "10.0.0.1:80", "[::1]:80", "/run/x.sock". */
 static void cube_http_addr_text(const struct cube_addr *a, char *out,
                                 size_t size)
@@ -10086,6 +10211,7 @@ static void cube_http_addr_text(const struct cube_addr *a, char *out,
                    ip, (unsigned)a->port);
 }
 
+/* The address first.0.0.last, port 0: 127.0.0.1 or 0.0.0.0. */
 static struct cube_addr cube_http_ip4(unsigned char first, unsigned char last)
 {
     struct cube_addr a;
@@ -10097,6 +10223,7 @@ static struct cube_addr cube_http_ip4(unsigned char first, unsigned char last)
     return a;
 }
 
+/* The address ::last, port 0: ::1 or ::. */
 static struct cube_addr cube_http_ip6(unsigned char last)
 {
     struct cube_addr a;
@@ -10219,6 +10346,11 @@ static int cube_http_place_known(const struct cube_http_place *place,
 
 /* ---- Percent-encoding ---- */
 
+/* A target is cut up first and decoded afterwards, RFC 3986, section 2.4: in
+ * /tasks/a%2Fb the second segment is "a/b", and no third one comes into
+ * being. A plus sign is a space in queries, where forms write it so, and a
+ * plus elsewhere. */
+
 /* Means itself everywhere in a URI: RFC 3986, section 2.3. */
 static bool cube_http_is_unreserved(char c)
 {
@@ -10227,6 +10359,8 @@ static bool cube_http_is_unreserved(char c)
            c == '.' || c == '_' || c == '~';
 }
 
+/* Everything but the unreserved characters, so that the result fits a path
+ * segment as well as a query value. UTF-8 goes byte by byte. */
 CUBE_API void cube_http_encode(struct cube_buf *out, const char *text)
 {
     for (; *text; text++) {
@@ -10377,6 +10511,18 @@ struct cube_http_req {
 
 /* ---- Sending ---- */
 
+/* An answer is put together in `out` and sent from there. What the socket
+ * does not take stays, and the descriptor is watched for room:
+ *
+ *    out    [ sent ............ | to be sent .............. ]
+ *                             out_at                      len
+ *
+ * Nothing that sends reports an error to who called it. A handler that
+ * answers has no use for the news that its peer is gone, and being called
+ * back from inside its own call would be worse than useless: is_broken is
+ * noted, and the next look at the connection, in the same turn, finds it. */
+
+/* How many bytes of answers the peer has not taken yet. */
 static size_t cube_http_pending(const struct cube_http_req *req)
 {
     return req->out.len - req->out_at;
@@ -10434,6 +10580,8 @@ static void cube_http_push(struct cube_http_req *req, const char *data,
     cube_buf_add(&req->out, data, len);
 }
 
+/* A number in decimal, or in lower-case hexadecimal: what snprintf could do,
+ * at a tenth of the cost, three times in each answer. */
 static void cube_http_put_u64(struct cube_buf *b, uint64_t v, unsigned base)
 {
     char text[24], *p = text + sizeof text;
@@ -10466,6 +10614,8 @@ static const char *cube_http_date(struct cube_http_server *s)
     return s->date;
 }
 
+/* The words behind a status; for people only, as RFC 9112, section 4 has it.
+ * A handler may use statuses that are not in the list. */
 static const char *cube_http_reason(int status)
 {
     static const struct {
@@ -10494,6 +10644,7 @@ static const char *cube_http_reason(int status)
     return "Unknown";
 }
 
+/* A HEAD is answered like a GET, but the body stays here. */
 static bool cube_http_is_head(const struct cube_http_req *req)
 {
     return strcmp(cube_http_method(req), "HEAD") == 0;
@@ -10505,6 +10656,7 @@ static bool cube_http_has_content(int status)
     return status >= 200 && status != 204 && status != 304;
 }
 
+/* The caller answers for name and value: no line end in either. */
 static void cube_http_put_field(struct cube_buf *b, const char *name,
                                 const char *value)
 {
@@ -10548,6 +10700,20 @@ static void cube_http_put_head(struct cube_http_req *req, int status,
 
 /* ---- The life of a connection ---- */
 
+/* Who may free it. A request has two owners, its connection and its handler,
+ * and they leave in either order:
+ *
+ *    peer goes, then handler answers     drop: socket closed; phase stays
+ *                                        HANDLING; reply frees it
+ *    peer goes, handler asked to hear    drop: on_gone is the handler's end
+ *    handler answers, peer stays         the connection lives on
+ *    server closes during a handler      drop marks, who is on the stack
+ *                                        (is_busy) frees when it is back
+ *
+ * cube_http_release looks at all three conditions; everybody who takes one
+ * away calls it, and nobody frees by himself. */
+
+/* The end of its memory. Called by release alone. */
 static void cube_http_free_req(struct cube_http_req *req)
 {
     cube_buf_free(&req->parser.head.text);
@@ -10559,6 +10725,7 @@ static void cube_http_free_req(struct cube_http_req *req)
     cube_free(req);
 }
 
+/* Does a handler have this request, and owe the rest of an answer? */
 static bool cube_http_is_open(const struct cube_http_req *req)
 {
     return req->phase == CUBE_HTTP_HANDLING ||
@@ -10643,6 +10810,11 @@ static void cube_http_finish(struct cube_http_req *req)
 
 /* ---- What handlers call ---- */
 
+/* These run inside a handler, or minutes later from somewhere else, on a
+ * connection that may be gone by then. Each one first brings its own state in
+ * order and then, outside a handler, asks for a look (cube_http_touch);
+ * inside one the look comes anyway when the handler returns. */
+
 /* "" before a request line was read. */
 CUBE_API const char *cube_http_method(const struct cube_http_req *req)
 {
@@ -10651,6 +10823,8 @@ CUBE_API const char *cube_http_method(const struct cube_http_req *req)
     return text ? text : "";
 }
 
+/* The copy in `words`, which begins with it: the target itself has no end
+ * there, a query may follow. */
 CUBE_API const char *cube_http_path(const struct cube_http_req *req)
 {
     return req->words.data;
@@ -10664,6 +10838,8 @@ static bool cube_http_is_variable(const char *segment, size_t len,
            (!name || cube_text_is(segment + 1, len - 2, name));
 }
 
+/* The route says which segment has that name. Segments of route and request
+ * correspond one to one, or the route would not have matched. */
 CUBE_API const char *cube_http_param(const struct cube_http_req *req,
                                      const char *name)
 {
@@ -10679,6 +10855,8 @@ CUBE_API const char *cube_http_param(const struct cube_http_req *req,
     return NULL;
 }
 
+/* All pairs were decoded when the head came, so that a broken escape in any
+ * of them was refused then and needs no answer here. */
 CUBE_API const char *cube_http_query(const struct cube_http_req *req,
                                      const char *name)
 {
@@ -10689,12 +10867,15 @@ CUBE_API const char *cube_http_query(const struct cube_http_req *req,
     return NULL;
 }
 
+/* Fields of the request. There is no way to ask for the second of two equal
+ * ones; no handler here wants to. */
 CUBE_API const char *cube_http_header(const struct cube_http_req *req,
                                       const char *name)
 {
     return cube_http_head_get(&req->parser.head, name);
 }
 
+/* The whole body: handlers run when it is complete. */
 CUBE_API const char *cube_http_body(const struct cube_http_req *req,
                                     size_t *len)
 {
@@ -10703,6 +10884,7 @@ CUBE_API const char *cube_http_body(const struct cube_http_req *req,
     return req->body.data ? req->body.data : "";
 }
 
+/* The last call counts; NULL takes it back. */
 CUBE_API void cube_http_on_gone(struct cube_http_req *req, cube_call_fn *fn,
                                 void *arg)
 {
@@ -10727,6 +10909,9 @@ CUBE_API void cube_http_reply_header(struct cube_http_req *req,
     cube_buf_add(&req->extra, "\r\n", 2);
 }
 
+/* In one go: head, body, done. A small body is copied behind its head, so
+ * that both leave in one system call; a large one goes to the socket from
+ * where it stands, and only the rest of it is copied. */
 CUBE_API void cube_http_reply(struct cube_http_req *req, int status,
                               const char *type, const void *body, size_t len)
 {
@@ -10737,6 +10922,12 @@ CUBE_API void cube_http_reply(struct cube_http_req *req, int status,
     cube_http_finish(req);
 }
 
+/* The error body that all of Cube's servers answer with, as the Go program
+ * does:
+ *
+ *    {"HTTPStatusCode":404,"Message":"there is no /x here"}
+ *
+ * The words are cut at 1000 bytes, and escaped as task texts are. */
 CUBE_API void cube_http_reply_error(struct cube_http_req *req, int status,
                                     const char *format, ...)
 {
@@ -10771,6 +10962,9 @@ CUBE_API void cube_http_stream(struct cube_http_req *req, int status,
     cube_http_touch(req);
 }
 
+/* Each write becomes one chunk, and a write of nothing none, since an empty
+ * chunk is the end. Writes of one turn leave together at its end: a stream of
+ * small events costs one system call a turn, not one each. */
 CUBE_API void cube_http_stream_write(struct cube_http_req *req,
                                      const void *data, size_t len)
 {
@@ -10793,11 +10987,14 @@ CUBE_API void cube_http_stream_write(struct cube_http_req *req,
         cube_defer_set(req->server->loop, &req->defer, cube_http_settle, req);
 }
 
+/* Chunk framing included, so never exactly what was written. */
 CUBE_API size_t cube_http_stream_backlog(const struct cube_http_req *req)
 {
     return cube_http_pending(req);
 }
 
+/* For writers that have more than fits: write a piece, wait for this, write
+ * the next. It comes from the loop, never from inside a write. */
 CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
                                         cube_call_fn *fn, void *arg)
 {
@@ -10805,6 +11002,8 @@ CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
     req->drain_arg = arg;
 }
 
+/* The reader learns that this was all: by the last chunk, or, if it speaks
+ * HTTP/1.0, by the end of the connection. */
 CUBE_API void cube_http_stream_end(struct cube_http_req *req)
 {
     CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
@@ -10813,6 +11012,8 @@ CUBE_API void cube_http_stream_end(struct cube_http_req *req)
     cube_http_finish(req);
 }
 
+/* What was written is still sent; then the connection ends without a last
+ * chunk, which a reader must take for a cut (RFC 9112, section 8). */
 CUBE_API void cube_http_stream_abort(struct cube_http_req *req)
 {
     CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
@@ -10821,6 +11022,16 @@ CUBE_API void cube_http_stream_abort(struct cube_http_req *req)
 }
 
 /* ---- What a request asks for ---- */
+
+/* The target is cut up once, when the head comes, into `words`:
+ *
+ *    GET /tasks/a%2Fb/logs?tail=10&follow HTTP/1.1
+ *
+ *    words     /tasks/a%2Fb/logs 0 tasks 0 a/b 0 logs 0 tail 0 10 0 follow 0 0
+ *              ^path               ^[0]    ^[1]  ^[2]   ^query[0]   ^query[1]
+ *
+ * so that matching, variables and queries are all comparisons of plain texts.
+ */
 
 /* Refuses: answers, and closes if the peer may still be sending a body.
  * False, for who asks whether to go on. */
@@ -10888,6 +11099,8 @@ static int cube_http_cut_target(struct cube_http_req *req, const char *p)
     return *end ? cube_http_cut_query(req, end + 1) : 0;
 }
 
+/* Segment by segment: a literal one must be equal after decoding, a variable
+ * takes anything but nothing. */
 static bool cube_http_route_fits(const struct cube_http_req *req,
                                  const struct cube_http_route *route)
 {
@@ -10945,6 +11158,8 @@ static bool cube_http_refuse_path(struct cube_http_req *req)
     return false;
 }
 
+/* Routes are asked in their order, a dozen of them at most; the methods are
+ * compared first, as that is cheaper. */
 static bool cube_http_find_route(struct cube_http_req *req)
 {
     const struct cube_http_route *r = req->server->routes;
@@ -10959,6 +11174,20 @@ static bool cube_http_find_route(struct cube_http_req *req)
 }
 
 /* ---- Access ---- */
+
+/* Three checks, in this order, before a body is read or a route is looked
+ * for, so that a stranger does not even learn which paths exist:
+ *
+ *    Origin present                     403   a web page is asking
+ *    Host not known here                403   a web page has renamed us
+ *    no token, or another one           401   GET /healthz may be open
+ *
+ * The first two exist because a browser on the operator's machine can reach
+ * 127.0.0.1 and is steered by whoever wrote the page. It always says the
+ * page's origin when it writes, and says the page's idea of our name when it
+ * reads: DNS rebinding points evil.example to 127.0.0.1, but cannot make the
+ * Host field say so. On a unix socket there are no browsers, and any Host
+ * will do. */
 
 /* A Host that no web page can have: an address, localhost, a known name. */
 static bool cube_http_host_is_known(const struct cube_http_server *s,
@@ -10979,6 +11208,9 @@ static bool cube_http_host_is_known(const struct cube_http_server *s,
     return false;
 }
 
+/* Both tokens are compared whatever the first one gave, and each by its hash:
+ * the time taken tells nothing about how much of a guess was right. Two
+ * tokens are accepted so that one can be replaced without a pause. */
 static bool cube_http_has_token(const struct cube_http_req *req)
 {
     const struct cube_http_options *o = &req->server->options;
@@ -11032,6 +11264,17 @@ static bool cube_http_check_access(struct cube_http_req *req,
 
 /* ---- From bytes to handlers ---- */
 
+/*    socket --recv--> [ 16 KiB on the stack ] --parse--> head, body, handler
+ *                             |
+ *                             | what a busy connection cannot take yet
+ *                             v
+ *                          ahead --parse, once it is free--> ...
+ *
+ * Usually `ahead` is empty and no byte is copied before the parser sees it.
+ * It fills when a client sends its next requests before the present one is
+ * answered; at CUBE_HTTP_MAX_AHEAD the socket is left unread, and the
+ * kernel's window tells the client to wait. */
+
 /* The path of the target: what follows http://authority of the absolute
  * form, whose authority then stands for Host (RFC 9112, section 3.2.2). */
 static const char *cube_http_origin(const char *target, char *host,
@@ -11073,6 +11316,8 @@ static bool cube_http_on_head(struct cube_http_req *req)
     return true;
 }
 
+/* Gathers the body. A chunked one says its length only by ending, so the cap
+ * is looked at with each piece. */
 static bool cube_http_on_data(struct cube_http_req *req)
 {
     size_t max_body = req->server->options.max_body;
@@ -11133,6 +11378,8 @@ static void cube_http_take(struct cube_http_req *req, const char *data,
         cube_buf_add(&req->ahead, in.data, in.len);
 }
 
+/* Bytes that came while a handler had the request before them. Handlers never
+ * touch `ahead`, so it can be fed from where it stands. */
 static void cube_http_pump_ahead(struct cube_http_req *req)
 {
     struct cube_http_input in = {req->ahead.data, req->ahead.len};
@@ -11143,6 +11390,8 @@ static void cube_http_pump_ahead(struct cube_http_req *req)
         cube_buf_free(&req->ahead);
 }
 
+/* One recv a look: readiness is told again while there is more, and so a
+ * connection that sends without end cannot starve the others. */
 static void cube_http_read(struct cube_http_req *req)
 {
     const struct cube_world *w = req->server->world;
@@ -11159,6 +11408,20 @@ static void cube_http_read(struct cube_http_req *req)
 
 /* ---- What comes next ---- */
 
+/* Waiting. Each thing that a peer owes us has a limit, and a timer that is
+ * moved as seldom as possible:
+ *
+ *    wait      begins with                  limit                then
+ *    IDLE      the end of an answer         idle_timeout_ms      closed
+ *    HEAD      the first byte               head_timeout_ms      408
+ *    BODY      the end of the head          body_timeout_ms      408
+ *    SEND      the last progress            body_timeout_ms      closed
+ *    LINGER    our own end                  CUBE_HTTP_LINGER_MS  closed
+ *    NOTHING   (a handler is at work, or a stream has nothing to say)
+ *
+ * HEAD and BODY are counted from their beginning, not from the last byte: a
+ * peer that sends one byte a second would hold its connection for ever. */
+
 /* What the peer owes us, with the time that it has for it. */
 static enum cube_http_wait cube_http_waits_for(const struct cube_http_req *req)
 {
@@ -11174,6 +11437,7 @@ static enum cube_http_wait cube_http_waits_for(const struct cube_http_req *req)
                                                  : CUBE_HTTP_WAIT_BODY;
 }
 
+/* The limit column above; -1 for none. */
 static int64_t cube_http_patience(const struct cube_http_options *o,
                                   enum cube_http_wait wait)
 {
@@ -11215,6 +11479,8 @@ static void cube_http_on_time(void *arg)
     cube_http_settle(req);
 }
 
+/* Sets the deadline anew when the wait is another one, or something has
+ * moved. The timer itself is only touched when it would come too late. */
 static void cube_http_set_deadline(struct cube_http_req *req)
 {
     struct cube_http_server *s = req->server;
@@ -11328,6 +11594,8 @@ static void cube_http_settle(void *arg)
         cube_http_touch(req);
 }
 
+/* The descriptor has something. A hang-up counts only when there is nothing
+ * to read before it: what was said last is still a request. */
 static void cube_http_on_ready(void *arg, unsigned events)
 {
     struct cube_http_req *req = arg;
@@ -11340,6 +11608,15 @@ static void cube_http_on_ready(void *arg, unsigned events)
 }
 /* ---- Accepting ---- */
 
+/* Two things can run out. Connections have a cap of their own: at the cap,
+ * the one that has been idle longest makes room, and when all are busy the
+ * new ones wait in the kernel's queue, where they cost us nothing.
+ * Descriptors belong to the whole process: when accept fails for the lack of
+ * them, the listener stays readable, and a loop that goes on asking takes all
+ * of the CPU to learn the same again. In both cases the listeners are not
+ * watched for a moment. */
+
+/* The first look adds it to the loop and sets its deadline. */
 static void cube_http_add_conn(struct cube_http_server *s, int fd,
                                const struct cube_addr *peer)
 {
@@ -11373,11 +11650,14 @@ static bool cube_http_make_room(struct cube_http_server *s)
     return false;
 }
 
+/* The pause is over: whoever waits is seen in this turn or the next. */
 static void cube_http_resume(void *arg)
 {
     cube_http_listen_on(arg, true);
 }
 
+/* Leaves the listeners alone for CUBE_HTTP_ACCEPT_PAUSE_MS, or until a
+ * connection ends. */
 static void cube_http_pause(struct cube_http_server *s)
 {
     cube_http_listen_on(s, false);
@@ -11423,6 +11703,8 @@ static void cube_http_on_accept(void *arg, unsigned events)
     }
 }
 
+/* Watches the listeners, or does not. When the loop cannot watch one (no
+ * memory in the kernel) it is tried again later. */
 static void cube_http_listen_on(struct cube_http_server *s, bool is_on)
 {
     s->is_paused = !is_on;
@@ -11440,6 +11722,10 @@ static void cube_http_listen_on(struct cube_http_server *s, bool is_on)
 }
 
 /* ---- Listening ---- */
+
+/* One server may have several listeners: localhost is two addresses, and so
+ * can be any name. All have one port. Binding happens at once and its errors
+ * are the caller's, since a program that cannot listen should not start. */
 
 /* A socket file stays when its server dies. If nobody answers there it is
  * removed; anything else in its place is left alone. True: try again. */
@@ -11459,6 +11745,8 @@ static bool cube_http_remove_stale(const struct cube_world *w,
     return fd == -ECONNREFUSED && w->unlink(w->ctx, addr->path) >= 0;
 }
 
+/* A negative errno value, or 0 and one listener more. The kernel is asked
+ * which port it gave. */
 static int cube_http_add_listener(struct cube_http_server *s,
                                   const struct cube_addr *addr)
 {
@@ -11480,6 +11768,8 @@ static int cube_http_add_listener(struct cube_http_server *s,
     return 0;
 }
 
+/* Unix sockets leave a file, which is removed: the next server should find
+ * nothing, not a stale one. */
 static void cube_http_close_listeners(struct cube_http_server *s)
 {
     const struct cube_world *w = s->world;
@@ -11553,6 +11843,8 @@ static int cube_http_resolve(const struct cube_world *w,
     return r;
 }
 
+/* Finds the addresses and listens on them, and says what went wrong in words
+ * that name the address, since "localhost" may have two. */
 static int cube_http_bind(struct cube_http_server *s,
                           const struct cube_http_place *place,
                           const char *where, struct cube_err *err)
@@ -11618,6 +11910,8 @@ static void cube_http_set_options(struct cube_http_server *s,
     o->max_connections = o->max_connections ? o->max_connections : 1000;
 }
 
+/* Listeners first, so that nobody new comes in while the connections are
+ * told. An on_gone may answer nothing more, but may free what it holds. */
 CUBE_API void cube_http_close(struct cube_http_server *s)
 {
     if (!s)
@@ -11661,12 +11955,23 @@ cube_http_listen(struct cube_loop *l, const char *where,
     return s;
 }
 
+/* Of the first listener; all have the same. 0 for a unix socket. */
 CUBE_API uint16_t cube_http_port(const struct cube_http_server *s)
 {
     return s->listeners[0].addr.port;
 }
 
 /* ---- The client: its types ---- */
+
+/* A client is a base, a pool of idle connections to it, and the calls that
+ * are on their way. HTTP/1.1 has one answer on a connection at a time, so a
+ * call has a connection of its own while it lasts:
+ *
+ *    calls   [GET /tasks]--link--socket      [GET /events]--link--socket
+ *    idle    link--socket, link--socket      at most CUBE_HTTP_MAX_IDLE
+ *
+ * How many connections are open is up to who calls: twenty calls at once are
+ * twenty connections, of which eight are kept afterwards. */
 
 #define CUBE_HTTP_MAX_IDLE 8        /* kept connections of one client */
 #define CUBE_HTTP_IDLE_MS 60000     /* less than servers keep theirs */
@@ -11737,6 +12042,13 @@ struct cube_http_call {
 
 /* ---- Connections of a client ---- */
 
+/* A kept connection may have died in its sleep. Most deaths are seen by the
+ * loop, as an idle connection that becomes readable is at its end; the rest
+ * when it is taken, by a read that must find nothing. What remains is the
+ * server that closes while our request is on its way: see
+ * cube_http_call_lost. */
+
+/* Frees it when it is closed and nobody on the stack works on it. */
 static void cube_http_link_release(struct cube_http_link *k)
 {
     if (k->fd >= 0 || k->is_busy)
@@ -11754,6 +12066,8 @@ static void cube_http_link_wake(struct cube_http_link *k)
     k->client->idle_count--;
 }
 
+/* Closes the socket and lets go of call and pool. What happens to the call is
+ * for the caller to say. */
 static void cube_http_link_close(struct cube_http_link *k)
 {
     struct cube_http_client *c = k->client;
@@ -11771,6 +12085,8 @@ static void cube_http_link_close(struct cube_http_link *k)
     cube_http_link_release(k);
 }
 
+/* Idle for CUBE_HTTP_IDLE_MS. Servers keep theirs longer, so that it is
+ * rarely they who close first. */
 static void cube_http_link_expire(void *arg)
 {
     cube_http_link_close(arg);
@@ -11823,6 +12139,16 @@ static struct cube_http_link *cube_http_link_take(struct cube_http_client *c)
 
 /* ---- The end of a call ---- */
 
+/* A call ends in exactly one of three ways, and each goes through
+ * cube_http_call_stop, which takes it out of everything it waits for:
+ *
+ *    done      with or without an error: on_done, then freed
+ *    cancel    freed, on_done does not run
+ *    client    freed with its calls open: each is done with CUBE_ECANCELED
+ *
+ * During on_done the call is in no list any more; by that it is known, and so
+ * cancelling it there does nothing. */
+
 /* Ends what the call has going on, its connection included. */
 static void cube_http_call_stop(struct cube_http_call *call)
 {
@@ -11841,6 +12167,7 @@ static void cube_http_call_stop(struct cube_http_call *call)
         cube_http_link_close(call->conn);
 }
 
+/* The end of its memory; stopped before. */
 static void cube_http_call_free(struct cube_http_call *call)
 {
     cube_buf_free(&call->out);
@@ -11850,6 +12177,8 @@ static void cube_http_call_free(struct cube_http_call *call)
     cube_free(call);
 }
 
+/* From inside on_head or on_data too: the reader notices that its connection
+ * has no call any more. */
 CUBE_API void cube_http_call_cancel(struct cube_http_call *call)
 {
     if (cube_list_is_empty(&call->link))
@@ -11888,6 +12217,8 @@ static void cube_http_call_done(struct cube_http_call *call,
     cube_http_call_free(call);
 }
 
+/* Ends a call with an error, whose words begin with what was asked of whom:
+ * "GET http://a:5555/tasks: ". */
 __attribute__((format(printf, 3, 4))) static void
 cube_http_call_fail(struct cube_http_call *call, enum cube_code code,
                     const char *format, ...)
@@ -11904,6 +12235,14 @@ cube_http_call_fail(struct cube_http_call *call, enum cube_code code,
 }
 
 /* ---- Reading an answer ---- */
+
+/*    100 .. 199    passed over, another head follows
+ *    the head      on_head
+ *    the body      on_data, or gathered up to max_body
+ *    the end       the connection goes to the pool, on_done
+ *
+ * An answer with an error status is an answer: what 404 means, the caller
+ * knows. */
 
 /* Mutual recursion: a connection that is refused or lost leads to the next
  * one, whose events lead back here. */
@@ -11937,6 +12276,7 @@ static void cube_http_call_lost(struct cube_http_call *call, int r)
     }
 }
 
+/* To the caller as it comes, or to the collection. */
 static void cube_http_call_on_data(struct cube_http_call *call,
                                    const char *data, size_t len)
 {
@@ -11997,6 +12337,8 @@ static void cube_http_link_feed(struct cube_http_link *k,
     }
 }
 
+/* Nothing came for idle_timeout_ms: of a stream with a heartbeat that means
+ * that its server, or the way to it, is gone. */
 static void cube_http_call_on_silence(void *arg)
 {
     struct cube_http_call *call = arg;
@@ -12005,6 +12347,8 @@ static void cube_http_call_on_silence(void *arg)
                         call->want.idle_timeout_ms);
 }
 
+/* Something was heard, so the silence begins anew. It begins with the call
+ * itself: connecting is silence too. */
 static void cube_http_call_hear(struct cube_http_call *call)
 {
     if (call->want.idle_timeout_ms > 0)
@@ -12013,6 +12357,8 @@ static void cube_http_call_hear(struct cube_http_call *call)
                        call);
 }
 
+/* One recv a look, as in the server. An end of input is the end of an answer
+ * only where the answer has no other. */
 static void cube_http_link_read(struct cube_http_link *k)
 {
     const struct cube_world *w = k->client->world;
@@ -12034,6 +12380,11 @@ static void cube_http_link_read(struct cube_http_link *k)
 }
 
 /* ---- Sending a request ---- */
+
+/* A request is one buffer, head and body, written when the call is made; a
+ * retry begins it again from the front. There are no Accept-Encoding, no
+ * cookies and no redirects: an orchestrator talks to those that it was told
+ * of. */
 
 /* Sends what can be sent. A server may answer, and close, without reading all
  * of a request: so a failure to send is only noted here as the end of
@@ -12071,6 +12422,18 @@ static void cube_http_link_begin(struct cube_http_link *k)
 
 /* ---- Connecting ---- */
 
+/*    places known? --no--> resolver, beside the loop --none--> fails
+ *         | yes                    |
+ *         +<-----------------------+
+ *         v
+ *    next address --connect--> in progress --writable--> request goes out
+ *         ^                        |
+ *         +--- refused, or 3 s ----+        no address left: fails with
+ *                                           the words of the last one
+ *
+ * Addresses are tried one after the other. RFC 8305 (Happy Eyeballs) would
+ * race them; in a cluster a name has one address, or two of one machine. */
+
 /* That address did not work: on to the next one. */
 static void cube_http_call_refused(struct cube_http_call *call, int r)
 {
@@ -12083,6 +12446,8 @@ static void cube_http_call_refused(struct cube_http_call *call, int r)
         cube_http_link_close(call->conn);
 }
 
+/* Whether it worked out is asked of the socket, since readiness may be told
+ * without cause. */
 static void cube_http_link_connected(struct cube_http_link *k,
                                      unsigned events)
 {
@@ -12099,6 +12464,9 @@ static void cube_http_link_connected(struct cube_http_link *k,
     }
 }
 
+/* The one entry from the loop while a call is on: connecting, writing or
+ * reading. Busy all the while, as each of them may end call, connection and
+ * client. */
 static void cube_http_link_on_ready(void *arg, unsigned events)
 {
     struct cube_http_link *k = arg;
@@ -12116,6 +12484,8 @@ static void cube_http_link_on_ready(void *arg, unsigned events)
     cube_http_link_release(k);
 }
 
+/* Only set while there is another address to try; the last one has the time
+ * that the call has. */
 static void cube_http_link_too_slow(void *arg)
 {
     struct cube_http_link *k = arg;
@@ -12167,6 +12537,7 @@ static void cube_http_call_try(void *arg)
     cube_http_call_fail(call, call->err.code, "%s", call->err.text);
 }
 
+/* Names have no port: that comes from the base. */
 static void cube_http_call_on_resolved(void *arg, struct cube_job *job)
 {
     struct cube_http_call *call = arg;
@@ -12186,6 +12557,8 @@ static void cube_http_call_on_resolved(void *arg, struct cube_job *job)
     cube_http_call_try(call);
 }
 
+/* From the first address on. Nothing is remembered from call to call:
+ * addresses change, and resolvers have caches. */
 static void cube_http_call_connect(struct cube_http_call *call)
 {
     struct cube_http_client *c = call->client;
@@ -12207,6 +12580,12 @@ static void cube_http_call_connect(struct cube_http_call *call)
 
 /* ---- The client's interface ---- */
 
+/* Making a call does nothing but write it down: it begins at the end of the
+ * turn, so that no callback can run before cube_http_call has returned, and a
+ * call that cannot be right fails in the same way as one that went wrong. */
+
+/* timeout_ms is over. What was wrong with the addresses tried so far is said
+ * too, as it is usually the reason. */
 static void cube_http_call_on_time(void *arg)
 {
     struct cube_http_call *call = arg;
@@ -12239,6 +12618,8 @@ static void cube_http_call_start(void *arg)
     cube_http_link_begin(k);
 }
 
+/* The caller's fields. A line end in one of them would begin another field,
+ * or another request: the call then fails instead. */
 static void cube_http_call_put_fields(struct cube_http_call *call,
                                       const char *const *fields)
 {
@@ -12259,6 +12640,8 @@ static void cube_http_call_put_fields(struct cube_http_call *call,
         cube_http_put_field(&call->out, "Content-Type", "application/json");
 }
 
+/* The request as it goes out. A POST without a body says so, with length 0:
+ * some servers wait for one otherwise. */
 static void cube_http_call_put_request(struct cube_http_call *call,
                                        const struct cube_http_request *r)
 {
@@ -12286,6 +12669,8 @@ static void cube_http_call_put_request(struct cube_http_call *call,
     cube_buf_add(&call->out, r->body, r->body_len);
 }
 
+/* Idempotent by RFC 9110, section 9.2.2: doing it twice is like doing it
+ * once. */
 static bool cube_http_is_repeatable(const char *method)
 {
     static const char *const methods[] = {"GET", "HEAD", "PUT", "DELETE",
@@ -12298,6 +12683,8 @@ static bool cube_http_is_repeatable(const char *method)
     return false;
 }
 
+/* Copies what was borrowed; what remains of the request is its callbacks and
+ * limits. */
 CUBE_API struct cube_http_call *
 cube_http_call(struct cube_http_client *c, const struct cube_http_request *r)
 {
@@ -12344,6 +12731,7 @@ static char *cube_http_host_field(const struct cube_http_place *place)
     return cube_buf_take(&b);
 }
 
+/* Only looks at its texts: a server that is not there yet is no error here. */
 CUBE_API struct cube_http_client *
 cube_http_client_new(struct cube_loop *l, const char *base,
                      const char *token, struct cube_err *err)
@@ -12380,6 +12768,8 @@ cube_http_client_new(struct cube_loop *l, const char *base,
     return c;
 }
 
+/* Calls first: each leaves the list before its on_done runs, which may cancel
+ * others of them. */
 CUBE_API void cube_http_client_free(struct cube_http_client *c)
 {
     if (!c)

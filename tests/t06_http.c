@@ -2580,3 +2580,71 @@ TEST(random_lives_end_clean)
         close_all();
     }
 }
+
+/* ---- The drawings of the chapter ---- */
+
+TEST(drawing_of_a_head_is_true)
+{
+    struct cube_http_parser p = {0};
+    struct cube_http_input in = {"GET /tasks HTTP/1.1\r\nHost: a\r\n", 30};
+
+    CHECK_INT(cube_http_parse(&p, &in), CUBE_HTTP_MORE);
+    CHECK_UINT(p.head.text.len, 30);
+    CHECK_MEM(p.head.text.data, "GET\0/tasks\0HTTP/1.1\0\nHost\0 a\0\n", 30);
+    CHECK_UINT(p.head.target, 4);
+    CHECK_UINT(p.head.fields[0].name, 21);
+    CHECK_UINT(p.head.fields[0].value, 27);
+    cube_buf_free(&p.head.text);
+}
+
+TEST(drawing_of_a_chunked_body_is_true)
+{
+    static const struct {
+        const char *line;
+        enum cube_http_state after;
+    } rows[] = {
+        {"5;x=y\r\n", CUBE_HTTP_CHUNK}, {"hello", CUBE_HTTP_CHUNK_END},
+        {"\r\n", CUBE_HTTP_SIZE}, {"6\r\n", CUBE_HTTP_CHUNK},
+        {" world\r\n", CUBE_HTTP_SIZE}, {"0\r\n", CUBE_HTTP_TRAILERS},
+        {"Sum: 1\r\n", CUBE_HTTP_TRAILERS}, {"\r\n", CUBE_HTTP_DONE},
+    };
+    struct cube_http_parser p = {0};
+    struct cube_http_input in = {CHUNKED, strlen(CHUNKED)};
+    struct cube_buf body = {0};
+
+    CHECK_INT(cube_http_parse(&p, &in), CUBE_HTTP_HEAD);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        enum cube_http_event e;
+
+        in.data = rows[i].line;
+        in.len = strlen(rows[i].line);
+        do {
+            e = cube_http_parse(&p, &in);
+            if (e == CUBE_HTTP_DATA)
+                cube_buf_add(&body, p.piece, p.piece_len);
+        } while (e == CUBE_HTTP_DATA);
+        test_row("after %zu lines", i + 1);
+        CHECK_INT(p.state, rows[i].after);
+    }
+    CHECK_STR(body.data, "hello world");
+    CHECK(p.head.text.len < strlen(CHUNKED) + 20); /* lines are forgotten */
+    cube_buf_free(&body);
+    cube_buf_free(&p.head.text);
+}
+
+TEST(drawing_of_a_target_is_true)
+{
+    static const char want[] = "/tasks/a%2Fb/logs\0tasks\0a/b\0logs\0"
+                               "tail\0" "10\0follow\0";
+    struct cube_http_req req = {0};
+
+    CHECK_INT(cube_http_cut_target(&req, "/tasks/a%2Fb/logs?tail=10&follow"),
+              0);
+    CHECK_UINT(req.words.len, sizeof want);
+    CHECK_MEM(req.words.data, want, sizeof want);
+    CHECK_UINT(req.segment_count, 3);
+    CHECK_UINT(req.segments[1], 24);
+    CHECK_UINT(req.query_count, 2);
+    CHECK_STR(cube_http_query(&req, "follow"), "");
+    cube_buf_free(&req.words);
+}
