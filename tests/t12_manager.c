@@ -245,7 +245,7 @@ TEST(a_store_in_memory_loses_no_running_task)
 TEST(an_older_copy_of_the_store_takes_a_higher_epoch_and_the_newer_attempt)
 {
     struct cluster k;
-    char copy[300];
+    char copy[500];
     int from;
 
     cluster_open(&k, 2);
