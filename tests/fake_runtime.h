@@ -16,6 +16,7 @@ struct fake_engine {
     const char *no;          /* every start is refused with these words */
     int exit_at_once;        /* a start gives a container that ended; -1: no */
     bool hangs;              /* calls are kept and never answered */
+    int host_port;           /* where a container's port 80 is; 0: nowhere */
 };
 
 struct fake_call {
@@ -88,6 +89,7 @@ static void fake_drop(struct fake_box *b)
     cube_free(b->c.worker);
     cube_free(b->c.spec);
     cube_free(b->c.error);
+    cube_ports_free(&b->c.ports);
     cube_free(b);
 }
 
@@ -137,6 +139,15 @@ static struct fake_box *fake_make(struct fake_call *k)
         b->c.finished = b->c.started;
     }
     b->c.ports.is_null = true;
+    if (e->host_port) {
+        struct cube_task *t = cube_task_new();
+
+        (void)snprintf(id, sizeof id, "%d", e->host_port);
+        cube_task_bind(t, "80/tcp", "0.0.0.0", id);
+        cube_task_bind(t, "443/tcp", "0.0.0.0", "1");
+        cube_ports_copy(&b->c.ports, &t->host_ports);
+        cube_task_free(t);
+    }
     cube_list_add(&e->boxes, &b->link);
     return b;
 }

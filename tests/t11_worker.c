@@ -395,3 +395,69 @@ TEST(requests_are_answered_as_the_wire_has_them)
     }
     cluster_close(&k);
 }
+
+struct patient {
+    int status, checks;
+};
+
+static void patient_answer(void *arg, struct cube_http_req *req)
+{
+    struct patient *p = arg;
+
+    p->checks++;
+    cube_http_reply(req, p->status, NULL, NULL, 0);
+}
+
+static const struct cube_http_route patient_routes[] = {
+    {"GET", "/health", patient_answer},
+    {NULL, NULL, NULL},
+};
+
+/* Lets so many checks come, and answers each with the status. */
+static void answer_checks(struct cluster *k, struct patient *p, int status,
+                          int count)
+{
+    int64_t end = k->world.now_ms + 60000;
+
+    p->status = status;
+    count += p->checks;
+    while (p->checks < count && k->world.now_ms < end)
+        cluster_run(k, 20);
+    CHECK_INT(p->checks, count);
+}
+
+TEST(three_failed_health_checks_in_a_row_restart_a_task)
+{
+    struct cluster k;
+    struct patient p = {500, 0};
+    struct cube_http_server *server;
+    struct cube_task *t;
+
+    worker_open(&k);
+    server = cube_http_listen(k.loop, "127.0.0.1:0", patient_routes, &p, NULL,
+                              NULL);
+    k.engines[0].host_port = cube_http_port(server);
+    order(&k, C1, 1, 1, ",\"HealthCheck\":\"/health\"");
+    cluster_run(&k, 20000);
+    CHECK_INT(state(&k), CUBE_RUNNING); /* in the start period */
+    answer_checks(&k, &p, 200, 1);      /* ends the start period */
+    answer_checks(&k, &p, 500, 2);
+    answer_checks(&k, &p, 200, 1);      /* forgives those two */
+    answer_checks(&k, &p, 500, 2);
+    cluster_run(&k, 1000);
+    CHECK_INT(state(&k), CUBE_RUNNING);
+    CHECK_INT(k.engines[0].made, 1);
+    answer_checks(&k, &p, 500, 1);
+    cluster_run(&k, 100);
+    t = listed(&k);
+    CHECK_INT(t->state, CUBE_FAILED);
+    CHECK_HAS(t->error, "health check GET /health");
+    CHECK_HAS(t->error, "500");
+    cube_task_free(t);
+    p.status = 200;
+    CHECK(await(&k, CUBE_RUNNING, 5000));
+    CHECK_INT(k.engines[0].made, 2);
+    CHECK_INT(cluster_running(&k), 1);
+    cube_http_close(server);
+    cluster_close(&k);
+}
