@@ -542,6 +542,8 @@ static struct cube_http_client *client;
 static struct cube_http_req *held;    /* a request that was not answered */
 static int handled;                   /* requests that reached a handler */
 static int gone;                      /* calls of on_gone */
+static struct cube_http_req *keeps[300]; /* all that do_keep has had */
+static size_t keep_count;
 static char base[200];
 
 static void open_loop(void)
@@ -559,6 +561,7 @@ static void open_loop(void)
     sends_left = -1;
     held = NULL;
     handled = gone = 0;
+    keep_count = 0;
     server = NULL;
     client = NULL;
     loop = cube_loop_new(&world, &err);
@@ -604,9 +607,9 @@ static void pass_ms(int64_t ms)
 
 static void on_gone(void *arg)
 {
-    (void)arg;
     gone++;
-    held = NULL;
+    if (held == arg)
+        held = NULL;
 }
 
 static void do_hello(void *arg, struct cube_http_req *req)
@@ -637,12 +640,13 @@ static void do_echo(void *arg, struct cube_http_req *req)
     cube_buf_free(&out);
 }
 
+/* With more than one it is the last that is held. */
 static void do_hold(void *arg, struct cube_http_req *req)
 {
     (void)arg;
     handled++;
     held = req;
-    cube_http_on_gone(req, on_gone, NULL);
+    cube_http_on_gone(req, on_gone, req);
 }
 
 /* Holds it and does not ask when the peer goes. */
@@ -650,7 +654,8 @@ static void do_keep(void *arg, struct cube_http_req *req)
 {
     (void)arg;
     handled++;
-    held = req;
+    held = keeps[keep_count++] = req;
+    REQUIRE(keep_count < COUNT(keeps));
 }
 
 static void do_stream(void *arg, struct cube_http_req *req)
@@ -658,7 +663,7 @@ static void do_stream(void *arg, struct cube_http_req *req)
     (void)arg;
     handled++;
     held = req;
-    cube_http_on_gone(req, on_gone, NULL);
+    cube_http_on_gone(req, on_gone, req);
     cube_http_stream(req, 200, "text/plain");
 }
 
@@ -2647,4 +2652,69 @@ TEST(drawing_of_a_target_is_true)
     CHECK_UINT(req.query_count, 2);
     CHECK_STR(cube_http_query(&req, "follow"), "");
     cube_buf_free(&req.words);
+}
+
+/* ---- Anything at all ---- */
+
+/* Peers that say parts of good and bad requests, stop, shut and go at any
+ * time, on sockets that are full at any time, while handlers answer when they
+ * like. In the end nothing is left and nobody was told twice. */
+TEST(random_peers_end_clean)
+{
+    static const char *const texts[] = {
+        GET("/"), GET("/hold"), GET("/keep"), GET("/stream"), "GET / HT",
+        "POST /echo/1 HTTP/1.1\r\n" HOST "Content-Length: 5\r\n\r\nhello",
+        "POST /hold HTTP/1.1\r\n" HOST "Transfer-Encoding: chunked\r\n\r\n"
+        "3\r\nabc\r\n0\r\n\r\n", "x\r\n\r\n", GET("/") GET("/keep") GET("/"),
+        "HEAD /stream HTTP/1.1\r\n" HOST "\r\n", "GET / HTTP/1.0\r\n\r\n"};
+    struct cube_http_options o = {.idle_timeout_ms = 300,
+        .head_timeout_ms = 200, .body_timeout_ms = 200, .max_connections = 6};
+    struct peer p[8];
+
+    for (int round = 0; round < 30; round++) {
+        test_row("round %d", round);
+        open_loop();
+        open_server("127.0.0.1:0", &o);
+        for (int i = 0; i < 8; i++)
+            p[i] = (struct peer){-1, {0}, 0};
+        for (int i = 0; i < 200; i++) {
+            struct peer *one = &p[test_below(8)];
+            const char *text = texts[test_below(COUNT(texts))];
+            uint32_t what = test_below(16);
+
+            if (one->fd < 0)
+                *one = peer_open();
+            else if (what == 0)
+                peer_close(one);
+            else if (what == 1)
+                shutdown(one->fd, SHUT_WR);
+            else if (what == 2)
+                peer_read(one);
+            else if (what == 3)
+                clock_moved_ms += test_below(150);
+            else if (what == 4)
+                sends_left = test_below(2) ? -1 : (int)test_below(3);
+            else if (what == 5 && keep_count > 0) {
+                held = held == keeps[keep_count - 1] ? NULL : held;
+                cube_http_reply_error(keeps[--keep_count], 500, "late");
+            }
+            else if (what < 8 && held && held->on_gone) {
+                if (held->phase == CUBE_HTTP_HANDLING)
+                    cube_http_reply_error(held, 500, "late");
+                else
+                    cube_http_stream_end(held);
+                held = NULL;
+            } else
+                peer_write(one, text, test_below(4) ? strlen(text)
+                                : test_below((uint32_t)strlen(text)));
+            cube_loop_turn(loop, 0, NULL);
+        }
+        cube_http_close(server);
+        server = NULL;
+        while (keep_count > 0) /* nobody told them that their peer is gone */
+            cube_http_reply(keeps[--keep_count], 200, NULL, "late", 4);
+        for (int i = 0; i < 8; i++)
+            peer_close(&p[i]);
+        close_all();
+    }
 }
