@@ -5288,20 +5288,24 @@ static int cube_store_rec_body(const struct cube_store_file *f,
  *          1    1  zero
  *          2    2  n, the number of entries
  *          4   2n  where each entry starts, in the order of their keys
- *       4+2n       the entries
+ *       4+2n       the entries, then the values that stand in the page
  *
  *     every entry:   length of the key (1 or 2 bytes, LEB128), the key, then
  *     in a branch:   offset 8, length 4, checksum 4 of the child; the key is
- *                    the least one that was in it when it was made
- *     in a leaf:     twice the value's length (LEB128), then the value; or
- *                    twice the length plus 1, then offset 8 and checksum 4 of
- *                    the value, which stands somewhere before in the file
+ *                    the first one in it
+ *     in a leaf:     twice the value's length (LEB128), then 2 bytes: where in
+ *                    the page it starts; or twice the length plus 1, then
+ *                    offset 8 and checksum 4 of the value, which stands
+ *                    somewhere before in the file
  *
  * A leaf that holds "a" = "1" and "bc" = "xyz":
  *
- *     00 00 02 00  08 00 0c 00  01 61 02 31  02 62 63 06 78 79 7a
- *     level 0, n=2 at 8 and 12  1 a  2*1 1   2 b  c  2*3 x  y  z
- */
+ *     00 00 02 00  08 00 0d 00  01 61 02 13 00  02 62 63 06 14 00  31 78 79 7a
+ *     level 0, n=2 at 8 and 13  1 a  2*1 at 19  2 b  c  2*3 at 20  1  x  y  z
+ *
+ * Keys stand close together, apart from the values, since a search looks at
+ * several keys and at one value: what it touches is a few lines of the
+ * processor's cache. */
 struct cube_store_item {
     const uint8_t *key, *val; /* val: NULL unless it stands in the page */
     uint32_t key_len, val_len;
@@ -5343,7 +5347,7 @@ static void cube_store_page_item(const uint8_t *page, uint32_t i,
         out->ref.len = out->val_len >> 1;
         out->ref.crc = cube_store_get32(p + 8);
     } else {
-        out->val = p;
+        out->val = page + cube_store_get16(p);
     }
     out->val_len >>= 1;
 }
@@ -5401,7 +5405,10 @@ static bool cube_store_page_entry_ok(const uint8_t *page, size_t len,
         if (!cube_store_read_var(&p, end, &val_len) ||
             val_len >> 1 > CUBE_STORE_VALUE_MAX)
             return false;
-        rest = val_len & 1 ? 12 : val_len >> 1;
+        rest = val_len & 1 ? 12 : 2;
+        if (!(val_len & 1) && (end - p < 2 ||
+                               cube_store_get16(p) + (val_len >> 1) > len))
+            return false;
     }
     return rest <= (size_t)(end - p);
 }
@@ -6284,7 +6291,7 @@ static int cube_store_view_get(const struct cube_store_view *v,
  * from a neighbour that is not being rewritten, but one that would be small
  * pulls its right neighbour in. */
 struct cube_store_pack {
-    struct cube_buf data; /* entries, one after another */
+    struct cube_buf data; /* entries, each with its value behind it */
     uint32_t count;
     uint16_t at[4096];
 };
@@ -6371,6 +6378,56 @@ static uint64_t cube_store_walk_at(const struct cube_store_walk *w)
     return w->to->file->end + w->group.len;
 }
 
+/* Bytes of the value that stands behind this entry of a pack; *head is the
+ * length of the entry before it. */
+static size_t cube_store_pack_value(const struct cube_store_pack *p,
+                                    int level, uint32_t i, size_t *head)
+{
+    const uint8_t *start = (const uint8_t *)p->data.data + p->at[i];
+    size_t len = (i + 1 < p->count ? p->at[i + 1] : p->data.len) - p->at[i];
+    const uint8_t *e = start;
+    uint32_t key_len = cube_store_get_var(&e), twice = 1;
+
+    e += key_len;
+    if (level == 0)
+        twice = cube_store_get_var(&e);
+    *head = twice & 1 ? len : (size_t)(e - start) + 2;
+    return len - *head;
+}
+
+/* Lays a page out at the end of the group: the first n entries of a pack,
+ * the table of their places before them and their values behind. */
+static void cube_store_walk_layout(struct cube_store_walk *w, int level,
+                                   uint32_t n)
+{
+    const struct cube_store_pack *p = w->packs[level];
+    size_t len = cube_store_pack_bytes(p, 0, n), start = w->group.len;
+    size_t at = CUBE_STORE_PAGE_HEAD + 2 * (size_t)n, val_at = len, head;
+    uint8_t *page;
+
+    cube_buf_reserve(&w->group, len);
+    page = (uint8_t *)w->group.data + start;
+    w->group.len += len;
+    page[0] = (uint8_t)level;
+    page[1] = 0;
+    cube_store_put16(page + 2, n);
+    for (uint32_t i = 0; i < n; i++)
+        val_at -= cube_store_pack_value(p, level, i, &head);
+    for (uint32_t i = 0; i < n; i++) {
+        const char *e = p->data.data + p->at[i];
+        size_t val_len = cube_store_pack_value(p, level, i, &head);
+
+        cube_store_put16(page + CUBE_STORE_PAGE_HEAD + 2 * (size_t)i,
+                         (uint32_t)at);
+        memcpy(page + at, e, head);
+        memcpy(page + val_at, e + head, val_len);
+        at += head;
+        if (val_len > 0)
+            cube_store_put16(page + at - 2, (uint32_t)val_at);
+        val_at += val_len;
+    }
+}
+
 /* Writes the first n entries of a pack as a page; leaves in entry what its
  * parent says of it. Returns the length of that. */
 static size_t cube_store_walk_emit(struct cube_store_walk *w, int level,
@@ -6378,31 +6435,24 @@ static size_t cube_store_walk_emit(struct cube_store_walk *w, int level,
                                    uint8_t entry[CUBE_STORE_KEY_MAX + 32])
 {
     struct cube_store_pack *p = cube_store_walk_pack(w, level);
-    size_t table = CUBE_STORE_PAGE_HEAD + 2 * (size_t)n;
     size_t len = cube_store_pack_bytes(p, 0, n), start = w->group.len;
+    size_t used = n < p->count ? p->at[n] : p->data.len;
     const uint8_t *first = (const uint8_t *)p->data.data, *key = first;
-    uint8_t word[4] = {(uint8_t)level, 0, 0, 0};
     uint64_t at = cube_store_walk_at(w);
     uint32_t key_len = cube_store_get_var(&key);
     size_t head = (size_t)(key - first) + key_len;
 
-    cube_store_put16(word + 2, n);
-    cube_buf_add(&w->group, word, 4);
-    for (uint32_t i = 0; i < n; i++) {
-        cube_store_put16(word, (uint32_t)table + p->at[i]);
-        cube_buf_add(&w->group, word, 2);
-    }
-    cube_buf_add(&w->group, p->data.data, len - table);
+    cube_store_walk_layout(w, level, n);
     memcpy(entry, first, head);
     cube_store_put64(entry + head, at);
     cube_store_put32(entry + head + 8, (uint32_t)len);
     cube_store_put32(entry + head + 12,
                      cube_store_crc(w->to->file->crc, 0,
                                     w->group.data + start, len));
-    cube_buf_drop(&p->data, len - table);
+    cube_buf_drop(&p->data, used);
     p->count -= n;
     for (uint32_t i = 0; i < p->count; i++)
-        p->at[i] = (uint16_t)(p->at[i + n] - (len - table));
+        p->at[i] = (uint16_t)(p->at[i + n] - used);
     return head + 16;
 }
 
@@ -6461,6 +6511,8 @@ static void cube_store_walk_put(struct cube_store_walk *w,
     n += key_len;
     if (val_len <= (place > 0 ? CUBE_STORE_SMALL : CUBE_STORE_INLINE)) {
         n += cube_store_put_var(e + n, val_len << 1);
+        cube_store_put16(e + n, 0); /* its place in the page, later */
+        n += 2;
         if (val_len > 0)
             memcpy(e + n, val, val_len);
         cube_store_walk_add(w, 0, e, n + val_len);
