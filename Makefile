@@ -122,7 +122,17 @@ build/cube-static: examples/cube.c cube.c cube.h
 	$(or $(MUSL),$(CC)) $(BASE) $(CPPFLAGS) -Os -static -s -ffunction-sections \
 	    -fdata-sections -Wl,--gc-sections -o $@ examples/cube.c cube.c
 
-demo: all                       ## a cluster at work, in less than a minute
+$(BUILD)/fetch $(BUILD)/mkimage: $(BUILD)/%: tools/%.c $(BUILD)/cube.o
+	$(COMPILE) -o $@ $< $(BUILD)/cube.o $(LINK)
+
+# What runs in an image that holds nothing else. It looks up no names, so
+# what a static glibc has to say of that (see above) does not matter.
+$(BUILD)/static/echo: examples/echo.c $(BUILD)/cube.o
+	@mkdir -p $(@D)
+	@$(CC) $(BASE) $(CFLAGS) -static -o $@ $< $(BUILD)/cube.o 2>$@.log || \
+	    { cat $@.log; false; }
+
+demo: all $(BUILD)/fetch $(BUILD)/mkimage $(BUILD)/static/echo ## see a cluster at work
 	@tools/demo
 
 install: all                    ## to DESTDIR and PREFIX (/usr/local)
