@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import tempfile
 import time
 import unittest
@@ -96,12 +97,22 @@ class Cluster:
             return words in process.output()
         wait_until(words, seen)
 
-    def cube(self, *argv, stdin="", timeout=60):
+    def cube(self, *argv, stdin="", timeout=30):
         argv = list(argv)
         at = argv.index("--") if "--" in argv else len(argv)
         argv[at:at] = ["-m", self.where]
-        return harness.run(CUBE, *argv, stdin=stdin, env=self.env,
-                           timeout=timeout)
+        try:
+            return harness.run(CUBE, *argv, stdin=stdin, env=self.env,
+                               timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("%s takes too long\n%s" % (
+                argv, self.logs())) from None
+
+    def logs(self):
+        """What the servers had to say, the end of it."""
+        return "\n".join("--- " + " ".join(p.argv) + "\n" +
+                         p.output()[-3000:]
+                         for p in [self.manager] + self.workers if p)
 
     def tasks(self):
         return harness.get(self.url + "/tasks")
@@ -117,8 +128,12 @@ class Cluster:
         def look():
             t = self.task(name)
             return t if t and t["State"] in states else None
-        return wait_until("task %s in state %s: %s" %
-                          (name, state, self.task(name)), look, timeout)
+        try:
+            return wait_until("task %s in state %s" % (name, state), look,
+                              timeout)
+        except AssertionError as e:
+            raise AssertionError("%s\n%s\n%s" % (
+                e, self.task(name), self.logs())) from None
 
     def close(self):
         for process in [self.manager] + self.workers:
@@ -146,9 +161,7 @@ class Case(unittest.TestCase):
 
     def ok(self, c, *argv, **more):
         code, out, err = c.cube(*argv, **more)
-        self.assertEqual(code, 0, (argv, out, err, c.manager.output()[-2000:],
-                                   [w.output()[-2000:] for w in c.workers
-                                    if w]))
+        self.assertEqual(code, 0, "%s\n%s%s%s" % (argv, out, err, c.logs()))
         return out
 
     def refused(self, c, words, *argv, **more):
