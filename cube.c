@@ -22732,13 +22732,15 @@ static bool cube_worker_feed_list(void *arg, size_t *at, struct cube_buf *out)
     return rec != NULL;
 }
 
+/* A worker that waits to be taken over belongs to nobody. */
 static void cube_worker_hello(void *arg, struct cube_buf *out)
 {
     struct cube_worker *w = arg;
 
     cube_buf_printf(out, ",\"Worker\":\"%s\",\"Cluster\":\"%s\","
-                    "\"Epoch\":%lld", w->uuid, w->cluster,
-                    (long long)w->epoch);
+                    "\"Epoch\":%lld", w->uuid,
+                    w->take_over ? "" : w->cluster,
+                    w->take_over ? 0 : (long long)w->epoch);
 }
 
 /* Tasks that hold, or are about to hold, a part of the machine. */
@@ -22990,6 +22992,7 @@ static int cube_worker_start(struct cube_worker *w,
     http.tokens[0] = o->tokens[0];
     http.tokens[1] = o->tokens[1];
     http.host_names = o->host_names;
+    http.is_open_health = true;
     w->server = cube_http_listen(w->loop, w->listen, cube_worker_routes, w,
                                  &http, err);
     if (!w->server || (w->join && cube_worker_plan_join(w, err) < 0))
@@ -25396,6 +25399,7 @@ static int cube_manager_start(struct cube_manager *m,
     http.tokens[0] = o->tokens[0];
     http.tokens[1] = o->tokens[1];
     http.host_names = o->host_names;
+    http.is_open_health = true;
     m->server = cube_http_listen(m->loop,
                                  o->listen ? o->listen : "127.0.0.1:5555",
                                  cube_manager_routes, m, &http, err);
