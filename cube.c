@@ -4659,7 +4659,6 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
 
 
 /* ==== Chapter 4. Store ==== uses: 1 2 ==== */
-
 /*
  * A store keeps what was promised. Its problem: a write that the system has
  * taken is in memory, a sync costs about as much as 64 kB of writing, and a
@@ -12840,7 +12839,7 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
 }
 
 
-/* ==== Chapter 7. Tasks ==== uses: 1 2 3 4 5 ==== */
+/* ==== Chapter 7. Tasks ==== uses: 1 2 3 4 5 6 ==== */
 /*
  * A task is the unit of everything: a container, or a process, that should
  * run somewhere, and the record of what became of it. An event is a wish about
@@ -14465,7 +14464,7 @@ CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
 struct cube_keep {
     int64_t number;   /* order of arrival, and the key */
     int64_t epoch;    /* worker: of the manager's start that assigned it */
-    int64_t budget;   /* worker: restarts allowed here; -1: as the policy says */
+    int64_t budget;   /* worker: restarts allowed here; -1: the policy's */
     int64_t restarts; /* worker: used up, since the last long run */
     int64_t moves;    /* manager: to another node, after restarts ran out */
     bool follows;     /* worker: given by a manager that restarts by itself */
