@@ -16133,7 +16133,8 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
  *
  * An engine's 5xx is a no only if the engine is otherwise well: after one,
  * a harmless question (`probe`, `check`) is asked, and if that fails too the
- * 5xx was trouble. The image is not asked for first: a create that finds none
+ * 5xx was trouble; if its words are not known to be about the container, the
+ * start is repeated twice before they are believed. The image is not asked for first: a create that finds none
  * says so, which also serves an image that is deleted between two requests.
  *
  * Versions. Each request carries one in its path, and engines refuse what is
@@ -16843,6 +16844,16 @@ struct cube_docker_watch {
     void *arg;
 };
 
+/* A time in which the engine did not answer, in wall time; zeros: unused. */
+struct cube_docker_away {
+    int64_t from_ns, to_ns;
+};
+
+#define CUBE_DOCKER_AWAYS 4
+/* A shutdown is noticed late, and the last is stamped when it is back. */
+#define CUBE_DOCKER_AWAY_BEFORE_NS 3000000000
+#define CUBE_DOCKER_AWAY_AFTER_NS 2000000000
+
 struct cube_docker {
     struct cube_runtime rt;
     struct cube_http_client *client;
@@ -16853,6 +16864,8 @@ struct cube_docker {
     int least;                   /* the engine refused what is below */
     bool is_podman;
     bool is_down;                /* and it was said in the log */
+    bool is_keeping;             /* its containers outlive its restarts */
+    struct cube_docker_away away[CUBE_DOCKER_AWAYS]; /* the last is newest */
     unsigned round;
     struct cube_docker_watch watch;
 };
@@ -16898,6 +16911,51 @@ static void cube_docker_op_clear(struct cube_docker_op *op)
     cube_buf_free(&op->said);
 }
 
+/* Notes when the engine went away, or (`is_back`) came back. */
+static void cube_docker_note_away(struct cube_docker *d, bool is_back)
+{
+    const struct cube_world *w = cube_loop_world(d->rt.loop);
+    int64_t now = w->wall_ns(w->ctx);
+    struct cube_docker_away *last = &d->away[CUBE_DOCKER_AWAYS - 1];
+
+    if (is_back) {
+        last->to_ns = now + CUBE_DOCKER_AWAY_AFTER_NS;
+        return;
+    }
+    memmove(d->away, d->away + 1, sizeof d->away - sizeof d->away[0]);
+    last->from_ns = now - CUBE_DOCKER_AWAY_BEFORE_NS;
+    last->to_ns = INT64_MAX;
+}
+
+/* Did it end while the engine was away? A Docker Engine that stops, or finds
+ * containers of one that was killed, ends them all (unless it is told to keep
+ * them): no fault of the task's. Podman leaves them alone. */
+static bool cube_docker_is_interrupted(const struct cube_docker *d,
+                                       const struct cube_container *c)
+{
+    int64_t end = cube_time_to_ns(&c->finished);
+
+    if (d->is_podman || d->is_keeping || !c->has_exit)
+        return false;
+    for (size_t i = 0; i < CUBE_DOCKER_AWAYS; i++) {
+        if (d->away[i].from_ns <= end && end <= d->away[i].to_ns)
+            return true;
+    }
+    return false;
+}
+
+/* Fills an initialised container from an answer to an inspection. */
+static int cube_docker_take(const struct cube_docker *d,
+                            struct cube_container *c,
+                            const struct cube_docker_answer *a,
+                            struct cube_err *err)
+{
+    if (cube_docker_read(c, a->body, a->len, err))
+        return -1;
+    c->is_interrupted = cube_docker_is_interrupted(d, c);
+    return 0;
+}
+
 /* Says in the log, once each time, that the engine is gone or back. */
 static void cube_docker_notice(struct cube_docker *d,
                                const struct cube_docker_answer *a)
@@ -16907,10 +16965,13 @@ static void cube_docker_notice(struct cube_docker *d,
         cube_log(d->rt.loop, CUBE_WARN, "the engine at %s does not answer: %s",
                  d->where, a->trouble->text);
         d->is_down = true;
+        d->version = 0; /* what comes back may be another one */
+        cube_docker_note_away(d, false);
     } else if (d->rt.is_up && d->is_down) {
         cube_log(d->rt.loop, CUBE_INFO, "the engine at %s answers again",
                  d->where);
         d->is_down = false;
+        cube_docker_note_away(d, true);
     }
 }
 
@@ -17153,6 +17214,7 @@ static void cube_docker_on_info(struct cube_docker_op *op,
                     cube_docker_text(root, "ServerVersion"), d->where);
     if (root)
         cube_text_set(&d->rt.words, text.data);
+    d->is_keeping = cube_docker_is(root, "LiveRestoreEnabled");
     cube_buf_clear(&text);
     cube_buf_printf(&text, "podman:%s:%s", cube_docker_text(root, "Name"),
                     cube_docker_text(root, "DockerRootDir"));
@@ -17256,7 +17318,7 @@ static void cube_docker_plain_end(struct cube_docker_plain *p,
     struct cube_err why;
 
     cube_container_init(&c);
-    if (!err && p->on_container && cube_docker_read(&c, a->body, a->len, &why))
+    if (!err && p->on_container && cube_docker_take(p->op.d, &c, a, &why))
         err = &why;
     if (p->on_done)
         p->on_done(p->arg, err);
@@ -17294,7 +17356,7 @@ static void cube_docker_on_kill_check(struct cube_docker_op *op,
 
     cube_container_init(&c);
     if (!a->trouble && a->status == 200 &&
-        !cube_docker_read(&c, a->body, a->len, NULL))
+        !cube_docker_take(op->d, &c, a, NULL))
         is_ended = c.state != CUBE_BOX_RUNNING;
     cube_container_clear(&c);
     if (!is_ended && (a->trouble || a->status != 200))
@@ -17417,8 +17479,11 @@ struct cube_docker_start {
     void *arg;
 
     char *id;               /* the container, once there is one; or NULL */
+    bool is_found;          /* it was made by an earlier try */
     int name_try;           /* which name: cube_docker_name */
     int pulls, tries;       /* how often the image, the container was made */
+    int doubts;             /* how often a 5xx was not believed */
+    struct cube_timer again; /* set: waits before it looks again */
     struct cube_err why;    /* what it will have failed of */
     bool is_cancelled;
     bool can_cancel_now;    /* what is asked can be cut short */
@@ -17430,9 +17495,12 @@ struct cube_docker_start {
 
 #define CUBE_DOCKER_PULLS_MAX 2 /* an image may go between pull and create */
 #define CUBE_DOCKER_TRIES_MAX 8 /* containers removed under our hands */
+#define CUBE_DOCKER_DOUBTS_MAX 2
+#define CUBE_DOCKER_DOUBT_MS 2000
 
-/* Mutual recursion: the steps are a graph with two ways back. */
+/* Mutual recursion: the steps are a graph with three ways back. */
 static void cube_docker_look(struct cube_docker_start *s);
+static void cube_docker_clear(struct cube_docker_start *s);
 static void cube_docker_make(struct cube_docker_start *s);
 
 static struct cube_docker_start *cube_docker_start_of(struct cube_docker_op *op)
@@ -17445,6 +17513,7 @@ static void cube_docker_start_free(struct cube_docker_op *op)
     struct cube_docker_start *s = cube_docker_start_of(op);
 
     cube_defer_clear(op->d->rt.loop, &s->defer);
+    cube_timer_clear(op->d->rt.loop, &s->again);
     cube_docker_op_clear(op);
     cube_pull_clear(&s->pull);
     cube_buf_free(&s->words);
@@ -17544,11 +17613,49 @@ static void cube_docker_inspected(struct cube_docker_op *op,
         return;
     }
     cube_container_init(&c);
-    if (cube_docker_read(&c, a->body, a->len, &s->why))
+    if (cube_docker_take(op->d, &c, a, &s->why))
         cube_docker_start_end(s, NULL);
     else
         cube_docker_start_end(s, &c);
     cube_container_clear(&c);
+}
+
+/*
+ * Is a 5xx of an engine that is otherwise well to be doubted? One that shuts
+ * down goes on answering for a second or two: inspections as ever, starts with
+ * whatever its parts say while they go away ("transport is closing", "failed
+ * to update the store state of sandbox"). So unless the words are known to be
+ * about the container, it is asked again, a little later, before it is
+ * believed.
+ */
+static bool cube_docker_is_doubtful(struct cube_docker_start *s)
+{
+    static const char *const known[] = {"already allocated", "already in use",
+                                        "OCI runtime", "unexpected EOF"};
+
+    if (s->why.code != CUBE_EIO || s->doubts == CUBE_DOCKER_DOUBTS_MAX)
+        return false;
+    for (size_t i = 0; i < CUBE_COUNT(known); i++) {
+        if (strstr(s->why.text, known[i]))
+            return false;
+    }
+    return true;
+}
+
+static void cube_docker_look_again(void *arg)
+{
+    cube_docker_look(arg);
+}
+
+static void cube_docker_doubt(struct cube_docker_start *s)
+{
+    s->doubts++;
+    s->pulls = 0;
+    s->can_cancel_now = true;
+    cube_free(s->id); /* is found again, if it is still there */
+    s->id = NULL;
+    cube_timer_set(s->op.d->rt.loop, &s->again, CUBE_DOCKER_DOUBT_MS,
+                   cube_docker_look_again, s);
 }
 
 /* probe: after a 5xx to create or pull. The engine is well: it was a no. */
@@ -17559,8 +17666,13 @@ static void cube_docker_probed(struct cube_docker_op *op,
 
     if (cube_docker_is_over(s))
         return;
-    if (!a->trouble && a->status == 200)
+    if (!a->trouble && a->status == 200) {
+        if (cube_docker_is_doubtful(s)) {
+            cube_docker_doubt(s);
+            return;
+        }
         s->why.code = CUBE_EINVAL;
+    }
     cube_docker_start_end(s, NULL);
 }
 
@@ -17580,7 +17692,9 @@ static void cube_docker_refused(struct cube_docker_start *s,
 }
 
 /* check: after a start that failed. Is it there, does it run after all, or
- * did the engine mean its no? */
+ * did the engine mean its no? One that an earlier try left behind may be half
+ * started for good ("task ...: already exists", when the engine was killed
+ * over it): that is no fault of the task's, and another one is made. */
 static void cube_docker_checked(struct cube_docker_op *op,
                                 const struct cube_docker_answer *a)
 {
@@ -17600,10 +17714,14 @@ static void cube_docker_checked(struct cube_docker_op *op,
         return;
     }
     cube_container_init(&c);
-    if (cube_docker_read(&c, a->body, a->len, &s->why)) {
+    if (cube_docker_take(op->d, &c, a, &s->why)) {
         cube_docker_start_end(s, NULL);
     } else if (c.state == CUBE_BOX_RUNNING) {
         cube_docker_start_end(s, &c);
+    } else if (s->is_found) {
+        cube_docker_clear(s);
+    } else if (cube_docker_is_doubtful(s)) {
+        cube_docker_doubt(s);
     } else {
         if (s->why.code == CUBE_EIO)
             s->why.code = CUBE_EINVAL;
@@ -17653,8 +17771,10 @@ static void cube_docker_pulled(struct cube_docker_op *op,
     if (a->trouble || a->status != 200) {
         cube_docker_refused(s, a, what.data);
     } else if (s->pull.error) {
-        (void)cube_fail(&s->why, CUBE_ENOENT, "%s: %s", what.data,
-                        s->pull.error);
+        /* "context canceled" are the last words of an engine that stops. */
+        (void)cube_fail(&s->why, strstr(s->pull.error, "context canceled")
+                                     ? CUBE_EIO : CUBE_ENOENT,
+                        "%s: %s", what.data, s->pull.error);
         cube_docker_start_end(s, NULL);
     } else {
         cube_docker_make(s);
@@ -17790,6 +17910,12 @@ static void cube_docker_cleared(struct cube_docker_op *op,
     cube_docker_look(s);
 }
 
+static void cube_docker_clear(struct cube_docker_start *s)
+{
+    cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
+                     cube_docker_cleared);
+}
+
 /* What was found of this task: the container that this very start, or an
  * earlier try of it, has made (1), an older one of ours (-1), or nothing that
  * matters (0). */
@@ -17838,9 +17964,9 @@ static void cube_docker_looked(struct cube_docker_op *op,
         state = cube_docker_state(cube_docker_text(i->value, "State"), false);
     }
     cube_json_free(root);
+    s->is_found = found > 0;
     if (found < 0)
-        cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
-                         cube_docker_cleared);
+        cube_docker_clear(s);
     else if (found == 0)
         cube_docker_make(s);
     else if (state == CUBE_BOX_CREATED)
@@ -17921,6 +18047,7 @@ static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
         if (!s->can_cancel_now && !op->is_waiting)
             continue;
         cube_docker_op_cancel(op);
+        cube_timer_clear(rt->loop, &s->again);
         cube_defer_set(rt->loop, &s->defer, cube_docker_start_give_up, s);
     }
 }
@@ -17984,8 +18111,7 @@ static void cube_docker_list_inspected(struct cube_docker_op *op,
     l->count++;
     if (a->trouble || a->status != 200)
         (void)cube_docker_fail(a, "inspect", &err);
-    else if (!cube_docker_read(&l->found[l->count - 1], a->body, a->len,
-                               &err)) {
+    else if (!cube_docker_take(op->d, &l->found[l->count - 1], a, &err)) {
         cube_docker_list_next(l);
         return;
     }

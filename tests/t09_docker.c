@@ -844,12 +844,13 @@ TEST(a_refused_start_removes_the_container)
     }
 }
 
+static const char left_behind[] =
+    "[{\"Id\":\"c1\",\"State\":\"created\",\"Labels\":{\"cube.task\":"
+    "\"efeadce0-d016-4a39-882a-d2c5196cce1c\",\"cube.worker\":\"worker\","
+    "\"cube.attempt\":\"3\",\"cube.restart\":\"0\"}}]";
+
 TEST(a_failed_start_of_an_engine_in_trouble_can_be_repeated)
 {
-    static const char listed[] =
-        "[{\"Id\":\"c1\",\"State\":\"created\",\"Labels\":{\"cube.task\":"
-        "\"efeadce0-d016-4a39-882a-d2c5196cce1c\",\"cube.worker\":\"worker\","
-        "\"cube.attempt\":\"3\",\"cube.restart\":\"0\"}}]";
     struct heard h;
 
     open_fake();
@@ -860,13 +861,119 @@ TEST(a_failed_start_of_an_engine_in_trouble_can_be_repeated)
     CHECK(cube_runtime_is_trouble(&h.err));
     CHECK(!strstr(trace(), "DELETE"));
     forget();
-    rule("GET /containers/json", 0, 200, listed, PLAIN);
+    rule("GET /containers/json", 0, 200, left_behind, PLAIN);
     h = start();
     CHECK(!h.is_failed);
     CHECK_STR(trace(), "GET /v1.41/containers/json;"
                        "POST /v1.41/containers/c1/start;"
                        "GET /v1.41/containers/c1/json;");
     close_fake();
+}
+
+TEST(one_that_was_left_half_started_is_made_anew)
+{
+    /* Docker, killed over a start: that container never starts again. */
+    struct heard h;
+
+    open_fake();
+    rule("GET /containers/json", 1, 200, left_behind, PLAIN);
+    rule("POST /containers/c1/start", 1, 500,
+         "{\"message\":\"task 1a2b: already exists\"}", PLAIN);
+    rule("GET /containers/c1/json", 1, 200, never_started, PLAIN);
+    h = start();
+    CHECK(!h.is_failed);
+    CHECK_HAS(trace(), "DELETE /v1.41/containers/c1;");
+    CHECK_STR(fake.target.data, "web;");
+    close_fake();
+}
+
+TEST(what_an_engine_says_while_it_shuts_down_is_not_believed)
+{
+    static const char words[] = "{\"message\":\"transport is closing\"}";
+    struct heard h;
+
+    open_fake();
+    rule("POST /containers/c1/start", 1, 500, words, PLAIN);
+    rule("GET /containers/c1/json", 1, 200, never_started, PLAIN);
+    rule("GET /containers/json", 1, 200, "[]", PLAIN);
+    rule("GET /containers/json", 0, 200, "[", CUT); /* it is gone by then */
+    h = start();
+    CHECK(h.is_failed);
+    CHECK(cube_runtime_is_trouble(&h.err));
+    close_fake();
+    open_fake();
+    rule("POST /containers/c1/start", 0, 500, words, PLAIN);
+    rule("GET /containers/c1/json", 0, 200, never_started, PLAIN);
+    h = start();
+    CHECK(h.is_failed); /* it means it */
+    CHECK(!cube_runtime_is_trouble(&h.err));
+    CHECK_STR(h.err.text, "start: transport is closing");
+    close_fake();
+}
+
+static bool was_interrupted;
+
+static void on_interrupted(void *arg, const struct cube_container *c,
+                           const struct cube_err *err)
+{
+    on_container(arg, c, err);
+    was_interrupted = c && c->is_interrupted;
+}
+
+static int64_t wall_ns;
+
+static int64_t virtual_wall_ns(void *ctx)
+{
+    (void)ctx;
+    return wall_ns;
+}
+
+TEST(what_ended_while_the_engine_was_away_was_interrupted)
+{
+    static const struct {
+        const char *finished, *info;
+        bool is_podman, want;
+        const char *why;
+    } rows[] = {
+        {"2025-03-01T10:00:10Z", "{}", false, true, "inside"},
+        {"2025-03-01T09:59:50Z", "{}", false, false, "before"},
+        {"2025-03-01T10:00:40Z", "{}", false, false, "after"},
+        {"2025-03-01T10:00:10Z", "{\"LiveRestoreEnabled\":true}", false,
+         false, "an engine that lets them live"},
+        {"2025-03-01T10:00:10Z", "{}", true, false,
+         "Podman, whose containers do not depend on it"},
+    };
+    struct cube_time t;
+
+    CHECK(!cube_time_parse("2025-03-01T10:00:00Z", 20, &t));
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_buf body = {0};
+        struct heard h = {0};
+
+        test_row("%s", rows[i].why);
+        open_fake();
+        fake.is_podman = rows[i].is_podman;
+        fake.world.wall_ns = virtual_wall_ns;
+        wall_ns = cube_time_to_ns(&t);
+        rule("GET /info", 0, 200, rows[i].info, PLAIN);
+        (void)inspect();
+        cube_http_close(fake.server);
+        fake.server = NULL;
+        (void)inspect(); /* is noticed */
+        wall_ns += 20000000000;
+        serve();
+        (void)inspect();
+        cube_buf_printf(&body, "{\"Id\":\"c1\",\"State\":{\"Status\":"
+                        "\"exited\",\"ExitCode\":0,\"FinishedAt\":\"%s\"}}",
+                        rows[i].finished);
+        rule("GET /containers/c1/json", 0, 200, body.data, PLAIN);
+        fake.rt->ops->inspect(fake.rt, "c1", on_interrupted, &h);
+        (void)until(&h.is_done);
+        CHECK(!h.is_failed);
+        CHECK_INT(was_interrupted, rows[i].want);
+        cube_buf_free(&body);
+        close_fake();
+    }
 }
 
 TEST(what_an_earlier_try_left_is_judged_by_its_labels)
