@@ -71,6 +71,10 @@ class Cluster:
         for i in range(len(self.workers)):
             self.start_worker(i)
         self.start_manager()
+        headers = {"Authorization": "Bearer " + self.env["CUBE_TOKEN"]}
+        wait_until("each node has told of itself", lambda: all(
+            "Runtime" in n["Stats"]
+            for n in harness.get(self.url + "/nodes", headers=headers)))
         return self
 
     def start_manager(self, *more):
@@ -682,7 +686,8 @@ class Members(Case):
             f.write("new\nold\n")
             f.flush()
             c = self.cluster(manager=["--token-file", f.name],
-                             worker=["--token-file", f.name])
+                             worker=["--token-file", f.name],
+                             env={"CUBE_TOKEN": "new"})
             for token in ("new", "old"):
                 c.env = {"CUBE_TOKEN": token}
                 self.ok(c, "status")
