@@ -19047,6 +19047,7 @@ static void cube_process_bury(struct cube_process_box *box,
     cube_free(path);
 }
 
+/* mutual recursion: it looks again, and looking watches */
 static void cube_process_ended(void *arg, unsigned events);
 
 /* Watches the supervisor. `owner` was its PID a moment ago: if the lock is
@@ -20405,6 +20406,7 @@ static bool cube_process_is_running(struct cube_process *p, const char *id)
     return err.code != CUBE_OK || (box && box->c.state == CUBE_BOX_RUNNING);
 }
 
+/* mutual recursion: a step sets the timer of the next */
 static void cube_process_logs_forward(void *arg);
 
 static void cube_process_logs_later(struct cube_process_logs *l)
@@ -20650,6 +20652,19 @@ static const struct cube_runtime_ops cube_process_ops = {
     .free = cube_process_free,
 };
 
+/* Whether the end of a process that is no child of ours can be seen. */
+static int cube_process_can_watch(struct cube_process *p, struct cube_err *err)
+{
+    int fd = p->w->pid_open(p->w->ctx, 1); /* there is always one */
+
+    if (fd == -ENOSYS)
+        return cube_fail(err, CUBE_EINVAL, "run processes: this kernel has "
+                         "no pidfd_open; Linux has it from 5.3 on");
+    if (fd >= 0)
+        p->w->pid_close(p->w->ctx, fd);
+    return 0;
+}
+
 /* `cgroups` is where they are mounted. */
 static struct cube_runtime *cube_process_open(struct cube_loop *l,
                                               const char *dir,
@@ -20668,7 +20683,8 @@ static struct cube_runtime *cube_process_open(struct cube_loop *l,
     p->rt.engine_id = cube_text_dup(p->root);
     cube_list_init(&p->ops);
     cube_list_init(&p->logs);
-    if (cube_dir_make(p->w, p->root, err) < 0) {
+    if (cube_process_can_watch(p, err) < 0 ||
+        cube_dir_make(p->w, p->root, err) < 0) {
         cube_process_free(&p->rt);
         return NULL;
     }

@@ -382,11 +382,21 @@ static char *at(const struct run *r, const char *name)
     return p;
 }
 
+static void need_pidfd(void)
+{
+    int fd = world()->pid_open(NULL, getpid());
+
+    if (fd == -ENOSYS)
+        SKIP("no pidfd_open: an old kernel, or valgrind");
+    close(fd);
+}
+
 /* Prepares `/bin/sh -c script` in directory `name` of the test. */
 static void prepare(struct run *r, const char *base, const char *script)
 {
     static int number;
 
+    need_pidfd();
     memset(r, 0, sizeof *r);
     snprintf(r->dir, sizeof r->dir, "%s/run%d", base, number++);
     REQUIRE(mkdir(r->dir, 0700) == 0);
@@ -558,6 +568,7 @@ TEST(a_command_inherits_no_descriptor_and_no_signal_state)
     int extra[40];
     const char *text;
 
+    need_pidfd();
     for (size_t i = 0; i < COUNT(extra); i++)
         extra[i] = open("/dev/null", O_RDONLY); /* open across exec */
     signal(SIGHUP, SIG_IGN);
@@ -583,6 +594,7 @@ TEST(a_supervisor_keeps_nothing_of_its_caller)
     int extra[20], owner;
     ssize_t n;
 
+    need_pidfd();
     for (size_t i = 0; i < COUNT(extra); i++)
         extra[i] = open("/dev/zero", O_RDONLY);
 
@@ -789,6 +801,7 @@ static const char *small_disk(const char *options)
 {
     static char path[300];
 
+    need_pidfd();
     snprintf(path, sizeof path, "%s/disk", test_dir());
     REQUIRE(mkdir(path, 0700) == 0);
     if (mount("cube", path, "tmpfs", 0, options) < 0)
@@ -911,6 +924,7 @@ TEST(a_cgroup_is_joined_before_the_command_runs_and_then_removed)
 
     snprintf(group, sizeof group, "/sys/fs/cgroup/memory/cube-test-%d",
              getpid());
+    need_pidfd();
     if (mkdir(group, 0700) < 0)
         SKIP("no right to make a cgroup (version 1)");
     snprintf(want, sizeof want, "%s/memory.limit_in_bytes", group);
@@ -950,6 +964,7 @@ TEST(the_program_around_sees_no_child_and_no_signal_of_ours)
 {
     struct run r;
 
+    need_pidfd();
     child_signals = 0;
     signal(SIGCHLD, count_child);
     run(&r, "exit 3");
@@ -962,6 +977,7 @@ TEST(a_supervisor_that_became_our_child_leaves_no_zombie)
 {
     struct run r;
 
+    need_pidfd();
     REQUIRE(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
     run(&r, "exit 3");
     CHECK(waitpid(-1, NULL, WNOHANG | __WALL) < 0 && errno == ECHILD);

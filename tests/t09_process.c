@@ -38,6 +38,11 @@ static void open_runtime(void)
 
 static void set_up(void)
 {
+    int fd = cube_world_real()->pid_open(NULL, getpid());
+
+    if (fd == -ENOSYS)
+        SKIP("no pidfd_open: an old kernel, or valgrind");
+    close(fd);
     memset(&b, 0, sizeof b);
     b.loop = cube_loop_new(cube_world_real(), NULL);
     REQUIRE(b.loop != NULL);
@@ -330,10 +335,11 @@ TEST(a_started_process_is_reported_as_it_is)
 
 TEST(no_callback_runs_before_the_call_has_returned)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     struct cube_logs_options all = {.tail = -1};
 
     set_up();
+    t = shell("exec sleep 1000");
     begin_start(t, 1);
     b.rt->ops->list(b.rt, NULL, on_list, NULL);
     b.rt->ops->inspect(b.rt, ID1, on_container, NULL);
@@ -351,11 +357,12 @@ TEST(no_callback_runs_before_the_call_has_returned)
 
 TEST(no_callback_runs_after_the_runtime_is_freed)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     struct cube_logs_options follow = {.is_following = true, .tail = -1};
     int before;
 
     set_up();
+    t = shell("exec sleep 1000");
     start_task(t, 1);
     b.rt->ops->watch(b.rt, on_change, NULL);
     b.rt->ops->stop(b.rt, ID1, 1, on_done, NULL);
@@ -374,9 +381,10 @@ TEST(no_callback_runs_after_the_runtime_is_freed)
 
 TEST(a_task_without_a_command_is_refused_by_the_name_of_the_field)
 {
-    struct cube_task *t = cube_task_new();
+    struct cube_task *t;
 
     set_up();
+    t = cube_task_new();
     snprintf(t->id, sizeof t->id, "%s", TASK);
     cube_task_set(&t->image, "nginx:latest");
     start_task(t, 1);
@@ -472,9 +480,10 @@ TEST(a_newer_attempt_or_restart_replaces_an_older_one)
 
 TEST(a_start_that_waits_for_an_older_one_can_be_given_up)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
 
     set_up();
+    t = shell("exec sleep 1000");
     start("exec sleep 1000");
     begin_start(t, 2);
     cube_loop_turn(b.loop, 0, NULL); /* the older one is told to go */
@@ -772,11 +781,11 @@ TEST(a_directory_removed_by_hand_is_a_process_removed_by_hand)
 
 TEST(a_list_is_of_one_worker_or_of_all)
 {
-    struct cube_task *t = shell("exit 0");
-    struct cube_start what = {.task = t, .cluster = "", .worker = OTHER,
-                              .attempt = 7};
+    struct cube_task *t;
+    struct cube_start what = {.cluster = "", .worker = OTHER, .attempt = 7};
 
     set_up();
+    what.task = t = shell("exit 0");
     start("exit 0");
     b.rt->ops->start(b.rt, &what, on_container, NULL);
     answered();
@@ -818,10 +827,11 @@ TEST(directories_that_make_no_sense_are_left_alone)
 
 TEST(the_environment_is_the_tasks_and_what_it_cannot_know)
 {
-    struct cube_task *t = shell("env | sort");
+    struct cube_task *t;
     const char *text;
 
     set_up();
+    t = shell("env | sort");
     setenv("CUBE_TEST_SECRET", "x", 1);
     cube_task_add(&t->env, "A=b c");
     cube_task_add(&t->env, "HOME=/elsewhere");
@@ -862,11 +872,12 @@ static int free_port(int *fd)
 
 TEST(ports_are_chosen_or_asked_for_and_told)
 {
-    struct cube_task *t = shell("env | grep PORT | sort");
+    struct cube_task *t;
     char wanted[16], line[64];
     int fd;
 
     set_up();
+    t = shell("env | grep PORT | sort");
     snprintf(wanted, sizeof wanted, "%d", free_port(&fd));
     close(fd);
     cube_task_publish(t, "80/tcp", wanted);
@@ -889,11 +900,12 @@ TEST(ports_are_chosen_or_asked_for_and_told)
 
 TEST(a_taken_port_is_refused_in_dockers_words)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     char wanted[16], words[100];
     int fd;
 
     set_up();
+    t = shell("exec sleep 1000");
     snprintf(wanted, sizeof wanted, "%d", free_port(&fd));
     snprintf(words, sizeof words,
              "Bind for 0.0.0.0:%s failed: port is already allocated", wanted);
@@ -912,10 +924,11 @@ TEST(a_taken_port_is_refused_in_dockers_words)
 
 TEST(a_port_promised_to_a_running_process_is_taken_bound_or_not)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     char port[16];
 
     set_up();
+    t = shell("exec sleep 1000");
     cube_task_expose(t, "80/tcp");
     start_task(t, 1);
     snprintf(port, sizeof port, "%s", b.host_port);
@@ -933,10 +946,11 @@ TEST(a_port_promised_to_a_running_process_is_taken_bound_or_not)
 
 TEST(a_newer_attempt_gets_the_port_of_the_older_one)
 {
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     char port[16];
 
     set_up();
+    t = shell("exec sleep 1000");
     cube_task_expose(t, "80/tcp");
     start_task(cube_task_copy(t), 1);
     snprintf(port, sizeof port, "%s", b.host_port);
@@ -961,10 +975,11 @@ TEST(an_inspection_has_the_shape_of_dockers)
         "\"NetworkSettings\":{\"Ports\":{\"80/tcp\":[{\"HostIp\":\"0.0.0.0\"",
         "\"Image\":\"nginx\"", "\"ExposedPorts\":{\"80/tcp\":{}}",
     };
-    struct cube_task *t = shell("exit 3");
+    struct cube_task *t;
     struct json_value_s *root;
 
     set_up();
+    t = shell("exit 3");
     cube_task_set(&t->image, "nginx");
     cube_task_add(&t->env, "A=b");
     cube_task_expose(t, "80/tcp");
@@ -1165,9 +1180,10 @@ static bool has_cgroups(void)
 
 TEST(memory_beyond_the_limit_ends_a_process_and_is_told_as_such)
 {
-    struct cube_task *t = shell(EATER);
+    struct cube_task *t;
 
     set_up();
+    t = shell(EATER);
     t->mem_bytes = 32 << 20;
     start_task(t, 1);
     exits();
@@ -1181,10 +1197,11 @@ TEST(memory_beyond_the_limit_ends_a_process_and_is_told_as_such)
 
 TEST(a_cgroup_holds_the_limits_and_goes_with_its_process)
 {
-    struct cube_task *t = shell("cat /proc/self/cgroup; exec sleep 1000");
+    struct cube_task *t;
     char path[300];
 
     set_up();
+    t = shell("cat /proc/self/cgroup; exec sleep 1000");
     if (!has_cgroups() || strstr(b.rt->words, "(version 1)") == NULL) {
         cube_task_free(t);
         tear_down();
@@ -1237,10 +1254,11 @@ static int fake_mkdir(void *ctx, const char *path)
 TEST(version_2_of_cgroups_has_one_directory_for_both_limits)
 {
     struct cube_world w = *cube_world_real();
-    struct cube_task *t = shell("exec sleep 1000");
+    struct cube_task *t;
     char path[500];
 
     set_up();
+    t = shell("exec sleep 1000");
     snprintf(fake_root, sizeof fake_root, "%s/cgroup", test_dir());
     REQUIRE(mkdir(fake_root, 0700) == 0);
     snprintf(path, sizeof path, "%s/cgroup.controllers", fake_root);
@@ -1278,10 +1296,11 @@ TEST(version_2_of_cgroups_has_one_directory_for_both_limits)
 
 TEST(without_cgroups_memory_is_limited_by_rlimit_and_that_is_said)
 {
-    struct cube_task *t = shell("ulimit -d; " EATER);
+    struct cube_task *t;
     char none[300];
 
     set_up();
+    t = shell("ulimit -d; " EATER);
     cube_runtime_free(b.rt);
     snprintf(none, sizeof none, "%s/none", test_dir());
     b.rt = cube_process_open(b.loop, test_dir(), none, NULL);
@@ -1300,6 +1319,26 @@ TEST(without_cgroups_memory_is_limited_by_rlimit_and_that_is_said)
 }
 
 /* ---- Trouble ---- */
+
+static int no_pid_open(void *ctx, int pid)
+{
+    (void)ctx;
+    (void)pid;
+    return -ENOSYS;
+}
+
+TEST(a_kernel_without_pidfds_is_refused_in_words)
+{
+    struct cube_world w = *cube_world_real();
+    struct cube_loop *l;
+    struct cube_err err;
+
+    w.pid_open = no_pid_open;
+    l = cube_loop_new(&w, NULL);
+    CHECK(cube_process_new(l, test_dir(), &err) == NULL);
+    CHECK_HAS(err.text, "Linux has it from 5.3 on");
+    cube_loop_free(l);
+}
 
 /* A world whose files cannot be opened: no descriptor is left. */
 static bool is_starved;
