@@ -25663,7 +25663,8 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
  * HTTPS is libcurl's, if it was built in with CUBE_WITH_CURL=1, since a TLS
  * of one's own would be longer than this whole file. It blocks the loop
  * meanwhile, which is right for a command line and wrong for a server; no
- * server uses it.
+ * server uses it. CURL_CA_BUNDLE names the certificates to trust, as it does
+ * for curl itself.
  *
  * Naive on purpose: a list is held whole, as text and as records, which is
  * fine for the tens of thousands of tasks that a manager of this kind has.
@@ -25849,6 +25850,11 @@ static struct curl_slist *cube_client_curl_fields(struct cube_client *c)
 static void cube_client_curl_options(CURL *curl, struct cube_client_wait *w,
                                      const struct cube_http_request *r)
 {
+    const struct cube_world *world = cube_loop_world(w->client->loop);
+    const char *authorities = world->env(world->ctx, "CURL_CA_BUNDLE");
+
+    if (authorities && *authorities)
+        curl_easy_setopt(curl, CURLOPT_CAINFO, authorities);
     curl_easy_setopt(curl, CURLOPT_CUSTOMREQUEST, r->method);
     if (r->body) {
         curl_easy_setopt(curl, CURLOPT_POSTFIELDS, (const char *)r->body);

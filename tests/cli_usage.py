@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import shutil
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -318,6 +319,79 @@ class Usage(Case):
         self.assertIn(code, (2, 3))
         if code == 2:
             self.assertIn("CUBE_WITH_CURL=1", err)
+
+
+@unittest.skipUnless(shutil.which("cc") and shutil.which("openssl"),
+                     "no cc, or no openssl for a certificate")
+class Https(Case):
+    """A program that was built with libcurl, and a manager behind TLS."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.built = tempfile.mkdtemp(prefix="cube-curl-")
+        cls.program = os.path.join(cls.built, "cube")
+        done = subprocess.run(
+            ["cc", "-O0", "-w", "-DCUBE_WITH_CURL=1", "-o", cls.program,
+             TOP + "/examples/cube.c", TOP + "/cube.c", "-lcurl", "-lpthread"],
+            capture_output=True, text=True, check=False)
+        cls.why = done.stderr
+        cls.cert = os.path.join(cls.built, "cert.pem")
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes",
+             "-keyout", cls.cert, "-out", cls.cert + ".crt", "-days", "2",
+             "-subj", "/CN=localhost", "-addext",
+             "subjectAltName=DNS:localhost"], capture_output=True, check=True)
+        with open(cls.cert, "a", encoding="utf-8") as out, \
+                open(cls.cert + ".crt", encoding="utf-8") as crt:
+            out.write(crt.read())
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.built)
+
+    def setUp(self):
+        if not os.path.exists(self.program):
+            if "curl/curl.h" in self.why or "-lcurl" in self.why:
+                self.skipTest("no libcurl to build with")
+            self.fail(self.why)
+        super().setUp()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert)
+        self.fake.socket = context.wrap_socket(self.fake.socket,
+                                               server_side=True)
+        self.fake.where = "https://localhost:%d" % (
+            self.fake.server_address[1])
+        self.env["CURL_CA_BUNDLE"] = self.cert + ".crt"
+
+    def cube(self, *argv, stdin="", env=None):
+        return harness.run(self.program, *argv, "-m", self.fake.where,
+                           stdin=stdin, env=dict(self.env, **(env or {})))
+
+    def test_all_kinds_of_requests_pass_through_tls(self):
+        self.fake.tasks = [task(IDS[0], "web")]
+        self.assertIn("web", self.ok("status", env={"CUBE_TOKEN": "t"}))
+        self.assertEqual(self.fake.requests[-1][3]["Authorization"],
+                         "Bearer t")
+        self.assertEqual(len(self.ok("run", "busybox")), 37)
+        self.assertEqual(self.fake.posted()[0]["Task"]["Image"], "busybox")
+        self.assertIn("stopping", self.ok("stop", "-d", "web"))
+        self.assertEqual(self.ok("logs", "web"), "line 1\nline 2\n")
+        self.assertIn("Running", self.ok("events"))
+
+    def test_a_refusal_keeps_its_words(self):
+        self.fake.refusal = (409, "not so")
+        code, _, err = self.cube("status")
+        self.assertEqual(code, 1)
+        self.assertIn("not so", err)
+
+    def test_a_certificate_that_nobody_vouches_for_is_no_manager(self):
+        code, _, err = self.cube("status", env={"CURL_CA_BUNDLE": ""})
+        self.assertEqual(code, 3, err)
+        self.assertEqual(self.fake.requests, [])
+
+    def test_nobody_there_exits_3(self):
+        self.fake.where = "https://localhost:%d" % harness.free_port()
+        self.assertEqual(self.cube("status")[0], 3)
 
 
 class Run(Case):
