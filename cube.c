@@ -8868,11 +8868,14 @@ cube_log(struct cube_loop *l, enum cube_level level, const char *format, ...)
 
 /* ---- Watches ---- */
 
+/* What the poll reports back for this watch; see the essay. */
 static uint64_t cube_watch_token(const struct cube_watch *watch)
 {
     return (uint64_t)watch->generation << 32 | (uint32_t)watch->fd;
 }
 
+/* Is this very watch in force? Its descriptor may have been closed and given
+ * out again meanwhile, to another watch. */
 static bool cube_watch_is_set(struct cube_loop *l,
                               const struct cube_watch *watch)
 {
@@ -8880,6 +8883,8 @@ static bool cube_watch_is_set(struct cube_loop *l,
            l->watches[watch->fd] == watch;
 }
 
+/* Registers a descriptor under a generation of its own. Returns what the world
+ * said; on failure the watch is unused, as it was. */
 static int cube_watch_add(struct cube_loop *l, struct cube_watch *watch,
                           int fd, unsigned events)
 {
@@ -8938,12 +8943,15 @@ CUBE_API void cube_watch_clear(struct cube_loop *l, struct cube_watch *watch)
 
 /* ---- Timers ---- */
 
+/* The order of the heap: earlier first, and of equal times the one that was
+ * set first. */
 static bool cube_timer_is_before(const struct cube_timer *a,
                                  const struct cube_timer *b)
 {
     return a->at_ms != b->at_ms ? a->at_ms < b->at_ms : a->order < b->order;
 }
 
+/* Puts a timer at a place of the heap, and tells it where it is. */
 static void cube_heap_put(struct cube_loop *l, size_t at, struct cube_timer *t)
 {
     l->heap[at] = t;
@@ -9176,6 +9184,9 @@ static struct cube_commit *cube_commit_open(struct cube_loop *l,
     return c;
 }
 
+/* Has `fn` called once, in a later step of the loop, when all that is staged by
+ * now is durable or dropped. Waiting again with the same memory forgets the
+ * wait before. */
 static void cube_commit_wait(struct cube_commit *c, struct cube_commit_wait *w,
                              cube_commit_fn *fn, void *arg)
 {
@@ -9185,6 +9196,7 @@ static void cube_commit_wait(struct cube_commit *c, struct cube_commit_wait *w,
     cube_list_add(&c->filling, &w->link);
 }
 
+/* After this `fn` does not run; harmless for one who does not wait. */
 static void cube_commit_forget(struct cube_commit_wait *w)
 {
     cube_list_remove(&w->link);
@@ -9232,6 +9244,8 @@ static void cube_commit_close(struct cube_commit *c)
     cube_free(c);
 }
 
+/* The sync is over: the store takes note, and whoever waited for that commit is
+ * told, in the order in which they came. */
 static void cube_commit_synced(void *arg, struct cube_job *job)
 {
     struct cube_commit *c = arg;
@@ -9248,6 +9262,8 @@ static void cube_commit_synced(void *arg, struct cube_job *job)
     }
 }
 
+/* The batch has been written: who waited for it waits for its sync now, and the
+ * next batch fills meanwhile. */
 static void cube_commit_sync(struct cube_commit *c)
 {
     int r;
@@ -9271,6 +9287,8 @@ static void cube_commit_sync(struct cube_commit *c)
     }
 }
 
+/* One store at the end of a turn. While a sync is under way nothing new is
+ * written: what is staged gathers, and becomes one commit. */
 static void cube_commit_turn(struct cube_commit *c)
 {
     struct cube_err err;
@@ -9327,6 +9345,8 @@ CUBE_API void cube_loop_wake(struct cube_loop *l)
     l->world->poll_wake(l->world->ctx, l->poll);
 }
 
+/* Calls back for one thing that the poll reported, if whom it concerns is still
+ * there. */
 static void cube_loop_dispatch(struct cube_loop *l,
                                const struct cube_ready *ready)
 {
@@ -21750,6 +21770,7 @@ static void cube_worker_look(void *arg); /* mutual recursion */
 
 /* ---- Units ---- */
 
+/* NULL is fine. */
 static void cube_box_free(struct cube_container *box)
 {
     if (!box)
@@ -21783,6 +21804,7 @@ static struct cube_container *cube_box_copy(const struct cube_container *from)
     return box;
 }
 
+/* The unit of a record, made when it is first asked for. */
 static struct cube_unit *cube_unit_of(struct cube_worker *w,
                                       struct cube_record *rec)
 {
@@ -21808,6 +21830,7 @@ static void cube_unit_touch(struct cube_unit *u)
     cube_defer_set(w->loop, &w->pass, cube_worker_pass, w);
 }
 
+/* Its steps must be over, or their runtime freed before. */
 static void cube_unit_free(struct cube_unit *u)
 {
     if (!u)
@@ -21834,6 +21857,7 @@ static int cube_box_compare(const struct cube_container *box,
     return 0;
 }
 
+/* What was observed last; NULL: there is no container. Copied. */
 static void cube_unit_set_box(struct cube_unit *u,
                               const struct cube_container *box)
 {
@@ -21843,6 +21867,8 @@ static void cube_unit_set_box(struct cube_unit *u,
     u->box = copy;
 }
 
+/* The wall's time, for records. Never used to measure how long something took.
+ */
 static struct cube_time cube_worker_now(struct cube_worker *w)
 {
     return cube_time_from_ns(w->world->wall_ns(w->world->ctx));
@@ -21866,6 +21892,7 @@ static void cube_worker_doubt(struct cube_worker *w)
 
 /* ---- Restarts ---- */
 
+/* 1 s before the first restart, doubled for each one after, up to 5 min. */
 static int64_t cube_backoff_ms(int64_t restarts)
 {
     int64_t ms = CUBE_BACKOFF_MS;
@@ -21875,6 +21902,7 @@ static int64_t cube_backoff_ms(int64_t restarts)
     return ms < CUBE_BACKOFF_MAX_MS ? ms : CUBE_BACKOFF_MAX_MS;
 }
 
+/* Is it restarted without limit, also after a success? */
 static bool cube_policy_is_endless(const struct cube_task *t)
 {
     return strcmp(t->restart_policy, "always") == 0 ||
@@ -21904,6 +21932,8 @@ static void cube_version_plan(struct cube_worker *w, struct cube_version *v)
             ns + cube_backoff_ms(v->keep.restarts) * 1000000);
 }
 
+/* Failed, in these words, now; and when it starts again, if it does. The
+ * caller stages the version. */
 static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
                               const char *words)
 {
@@ -21914,6 +21944,7 @@ static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
     cube_version_plan(w, v);
 }
 
+/* The same as a change of the record on its own. */
 static void cube_unit_fail(struct cube_unit *u, const char *words)
 {
     struct cube_ledger *g = u->worker->ledger;
@@ -21924,6 +21955,8 @@ static void cube_unit_fail(struct cube_unit *u, const char *words)
 
 /* ---- Steps: what is done with containers ---- */
 
+/* A step is over: the unit may take the next one. When it ended in trouble,
+ * nothing that was observed is believed any more. */
 static void cube_unit_step_ends(struct cube_unit *u,
                                 const struct cube_err *err)
 {
@@ -21949,6 +21982,8 @@ static void cube_unit_explain(struct cube_unit *u, const char *words)
     cube_record_stage(g, u->rec);
 }
 
+/* A start is over. Trouble costs nothing: the task stays Scheduled, and the
+ * next look at the engine tells whether the container came to be after all. */
 static void cube_unit_started(void *arg, const struct cube_container *box,
                               const struct cube_err *err)
 {
@@ -21964,6 +21999,8 @@ static void cube_unit_started(void *arg, const struct cube_container *box,
     cube_unit_step_ends(u, err);
 }
 
+/* Puts the last words about a pull on the record, where `cube run` sees them.
+ */
 static void cube_unit_show_progress(void *arg)
 {
     struct cube_unit *u = arg;
@@ -21985,6 +22022,8 @@ static void cube_unit_progressed(void *arg, const char *words)
                        cube_unit_show_progress, u);
 }
 
+/* The step from nothing to a container. What it is given are the record's
+ * committed version and its numbers, which become the container's labels. */
 static void cube_unit_start(struct cube_unit *u)
 {
     struct cube_worker *w = u->worker;
@@ -22001,6 +22040,7 @@ static void cube_unit_start(struct cube_unit *u)
     w->runtime->ops->start(w->runtime, &what, cube_unit_started, u);
 }
 
+/* A stop is over. Its container is not gone yet: the next step removes it. */
 static void cube_unit_stopped(void *arg, const struct cube_err *err)
 {
     struct cube_unit *u = arg;
@@ -22012,6 +22052,7 @@ static void cube_unit_stopped(void *arg, const struct cube_err *err)
     cube_unit_step_ends(u, err);
 }
 
+/* A removal is over; a stray goes before the container that is meant. */
 static void cube_unit_removed(void *arg, const struct cube_err *err)
 {
     struct cube_unit *u = arg;
@@ -22043,6 +22084,7 @@ static void cube_unit_dispose(struct cube_unit *u, struct cube_container *box)
 
 /* ---- Records: what is said about containers ---- */
 
+/* Copies where the engine has put the ports to the task. */
 static void cube_task_show_ports(struct cube_task *t,
                                  const struct cube_container *box)
 {
@@ -22058,6 +22100,7 @@ static void cube_task_show_ports(struct cube_task *t,
     t->host_ports.is_null = false;
 }
 
+/* All that a running container says about its task. */
 static void cube_task_show_running(struct cube_task *t,
                                    const struct cube_container *box)
 {
@@ -22072,6 +22115,7 @@ static void cube_task_show_running(struct cube_task *t,
     cube_task_show_ports(t, box);
 }
 
+/* Running, on the record. */
 static void cube_unit_record_running(struct cube_unit *u)
 {
     struct cube_ledger *g = u->worker->ledger;
@@ -22080,6 +22124,8 @@ static void cube_unit_record_running(struct cube_unit *u)
     cube_record_stage(g, u->rec);
 }
 
+/* How it ended: in the engine's words, if it has any, else by its exit code. A
+ * process that a signal ended has 128 and the signal's number. */
 static void cube_unit_exit_words(const struct cube_container *box,
                                  struct cube_buf *out)
 {
@@ -22166,6 +22212,7 @@ static void cube_unit_sick(void *arg, const char *words)
 
 /* ---- Reconciliation ---- */
 
+/* Its time to be started again has come. */
 static void cube_unit_due(void *arg)
 {
     struct cube_unit *u = arg;
@@ -22192,6 +22239,7 @@ static void cube_unit_await_restart(struct cube_unit *u)
                        cube_unit_due, u);
 }
 
+/* Health is the worker's matter, unless the manager sees to it itself. */
 static void cube_unit_watch(struct cube_unit *u)
 {
     if (!u->rec->now->keep.follows)
@@ -22247,6 +22295,8 @@ static void cube_unit_reconcile(struct cube_unit *u)
         cube_record_remove(w->ledger, u->rec);
 }
 
+/* Looks at each unit that was touched. A step may touch others, or the same
+ * one again: then the pass goes on until none is left. */
 static void cube_worker_pass(void *arg)
 {
     struct cube_worker *w = arg;
@@ -22287,12 +22337,14 @@ static void cube_worker_changed(void *arg, struct cube_record *rec,
     cube_unit_touch(u);
 }
 
+/* A task whose first commit failed never was. */
 static void cube_worker_dropped(void *arg, struct cube_record *rec)
 {
     (void)arg;
     cube_unit_free(rec->owner);
 }
 
+/* Has every unit looked at. */
 static void cube_worker_touch_all(void *arg)
 {
     struct cube_worker *w = arg;
@@ -22416,6 +22468,8 @@ static void cube_worker_seen(void *arg, const struct cube_container *list,
     cube_timer_set(w->loop, &w->look, CUBE_LOOK_SLOW_MS, cube_worker_look, w);
 }
 
+/* Asks the engine for all containers that carry this worker's label, whatever
+ * is known. Once at a time. */
 static void cube_worker_look(void *arg)
 {
     struct cube_worker *w = arg;
@@ -22434,6 +22488,7 @@ struct cube_peek {
     char *box_id;
 };
 
+/* Its inspection must be over, or its runtime freed before. */
 static void cube_peek_free(struct cube_peek *p)
 {
     cube_list_remove(&p->link);
@@ -22441,6 +22496,8 @@ static void cube_peek_free(struct cube_peek *p)
     cube_free(p);
 }
 
+/* An inspection is over. It may be old news: the container may have been
+ * replaced while it was under way, so its ID is compared. */
 static void cube_worker_peeked(void *arg, const struct cube_container *box,
                                const struct cube_err *err)
 {
@@ -22583,6 +22640,8 @@ static void cube_worker_take(struct cube_worker *w, struct cube_event *e)
     cube_unit_of(w, rec);
 }
 
+/* Stages the wish to stop, and with `forget` the wish to have its record
+ * removed after. Said twice, it changes nothing. */
 static void cube_worker_want_stop(struct cube_worker *w,
                                   struct cube_record *rec, bool forget)
 {
@@ -22625,6 +22684,8 @@ static void cube_worker_follow(struct cube_worker *w,
     cube_reply_kept(w->commit, req, 201, &body);
 }
 
+/* An order of a manager of ours. Who may give it and whether it is news is
+ * decided by cluster, epoch and attempt; the answer waits for the disk. */
 static void cube_worker_order(struct cube_worker *w, struct cube_http_req *req,
                               struct cube_event *e)
 {
@@ -22655,6 +22716,8 @@ static void cube_worker_order(struct cube_worker *w, struct cube_http_req *req,
     p->kept_arg = w;
 }
 
+/* POST /tasks. Unknown fields are accepted, as the Go worker does; a body that
+ * is no order is refused with 400 and changes nothing. */
 static void cube_worker_post(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22675,6 +22738,8 @@ static void cube_worker_post(void *arg, struct cube_http_req *req)
     cube_event_free(e);
 }
 
+/* DELETE /tasks/{id}: 204 once the wish is on disk, also for an attempt that
+ * is over already; 404 for a task that is not here. */
 static void cube_worker_delete(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22705,12 +22770,15 @@ struct cube_asker {
     struct cube_logs *logs;    /* what it reads, if it reads logs */
 };
 
+/* Takes it off the list of those who wait. */
 static void cube_asker_free(struct cube_asker *a)
 {
     cube_list_remove(&a->link);
     cube_free(a);
 }
 
+/* The caller went away: a log stream ends with it, an inspection runs on and
+ * is then thrown away. */
 static void cube_asker_gone(void *arg)
 {
     struct cube_asker *a = arg;
@@ -22723,6 +22791,7 @@ static void cube_asker_gone(void *arg)
     cube_asker_free(a);
 }
 
+/* Keeps a request until the engine has answered. */
 static struct cube_asker *cube_asker_new(struct cube_worker *w,
                                          struct cube_http_req *req)
 {
@@ -22735,6 +22804,8 @@ static struct cube_asker *cube_asker_new(struct cube_worker *w,
     return a;
 }
 
+/* The engine's inspection goes out as it came; no container is 404, an engine
+ * in trouble 502. */
 static void cube_worker_inspected(void *arg, const char *json, size_t len,
                                   const struct cube_err *err)
 {
@@ -22751,6 +22822,7 @@ static void cube_worker_inspected(void *arg, const char *json, size_t len,
     cube_asker_free(a);
 }
 
+/* GET /tasks/{id}, for which the Go worker answers the engine's inspection. */
 static void cube_worker_inspect(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22772,6 +22844,7 @@ static void cube_worker_inspect(void *arg, struct cube_http_req *req)
                                   cube_asker_new(w, req));
 }
 
+/* A piece of a log, on to whoever reads it. */
 static void cube_worker_log_data(void *arg, const char *p, size_t len)
 {
     struct cube_asker *a = arg;
@@ -22779,6 +22852,8 @@ static void cube_worker_log_data(void *arg, const char *p, size_t len)
     cube_http_stream_write(a->req, p, len);
 }
 
+/* The log is over. After an error the connection is cut, so that the reader
+ * does not take what came for all of it. */
 static void cube_worker_log_end(void *arg, const struct cube_err *err)
 {
     struct cube_asker *a = arg;
@@ -22791,6 +22866,7 @@ static void cube_worker_log_end(void *arg, const struct cube_err *err)
     cube_asker_free(a);
 }
 
+/* GET /tasks/{id}/logs. Without a container there is no log: 404 says so. */
 static void cube_worker_logs(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22823,6 +22899,7 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
                                     a);
 }
 
+/* GET /tasks. */
 static void cube_worker_list(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22830,6 +22907,7 @@ static void cube_worker_list(void *arg, struct cube_http_req *req)
     cube_ledger_reply(w->ledger, req);
 }
 
+/* GET /stats: the reading of the last beat, at most a second old. */
 static void cube_worker_stats(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22841,6 +22919,7 @@ static void cube_worker_stats(void *arg, struct cube_http_req *req)
     cube_buf_free(&body);
 }
 
+/* GET /events: the feed of chapter 7. */
 static void cube_worker_events(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -22862,6 +22941,7 @@ static const struct cube_http_route cube_worker_routes[] = {
 
 /* ---- Signs of life ---- */
 
+/* One task of the full list that a reset is followed by. */
 static bool cube_worker_feed_list(void *arg, size_t *at, struct cube_buf *out)
 {
     struct cube_worker *w = arg;
@@ -22895,6 +22975,8 @@ static int64_t cube_worker_count(struct cube_worker *w)
     return n;
 }
 
+/* Once a second: the machine's metrics, to all who follow. It is the sign of
+ * life by which a manager knows that this worker is there. */
 static void cube_worker_beat(void *arg)
 {
     struct cube_worker *w = arg;
@@ -22933,6 +23015,8 @@ static void cube_worker_sweep(void *arg)
 
 static void cube_worker_rejoin(void *arg);
 
+/* The manager's answer. A refusal is said once for each try, with its reason:
+ * a wrong token, say, can be mended while the worker waits. */
 static void cube_worker_joined(void *arg, const struct cube_http_answer *a)
 {
     struct cube_worker *w = arg;
@@ -22976,6 +23060,7 @@ static void cube_worker_rejoin(void *arg)
     cube_buf_free(&body);
 }
 
+/* Can only this machine reach "host:port"? */
 static bool cube_host_is_loopback(const char *where)
 {
     return cube_text_starts(where, "127.") ||
@@ -22983,6 +23068,7 @@ static bool cube_host_is_loopback(const char *where)
            cube_text_starts(where, "[::1]");
 }
 
+/* Does "host:port" mean all addresses, so that it names none? */
 static bool cube_host_is_any(const char *where)
 {
     return where[0] == ':' || cube_text_starts(where, "0.0.0.0") ||
@@ -23038,6 +23124,7 @@ static void cube_worker_derive(struct cube_worker *w)
     cube_buf_free(&from);
 }
 
+/* Who this worker is, and whose: from its store, or derived anew. */
 static void cube_worker_identify(struct cube_worker *w)
 {
     struct cube_buf text = {0};
@@ -23057,6 +23144,7 @@ static void cube_worker_identify(struct cube_worker *w)
     cube_buf_free(&text);
 }
 
+/* Opens the worker's file (or its twin in memory) and reads what is in it. */
 static int cube_worker_open_store(struct cube_worker *w, const char *kind,
                                   struct cube_err *err)
 {
@@ -23082,6 +23170,7 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
     return w->ledger ? 0 : -1;
 }
 
+/* From here on there is a runtime: look at what it has. */
 static void cube_worker_use(struct cube_worker *w, struct cube_runtime *rt)
 {
     w->runtime = rt;
@@ -23092,6 +23181,7 @@ static void cube_worker_use(struct cube_worker *w, struct cube_runtime *rt)
 
 static void cube_worker_find(void *arg); /* mutual recursion */
 
+/* The search for a runtime is over. */
 static void cube_worker_found(void *arg, struct cube_runtime *rt,
                               const char *words, const struct cube_err *err)
 {
@@ -23108,6 +23198,7 @@ static void cube_worker_found(void *arg, struct cube_runtime *rt,
     cube_worker_use(w, rt);
 }
 
+/* Looks for the runtime that was asked for, or for the best there is. */
 static void cube_worker_find(void *arg)
 {
     struct cube_worker *w = arg;
@@ -23116,6 +23207,8 @@ static void cube_worker_find(void *arg)
                                    cube_worker_found, w);
 }
 
+/* The steps of cube_worker_new that can fail; what they leave behind is freed by
+ * cube_worker_free. */
 static int cube_worker_start(struct cube_worker *w,
                              const struct cube_worker_options *o,
                              struct cube_err *err)
@@ -23161,7 +23254,7 @@ cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
     w->listen = cube_text_dup(o->listen ? o->listen : "127.0.0.1:5556");
     w->data_dir = cube_text_dup(o->data_dir ? o->data_dir : ".");
     w->runtime_name = cube_text_dup(o->runtime ? o->runtime : "auto");
-    cube_buf_printf(&run_dir, "%s/run/%s", w->data_dir, w->name);
+    cube_buf_printf(&run_dir, "%s/worker-%s", w->data_dir, w->name);
     w->run_dir = cube_buf_take(&run_dir);
     w->join = cube_text_dup(o->join);
     w->advertise = cube_text_dup(o->advertise);
@@ -23183,6 +23276,7 @@ cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
     return w;
 }
 
+/* The ledger knows the records; what hangs on them is the worker's. */
 static void cube_worker_free_units(struct cube_worker *w)
 {
     void *value;
@@ -23201,6 +23295,7 @@ static void cube_worker_free_askers(struct cube_worker *w)
         cube_asker_free(CUBE_OF(w->askers.next, struct cube_asker, link));
 }
 
+/* All that cube_worker_new copied. */
 static void cube_worker_free_texts(struct cube_worker *w)
 {
     cube_free(w->name);
@@ -23430,6 +23525,7 @@ static void cube_manager_pass(void *arg); /* mutual recursion */
 
 /* ---- Charges ---- */
 
+/* The charge of a record, made when it is first asked for. */
 static struct cube_charge *cube_charge_of(struct cube_manager *m,
                                           struct cube_record *rec)
 {
@@ -23445,6 +23541,7 @@ static struct cube_charge *cube_charge_of(struct cube_manager *m,
     return c;
 }
 
+/* Has it looked at, later in this turn or in the next one. */
 static void cube_charge_touch(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
@@ -23454,6 +23551,8 @@ static void cube_charge_touch(struct cube_charge *c)
     cube_defer_set(m->loop, &m->pass, cube_manager_pass, m);
 }
 
+/* An order that is under way is given up; the worker may still take it, and
+ * reports it then. */
 static void cube_charge_free(struct cube_charge *c)
 {
     if (!c)
@@ -23466,6 +23565,7 @@ static void cube_charge_free(struct cube_charge *c)
     cube_free(c);
 }
 
+/* Has the task of that ID looked at, if there is one. */
 static void cube_manager_touch(struct cube_manager *m, const char *id)
 {
     struct cube_record *rec = cube_ledger_find(m->ledger, id);
@@ -23474,6 +23574,7 @@ static void cube_manager_touch(struct cube_manager *m, const char *id)
         cube_charge_touch(cube_charge_of(m, rec));
 }
 
+/* Has every task looked at: something changed that may concern all. */
 static void cube_manager_touch_all(struct cube_manager *m)
 {
     struct cube_record *rec;
@@ -23482,6 +23583,8 @@ static void cube_manager_touch_all(struct cube_manager *m)
         cube_charge_touch(cube_charge_of(m, rec));
 }
 
+/* The wall's time, for records. Never used to measure how long something took.
+ */
 static struct cube_time cube_manager_now(struct cube_manager *m)
 {
     return cube_time_from_ns(m->world->wall_ns(m->world->ctx));
@@ -23519,6 +23622,7 @@ static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec)
 
 static void cube_member_print(struct cube_member *n, struct cube_buf *out);
 
+/* Stages an event that tells a node's state. */
 static void cube_manager_log_node(struct cube_manager *m,
                                   struct cube_member *n)
 {
@@ -23563,6 +23667,7 @@ static void cube_manager_committed(void *arg, uint64_t commit,
 
 /* ---- Members ---- */
 
+/* Linear: a cluster has few nodes, next to what each of them says. */
 static struct cube_member *cube_manager_member(struct cube_manager *m,
                                                const char *name)
 {
@@ -23577,6 +23682,7 @@ static struct cube_member *cube_manager_member(struct cube_manager *m,
     return NULL;
 }
 
+/* A stop that is under way is given up. */
 static void cube_report_free(struct cube_report *r)
 {
     if (r->order)
@@ -23585,12 +23691,14 @@ static void cube_report_free(struct cube_report *r)
     cube_free(r);
 }
 
+/* What this worker says of a task, or NULL; `n` may be NULL. */
 static struct cube_report *cube_member_report(struct cube_member *n,
                                               const char *id)
 {
     return n ? cube_map_get(&n->reports, id) : NULL;
 }
 
+/* The worker does not have that task any more. */
 static void cube_member_drop(struct cube_member *n, const char *id)
 {
     struct cube_report *r = cube_map_remove(&n->reports, id);
@@ -23617,6 +23725,7 @@ static void cube_member_forget(struct cube_member *n, bool unseen_only)
     }
 }
 
+/* Takes it off the list. Its tasks stay where their records say. */
 static void cube_member_free(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -23636,6 +23745,7 @@ static void cube_member_free(struct cube_member *n)
     cube_free(n);
 }
 
+/* As GET /nodes has it. */
 static const char *cube_member_state_name(const struct cube_member *n)
 {
     if (n->state == CUBE_NODE_LOST)
@@ -23652,6 +23762,8 @@ static bool cube_task_holds(const struct cube_task *t, const char *node)
            strcmp(t->node, node) == 0;
 }
 
+/* The node as the Go program prints it, then what is Cube's own. What is
+ * allocated is what its tasks were promised, not what they use. */
 static void cube_member_print(struct cube_member *n, struct cube_buf *out)
 {
     struct cube_manager *m = n->manager;
@@ -23720,6 +23832,8 @@ static void cube_member_heard(struct cube_member *n, struct cube_task *t)
     cube_manager_touch(n->manager, t->id);
 }
 
+/* Does it run, or is it about to? One whose stop is wished does not count: it
+ * is on its way out. */
 static bool cube_task_is_active(const struct cube_task *t)
 {
     return !cube_task_is_finished(t) && t->wanted != CUBE_WANT_STOP;
@@ -23765,6 +23879,8 @@ static void cube_member_listed(struct cube_member *n)
 
 static void cube_member_raise_epoch(struct cube_member *n, int64_t seen);
 
+/* The first line: which worker answers at this address, and whose it is. A
+ * worker of another cluster keeps its tasks and gets none of ours. */
 static void cube_member_on_hello(struct cube_member *n,
                                  struct json_value_s *line)
 {
@@ -23794,6 +23910,8 @@ static void cube_member_on_hello(struct cube_member *n,
     }
 }
 
+/* The full list follows. Until it is complete nothing is concluded from a task
+ * that is missing. */
 static void cube_member_on_reset(struct cube_member *n,
                                  struct json_value_s *line)
 {
@@ -23805,6 +23923,7 @@ static void cube_member_on_reset(struct cube_member *n,
         ((struct cube_report *)value)->is_seen = false;
 }
 
+/* A task of the list, or a change. */
 static void cube_member_on_task(struct cube_member *n,
                                 struct json_value_s *line)
 {
@@ -23823,6 +23942,7 @@ static void cube_member_on_task(struct cube_member *n,
     cube_member_heard(n, t);
 }
 
+/* The worker has removed a record. */
 static void cube_member_on_gone(struct cube_member *n,
                                 struct json_value_s *line)
 {
@@ -23832,6 +23952,7 @@ static void cube_member_on_gone(struct cube_member *n,
     cube_member_drop(n, id);
 }
 
+/* The list is complete. */
 static void cube_member_on_listed(struct cube_member *n,
                                   struct json_value_s *line)
 {
@@ -23839,6 +23960,8 @@ static void cube_member_on_listed(struct cube_member *n,
     cube_member_listed(n);
 }
 
+/* The beat: its machine's metrics. A worker whose metrics make no sense stays,
+ * but is not given what its room is unknown for. */
 static void cube_member_on_stats(struct cube_member *n,
                                  struct json_value_s *line)
 {
@@ -23900,6 +24023,8 @@ static void cube_member_hang_up(struct cube_member *n)
                    n);
 }
 
+/* Bytes of the event stream, cut anywhere. A line may hang up, so the buffer
+ * is not touched after that. */
 static void cube_member_data(void *arg, const char *p, size_t len)
 {
     struct cube_member *n = arg;
@@ -23925,6 +24050,7 @@ static void cube_member_data(void *arg, const char *p, size_t len)
 
 /* ---- Workers that are asked, not told by ---- */
 
+/* GET /tasks of a polled worker is a list and its end in one. */
 static int cube_member_take_list(struct cube_member *n, const char *body,
                                  size_t len)
 {
@@ -23950,6 +24076,7 @@ static int cube_member_take_list(struct cube_member *n, const char *body,
     return 0;
 }
 
+/* Its metrics came, or did not: the next round in two seconds. */
 static void cube_member_polled(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -23978,6 +24105,7 @@ cube_member_get(struct cube_member *n, const char *target,
     return cube_http_call(n->client, &r);
 }
 
+/* Its tasks came: that is its sign of life. */
 static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -23996,6 +24124,8 @@ static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
 
 /* ---- The line to a worker ---- */
 
+/* The stream has ended. 404 means a worker without events; other refusals are
+ * kept, since `cube node` shows them. */
 static void cube_member_cut(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -24017,6 +24147,8 @@ static void cube_member_cut(void *arg, const struct cube_http_answer *a)
         n->dial_ms = n->dial_ms * 2 + 1;
 }
 
+/* Opens the event stream, from where the last one broke off if that is known.
+ */
 static void cube_member_dial(void *arg)
 {
     struct cube_member *n = arg;
@@ -24040,6 +24172,7 @@ static void cube_member_dial(void *arg)
     n->call = cube_http_call(n->client, &r);
 }
 
+/* A worker at "host:port"; dialled at once. NULL when that is no address. */
 static struct cube_member *cube_member_new(struct cube_manager *m,
                                            const char *name,
                                            struct cube_err *err)
@@ -24069,6 +24202,7 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
 
 /* ---- Orders ---- */
 
+/* 0.5 s before the first repetition, doubled up to 8 s. */
 static int64_t cube_retry_ms(int tries)
 {
     int64_t ms = CUBE_RETRY_MS;
@@ -24114,11 +24248,13 @@ static void cube_member_refused(struct cube_member *n,
     cube_json_free(root);
 }
 
+/* An order may be repeated now. */
 static void cube_charge_retry(void *arg)
 {
     cube_charge_touch(arg);
 }
 
+/* The order was not answered well: again, but later each time. */
 static void cube_charge_later(struct cube_charge *c)
 {
     cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(++c->tries),
@@ -24142,6 +24278,7 @@ static void cube_answer_words(const struct cube_http_answer *a,
     cube_json_free(root);
 }
 
+/* The worker will never take this task: Failed, with the worker's reason. */
 static void cube_charge_reject(struct cube_charge *c, struct cube_member *n,
                                const struct cube_http_answer *a)
 {
@@ -24158,6 +24295,9 @@ static void cube_charge_reject(struct cube_charge *c, struct cube_member *n,
     cube_manager_stage(m, c->rec);
 }
 
+/* A delivery was answered, or was not. Only 201 means that the worker has it
+ * on disk; after anything else it may or may not have it, and the delivery is
+ * repeated until a report says which. */
 static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
 {
     struct cube_charge *c = arg;
@@ -24219,6 +24359,8 @@ static void cube_charge_deliver(struct cube_charge *c, struct cube_member *n)
     cube_buf_free(&body);
 }
 
+/* A stop was answered. 204 means that the wish is on the worker's disk; that it
+ * has stopped will be reported. */
 static void cube_report_stopped(void *arg, const struct cube_http_answer *a)
 {
     struct cube_report *r = arg;
@@ -24267,6 +24409,7 @@ struct cube_promises {
     size_t count;
 };
 
+/* NULL is fine. */
 static void cube_promises_free(struct cube_promises *p)
 {
     if (!p)
@@ -24278,6 +24421,8 @@ static void cube_promises_free(struct cube_promises *p)
     cube_free(p);
 }
 
+/* Adds up what every node has promised, staged placements included: two tasks
+ * of one pass must not be given the same port. */
 static struct cube_promises *cube_promises_new(struct cube_manager *m)
 {
     struct cube_promises *p = cube_alloc(sizeof *p);
@@ -24346,6 +24491,8 @@ static struct cube_member *cube_charge_place(struct cube_charge *c,
     return node ? m->promises->members[node - m->promises->nodes] : NULL;
 }
 
+/* Stages a placement: the attempt goes up with it, on disk, before the worker
+ * hears of it. */
 static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
                                const char *words)
 {
@@ -24387,6 +24534,7 @@ static void cube_charge_explain(struct cube_charge *c, const char *why)
     cube_manager_stage(m, c->rec);
 }
 
+/* Places a waiting task, or says on its record why it waits. */
 static void cube_charge_schedule(struct cube_charge *c)
 {
     struct cube_buf why = {0};
@@ -24526,6 +24674,7 @@ static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
                                       const struct cube_task *r);
 
+/* The rows of the table above that begin with `run`. */
 static void cube_charge_keep_running(struct cube_charge *c,
                                      struct cube_member *n,
                                      struct cube_report *r)
@@ -24554,6 +24703,7 @@ static void cube_charge_keep_running(struct cube_charge *c,
         cube_charge_copy(c, r->task);
 }
 
+/* Stages the end of a task that was stopped. */
 static void cube_charge_complete(struct cube_charge *c, const char *words)
 {
     struct cube_manager *m = c->manager;
@@ -24567,6 +24717,7 @@ static void cube_charge_complete(struct cube_charge *c, const char *words)
     cube_manager_stage(m, c->rec);
 }
 
+/* The rows of the table above that begin with `stop`. */
 static void cube_charge_keep_stopped(struct cube_charge *c,
                                      struct cube_member *n,
                                      struct cube_report *r)
@@ -24668,6 +24819,7 @@ static void cube_manager_pass(void *arg)
     m->promises = NULL;
 }
 
+/* A change is on disk: what it asks for can be done now. */
 static void cube_manager_changed(void *arg, struct cube_record *rec,
                                  const struct cube_version *before)
 {
@@ -24686,6 +24838,7 @@ static void cube_manager_changed(void *arg, struct cube_record *rec,
     cube_charge_touch(c);
 }
 
+/* A task whose first commit failed never was. */
 static void cube_manager_dropped(void *arg, struct cube_record *rec)
 {
     (void)arg;
@@ -24714,6 +24867,8 @@ static void cube_charge_restart_polled(struct cube_charge *c,
     (void)n;
 }
 
+/* Its health check failed: a worker of the Go program is told to start it
+ * again. */
 static void cube_charge_sick(void *arg, const char *why)
 {
     struct cube_charge *c = arg;
@@ -24725,6 +24880,8 @@ static void cube_charge_sick(void *arg, const char *why)
         cube_charge_restart_polled(c, n, r->task, why);
 }
 
+/* What a polled worker says, and what it does not do itself: restarts and
+ * health checks. */
 static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
                                       const struct cube_task *r)
@@ -24750,6 +24907,8 @@ static void cube_charge_follow_polled(struct cube_charge *c,
 
 /* ---- Time ---- */
 
+/* Its connection is given up with it: after a partition, TCP would go on as if
+ * nothing had happened, and the list would not come anew. */
 static void cube_member_lose(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -24837,6 +24996,7 @@ static void cube_manager_sweep_events(struct cube_manager *m, int64_t old_ns)
     cube_cursor_close(c);
 }
 
+/* Does nobody have this task any more? A home that cannot be asked may. */
 static bool cube_charge_is_confirmed(struct cube_charge *c)
 {
     struct cube_list *link;
@@ -24878,6 +25038,7 @@ static void cube_manager_sweep(struct cube_manager *m)
     }
 }
 
+/* Four times a second: who is lost, who may be asked again, what is old. */
 static void cube_manager_tick(void *arg)
 {
     struct cube_manager *m = arg;
@@ -24965,6 +25126,7 @@ static void cube_manager_resubmit(struct cube_manager *m,
     cube_reply_kept(m->commit, req, 201, &body);
 }
 
+/* Stages the wish to stop; nothing changes for a task that has ended. */
 static void cube_manager_want_stop(struct cube_manager *m,
                                    struct cube_record *rec)
 {
@@ -24975,6 +25137,8 @@ static void cube_manager_want_stop(struct cube_manager *m,
     cube_manager_stage(m, rec);
 }
 
+/* An event that was understood. The newest version counts, committed or not: two
+ * requests of one turn must not both be the first. */
 static void cube_manager_submit(struct cube_manager *m,
                                 struct cube_http_req *req,
                                 struct cube_event *e)
@@ -25010,6 +25174,8 @@ static void cube_manager_submit(struct cube_manager *m,
     cube_reply_kept(m->commit, req, 201, &body);
 }
 
+/* POST /tasks. Unknown fields are refused: a misspelt one would be ignored in
+ * silence otherwise. */
 static void cube_manager_post(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25048,6 +25214,8 @@ static struct cube_record *cube_manager_find(struct cube_manager *m,
     return NULL;
 }
 
+/* DELETE /tasks/{id}: 204 once the wish is on disk. With ?forget=1 a task that
+ * has ended is hidden at once, and its record goes when no worker has it. */
 static void cube_manager_delete(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25070,6 +25238,7 @@ static void cube_manager_delete(void *arg, struct cube_http_req *req)
     cube_reply_kept(m->commit, req, 204, NULL);
 }
 
+/* GET /tasks. */
 static void cube_manager_list(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25077,6 +25246,7 @@ static void cube_manager_list(void *arg, struct cube_http_req *req)
     cube_ledger_reply(m->ledger, req);
 }
 
+/* GET /tasks/{id}. */
 static void cube_manager_get(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25088,6 +25258,7 @@ static void cube_manager_get(void *arg, struct cube_http_req *req)
         cube_http_reply(req, 404, NULL, NULL, 0);
 }
 
+/* GET /events: the feed of chapter 7. */
 static void cube_manager_events(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25104,6 +25275,7 @@ struct cube_relay {
     bool is_stream;
 };
 
+/* Who asked went away: so does the question. */
 static void cube_relay_gone(void *arg)
 {
     struct cube_relay *y = arg;
@@ -25112,6 +25284,8 @@ static void cube_relay_gone(void *arg)
     cube_free(y);
 }
 
+/* The first bytes of a stream begin the answer; an error before them can still
+ * have a status of its own. */
 static void cube_relay_data(void *arg, const char *p, size_t len)
 {
     struct cube_relay *y = arg;
@@ -25123,6 +25297,7 @@ static void cube_relay_data(void *arg, const char *p, size_t len)
     cube_http_stream_write(y->req, p, len);
 }
 
+/* The worker's answer is over; a stream that broke is cut, not ended. */
 static void cube_relay_done(void *arg, const struct cube_http_answer *a)
 {
     struct cube_relay *y = arg;
@@ -25177,11 +25352,13 @@ static void cube_manager_relay(struct cube_manager *m,
     cube_buf_free(&target);
 }
 
+/* GET /tasks/{id}/inspect. */
 static void cube_manager_inspect(void *arg, struct cube_http_req *req)
 {
     cube_manager_relay(arg, req, "", false);
 }
 
+/* GET /tasks/{id}/logs; the query is checked here and written anew. */
 static void cube_manager_logs(void *arg, struct cube_http_req *req)
 {
     const char *tail = cube_http_query(req, "tail");
@@ -25204,6 +25381,7 @@ static void cube_manager_logs(void *arg, struct cube_http_req *req)
 
 /* ---- Its API: nodes ---- */
 
+/* GET /nodes. */
 static void cube_manager_nodes(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25249,6 +25427,8 @@ struct cube_joining {
     bool is_removal;
 };
 
+/* A join or a removal is on disk: do it. When it is not, nothing has changed.
+ */
 static void cube_manager_joined(void *arg, const struct cube_err *err)
 {
     struct cube_joining *j = arg;
@@ -25267,6 +25447,7 @@ static void cube_manager_joined(void *arg, const struct cube_err *err)
     cube_free(j);
 }
 
+/* Stages a join or a removal. */
 static void cube_manager_note_node(struct cube_manager *m, const char *name,
                                    const char *uuid, bool is_removal)
 {
@@ -25284,6 +25465,8 @@ static void cube_manager_note_node(struct cube_manager *m, const char *name,
     cube_commit_wait(m->commit, &j->wait, cube_manager_joined, j);
 }
 
+/* POST /nodes. A worker repeats it until a manager follows its events, so one
+ * that is known already is an ordinary case. */
 static void cube_manager_join(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25309,6 +25492,8 @@ static void cube_manager_join(void *arg, struct cube_http_req *req)
     cube_json_free(root);
 }
 
+/* DELETE /nodes/{name}. A node that is up and has tasks is not forgotten: they
+ * would run on, unwatched, beside their successors. */
 static void cube_manager_forget(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -25349,6 +25534,7 @@ static const struct cube_http_route cube_manager_routes[] = {
 
 /* ---- Beginning and end ---- */
 
+/* One task of the full list that a reset is followed by. */
 static bool cube_manager_feed_list(void *arg, size_t *at, struct cube_buf *out)
 {
     struct cube_manager *m = arg;
@@ -25447,6 +25633,7 @@ static int cube_manager_load_events(struct cube_manager *m,
     return r < 0 ? -1 : 0;
 }
 
+/* The workers that have joined before. */
 static int cube_manager_load_nodes(struct cube_manager *m,
                                    struct cube_err *err)
 {
@@ -25494,6 +25681,7 @@ static int cube_manager_add_workers(struct cube_manager *m, const char *list,
     return r;
 }
 
+/* Opens the manager's file (or its twin in memory) and reads what is in it. */
 static int cube_manager_open_store(struct cube_manager *m, const char *kind,
                                    struct cube_err *err)
 {
@@ -25522,6 +25710,8 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     return m->ledger ? 0 : -1;
 }
 
+/* The steps of cube_manager_new that can fail; what they leave behind is freed by
+ * cube_manager_free. Nothing is answered before all was read. */
 static int cube_manager_start(struct cube_manager *m,
                               const struct cube_manager_options *o,
                               struct cube_err *err)
