@@ -2,12 +2,13 @@
  * A scheduler of your own: tasks whose name begins with "db-" go to the node
  * with the most free disk, all others to where they cost least.
  *
- *     cc -o scheduler examples/scheduler.c cube.c && ./scheduler
+ *     scheduler                   decides on nodes that are made by hand
+ *     scheduler HOST:PORT,...     is a manager of these workers
+ *
+ *     cc -o scheduler examples/scheduler.c cube.c
  *
  * A scheduler is three steps: candidates, score, pick. This one leaves two of
- * them to Cube and writes the second. The nodes are made by hand here, so
- * that the decision can be seen without a cluster; a manager is given the
- * same `struct cube_scheduler` and calls it with the nodes that it knows.
+ * them to Cube and writes the second.
  */
 #include "../cube.h"
 
@@ -67,10 +68,25 @@ static void decide(const struct cube_scheduler *s, struct cube_node *nodes,
     cube_task_free(task);
 }
 
-int main(void)
+/* A manager calls the same functions, with the nodes that it knows. */
+static int serve(const struct cube_scheduler *s, const char *workers)
 {
-    struct cube_scheduler *epvm = cube_scheduler_new("epvm", NULL);
-    struct cube_scheduler mine = {"database", epvm, NULL, score, NULL};
+    struct cube_err err = {CUBE_OK, ""};
+    struct cube_loop *l = cube_loop_new(cube_world_real(), &err);
+    struct cube_manager_options o = {
+        .store = "memory", .workers = workers, .scheduler = s};
+    struct cube_manager *m = l ? cube_manager_new(l, &o, &err) : NULL;
+
+    if (m)
+        (void)cube_loop_run(l, &err); /* until it fails, or Ctrl-C */
+    fprintf(stderr, "scheduler: %s\n", err.text);
+    cube_manager_free(m);
+    cube_loop_free(l);
+    return 1;
+}
+
+static void show(const struct cube_scheduler *mine)
+{
     struct cube_stats stats[3];
     struct cube_node nodes[3];
 
@@ -78,14 +94,26 @@ int main(void)
     fill(&nodes[1], &stats[1], "large:5556", 16, 200, 0.60);
     fill(&nodes[2], &stats[2], "store:5556", 8, 2000, 0.90);
 
-    decide(&mine, nodes, 3, "web", 1 * GIB);
-    decide(&mine, nodes, 3, "db-users", 2 * GIB);
-    decide(&mine, nodes, 3, "db-orders", 2 * GIB);
-    decide(&mine, nodes, 3, "cache", 6 * GIB);
-    decide(&mine, nodes, 3, "huge", 64 * GIB);
+    decide(mine, nodes, 3, "web", 1 * GIB);
+    decide(mine, nodes, 3, "db-users", 2 * GIB);
+    decide(mine, nodes, 3, "db-orders", 2 * GIB);
+    decide(mine, nodes, 3, "cache", 6 * GIB);
+    decide(mine, nodes, 3, "huge", 64 * GIB);
 
     for (size_t i = 0; i < 3; i++)
         cube_node_clear(&nodes[i]);
+}
+
+int main(int argc, char **argv)
+{
+    struct cube_scheduler *epvm = cube_scheduler_new("epvm", NULL);
+    struct cube_scheduler mine = {"database", epvm, NULL, score, NULL};
+    int status = 0;
+
+    if (argc > 1)
+        status = serve(&mine, argv[1]);
+    else
+        show(&mine);
     cube_scheduler_free(epvm);
-    return 0;
+    return status;
 }
