@@ -21706,6 +21706,7 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_LONG_RUN_MS (10 * 60 * 1000)   /* earns a new budget */
 #define CUBE_GRACE_MS 10000                 /* from SIGTERM to SIGKILL */
 #define CUBE_BEAT_MS 1000
+#define CUBE_FIRST_BEAT_MS 20               /* to who begins to follow */
 #define CUBE_LOOK_MAX_MS 10000              /* between two tries to list */
 #define CUBE_LOOK_SLOW_MS 60000             /* a look without cause */
 #define CUBE_JOIN_MS 5000
@@ -22953,17 +22954,6 @@ static bool cube_worker_feed_list(void *arg, size_t *at, struct cube_buf *out)
     return rec != NULL;
 }
 
-/* A worker that waits to be taken over belongs to nobody. */
-static void cube_worker_hello(void *arg, struct cube_buf *out)
-{
-    struct cube_worker *w = arg;
-
-    cube_buf_printf(out, ",\"Worker\":\"%s\",\"Cluster\":\"%s\","
-                    "\"Epoch\":%lld", w->uuid,
-                    w->take_over ? "" : w->cluster,
-                    w->take_over ? 0 : (long long)w->epoch);
-}
-
 /* Tasks that hold, or are about to hold, a part of the machine. */
 static int64_t cube_worker_count(struct cube_worker *w)
 {
@@ -22992,6 +22982,20 @@ static void cube_worker_beat(void *arg)
     cube_feed_beat(&w->feed, line.data, line.len);
     cube_buf_free(&line);
     cube_timer_set(w->loop, &w->beat, CUBE_BEAT_MS, cube_worker_beat, w);
+}
+
+/* What the feed says first to who begins to follow. A worker that waits to be
+ * taken over belongs to nobody. A manager gives no tasks to a worker before it
+ * has seen its stats, so these come soon after. */
+static void cube_worker_hello(void *arg, struct cube_buf *out)
+{
+    struct cube_worker *w = arg;
+
+    cube_buf_printf(out, ",\"Worker\":\"%s\",\"Cluster\":\"%s\","
+                    "\"Epoch\":%lld", w->uuid,
+                    w->take_over ? "" : w->cluster,
+                    w->take_over ? 0 : (long long)w->epoch);
+    cube_timer_set(w->loop, &w->beat, CUBE_FIRST_BEAT_MS, cube_worker_beat, w);
 }
 
 /* What ended longer ago than `keep_ms` is forgotten, container and all. */
@@ -23755,6 +23759,26 @@ static const char *cube_member_state_name(const struct cube_member *n)
     return n->refusal ? "refuses" : "up";
 }
 
+static bool cube_member_is_same(const struct cube_member *a,
+                                const struct cube_member *b)
+{
+    return a == b || (a && b && *a->uuid && strcmp(a->uuid, b->uuid) == 0);
+}
+
+/* Has the worker behind the default name also joined, under its own? */
+static bool cube_member_is_twin(struct cube_member *n)
+{
+    struct cube_list *head = &n->manager->members, *link;
+
+    for (link = head->next; n->is_default && link != head; link = link->next) {
+        struct cube_member *o = CUBE_OF(link, struct cube_member, link);
+
+        if (o != n && o->state == CUBE_NODE_UP && cube_member_is_same(o, n))
+            return true;
+    }
+    return false;
+}
+
 /* A task counts for a node from its placement to its end. */
 static bool cube_task_holds(const struct cube_task *t, const char *node)
 {
@@ -23967,6 +23991,8 @@ static void cube_member_on_stats(struct cube_member *n,
 {
     struct json_value_s *stats = cube_json_get(line, "Stats");
 
+    if (!n->has_stats)
+        n->manager->has_room = true;
     n->has_stats = stats && cube_stats_from_json(stats, &n->stats, NULL) == 0;
 }
 
@@ -24439,8 +24465,10 @@ static struct cube_promises *cube_promises_new(struct cube_manager *m)
         if (n->is_default && n->state == CUBE_NODE_NEW)
             continue;
         node->name = n->name;
-        node->is_up = n->state == CUBE_NODE_UP && n->is_listed && !n->refusal;
-        node->why_down = n->refusal;
+        node->is_up = n->state == CUBE_NODE_UP && n->is_listed &&
+                      !n->refusal && !cube_member_is_twin(n);
+        node->why_down = cube_member_is_twin(n) ? "has joined by another name"
+                                                : n->refusal;
         node->stats = n->has_stats ? &n->stats : NULL;
         p->members[p->count++] = n;
     }
@@ -24741,14 +24769,16 @@ static void cube_charge_keep_stopped(struct cube_charge *c,
         cube_charge_complete(c, r->task->error);
 }
 
-/* Is this report of the copy that should run? */
+/* Is this report of the copy that should run? A worker can be here under two
+ * names, such as that of --workers and the one that it joined by. */
 static bool cube_charge_is_home(const struct cube_charge *c,
                                 const struct cube_report *r)
 {
     const struct cube_task *t = c->rec->now->task;
 
-    return strcmp(r->member->name, t->node) == 0 &&
-           r->task->attempt == t->attempt;
+    return r->task->attempt == t->attempt &&
+           cube_member_is_same(cube_manager_member(c->manager, t->node),
+                               r->member);
 }
 
 /* Looks at the copies elsewhere: a newer one is taken for the right one (and
@@ -25392,7 +25422,8 @@ static void cube_manager_nodes(void *arg, struct cube_http_req *req)
     for (link = m->members.next; link != &m->members; link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
 
-        if (n->is_default && n->state == CUBE_NODE_NEW)
+        if ((n->is_default && n->state == CUBE_NODE_NEW) ||
+            cube_member_is_twin(n))
             continue;
         if (body.len > 1)
             cube_buf_puts(&body, ",");

@@ -396,6 +396,35 @@ static uint64_t newest(const struct follower *f, char stream[CUBE_UUID_TEXT])
     return last;
 }
 
+/* A worker that was named by --workers and joins as well, under another name
+ * for the same address: its task was taken for a copy elsewhere, and stopped. */
+TEST(a_worker_under_two_names_keeps_its_tasks)
+{
+    struct cluster k;
+    char body[100];
+
+    cluster_open(&k, 1);
+    (void)snprintf(body, sizeof body, "{\"Name\":\"localhost:%u\",\"Worker\":"
+                   "\"%s\"}", k.ports[0], A);
+    CHECK_INT(ask(&k, "POST", "/nodes", body), 201);
+    cluster_run(&k, 2000);
+    for (int i = 0; i < 2; i++) { /* round robin: one by each name */
+        CHECK_INT(ask(&k, "POST", "/tasks", i ? TASK_B : TASK_A), 201);
+        CHECK(cluster_await(&k, i ? B : A, CUBE_RUNNING, 5000));
+    }
+    cluster_run(&k, 10000);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 0));
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 0));
+    CHECK_INT(cluster_running(&k), 2);
+    CHECK_INT(k.engines[0].starts, 2);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" B, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 5000));
+    CHECK(cluster_await(&k, B, CUBE_COMPLETED, 5000));
+    CHECK_INT(cluster_running(&k), 0);
+    cluster_close(&k);
+}
+
 TEST(events_resume_after_a_break_and_after_a_restart_of_the_manager)
 {
     struct cluster k;
