@@ -397,7 +397,7 @@ static uint64_t newest(const struct follower *f, char stream[CUBE_UUID_TEXT])
 }
 
 /* A worker that was named by --workers and joins as well, under another name
- * for the same address: its task was taken for a copy elsewhere, and stopped. */
+ * for the same address: its task was taken for a copy elsewhere and stopped. */
 TEST(a_worker_under_two_names_keeps_its_tasks)
 {
     struct cluster k;
