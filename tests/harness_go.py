@@ -115,7 +115,8 @@ class Caller:
             body = text(body)
         if is_chunked:
             all_headers["Transfer-Encoding"] = "chunked"
-            body = (body[i:i + 1000] for i in range(0, len(body), 1000))
+            body = iter([body[i:i + 1000]
+                         for i in range(0, len(body), 1000)])
         self.connection.request(
             method, path, body=body, headers=all_headers,
             encode_chunked=is_chunked)
