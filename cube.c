@@ -14550,6 +14550,13 @@ struct cube_ledger {
 #define CUBE_RESTARTS 3                     /* of policy on-failure */
 #define CUBE_KEEP_MS (168LL * 3600 * 1000)  /* what has ended, and events */
 
+/* Is it restarted without limit, also after a success? */
+static bool cube_task_is_endless(const struct cube_task *t)
+{
+    return strcmp(t->restart_policy, "always") == 0 ||
+           strcmp(t->restart_policy, "unless-stopped") == 0;
+}
+
 /* A text of the meta tree; false when it is not there. */
 static bool cube_meta_get(struct cube_store *s, const char *key,
                           struct cube_buf *out)
@@ -21903,20 +21910,13 @@ static int64_t cube_backoff_ms(int64_t restarts)
     return ms < CUBE_BACKOFF_MAX_MS ? ms : CUBE_BACKOFF_MAX_MS;
 }
 
-/* Is it restarted without limit, also after a success? */
-static bool cube_policy_is_endless(const struct cube_task *t)
-{
-    return strcmp(t->restart_policy, "always") == 0 ||
-           strcmp(t->restart_policy, "unless-stopped") == 0;
-}
-
 /* May this version be started again by the worker? */
 static bool cube_version_may_restart(const struct cube_version *v)
 {
     if (v->keep.follows || v->task->wanted == CUBE_WANT_STOP ||
         strcmp(v->task->restart_policy, "no") == 0)
         return false;
-    if (cube_policy_is_endless(v->task) && v->keep.budget < 0)
+    if (cube_task_is_endless(v->task) && v->keep.budget < 0)
         return true;
     return v->keep.restarts <
            (v->keep.budget >= 0 ? v->keep.budget : CUBE_RESTARTS);
@@ -22164,7 +22164,7 @@ static void cube_unit_record_exit(struct cube_unit *u)
     if (cube_time_is_set(&box->finished))
         t->finish_time = box->finished;
     if (box->has_exit && box->exit_code == 0 && !box->is_oom_killed &&
-        !cube_policy_is_endless(t)) {
+        !cube_task_is_endless(t)) {
         t->state = CUBE_COMPLETED;
         cube_task_set(&t->error, "");
         memset(&t->restart_time, 0, sizeof t->restart_time);
@@ -23434,6 +23434,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_RETRY_MS 500       /* before an order is repeated; doubles */
 #define CUBE_RETRY_MAX_MS 8000
 #define CUBE_POLL_MS 2000       /* of a worker without events */
+#define CUBE_QUEUE_MS 60000     /* such a worker has for each order */
 #define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
 #define CUBE_PACED_MS 1000      /* between two moves when many nodes vanish */
 #define CUBE_LINE_MAX (4 << 20) /* of a worker's event */
@@ -23482,6 +23483,8 @@ struct cube_report {
     bool is_seen;                  /* in the listing that is under way */
     struct cube_http_call *order;  /* a stop that is under way */
     int64_t next_ms;               /* not to be ordered again before */
+    int64_t queued_ms;             /* polled: until then the order counts,
+                                      though the worker does not show it */
     int tries;
     struct cube_member *member;
 };
@@ -23496,6 +23499,8 @@ struct cube_member {
     char uuid[CUBE_UUID_TEXT];
     bool is_default;      /* nobody named it: shown once it has answered */
     bool is_polled;       /* a worker of the Go program */
+    bool is_doubted;      /* it may be another program by now */
+    bool is_told;         /* its events come; else what comes is an error */
     bool is_listed;       /* its reports are complete */
     char *refusal;        /* why it takes no orders from us, or NULL */
     enum cube_member_state state;
@@ -23712,7 +23717,8 @@ static void cube_member_drop(struct cube_member *n, const char *id)
     cube_manager_touch(n->manager, id);
 }
 
-/* Forgets all reports, or those that a listing has not shown. */
+/* Forgets all reports, or those that a listing has not shown, unless it is
+ * too early for that. */
 static void cube_member_forget(struct cube_member *n, bool unseen_only)
 {
     const char *id;
@@ -23722,7 +23728,8 @@ static void cube_member_forget(struct cube_member *n, bool unseen_only)
         struct cube_report *r = value;
         char copy[CUBE_UUID_TEXT];
 
-        if (unseen_only && r->is_seen)
+        if (unseen_only &&
+            (r->is_seen || r->queued_ms > cube_loop_now_ms(n->manager->loop)))
             continue;
         (void)snprintf(copy, sizeof copy, "%s", id);
         cube_member_drop(n, copy);
@@ -24056,6 +24063,8 @@ static void cube_member_data(void *arg, const char *p, size_t len)
     struct cube_member *n = arg;
     size_t start = 0;
 
+    if (!n->is_told)
+        return;
     cube_buf_add(&n->text, p, len);
     for (;;) {
         char *line = n->text.data + start;
@@ -24076,6 +24085,77 @@ static void cube_member_data(void *arg, const char *p, size_t len)
 
 /* ---- Workers that are asked, not told by ---- */
 
+/*
+ * An order goes into its queue, of which it takes one each ten seconds; only
+ * then does its list show what came of it. Until then there is no such task
+ * in the list, or, at a restart, one with the container that is to go:
+ *
+ *    list        (none)     old, Failed   old, Completed   new, Running
+ *    report      Scheduled  Scheduled     Scheduled        Running
+ *                ^ as the answer to the order said
+ *
+ * Does the list still show what was there before the order?
+ */
+static bool cube_report_is_ahead(const struct cube_report *r,
+                                 const struct cube_task *t, int64_t now)
+{
+    return r->queued_ms > now && *r->task->container_id &&
+           strcmp(r->task->container_id, t->container_id) == 0;
+}
+
+/* What it does not say: the number of the attempt, and times and reasons as
+ * they were seen first. */
+static void cube_member_complete(struct cube_member *n, struct cube_task *t,
+                                 const struct cube_report *r)
+{
+    struct cube_record *rec = cube_ledger_find(n->manager->ledger, t->id);
+    const struct cube_task *known = rec && rec->now ? rec->now->task : NULL;
+    bool is_same = known && known->state == t->state &&
+                   strcmp(known->container_id, t->container_id) == 0;
+    struct cube_time now = cube_manager_now(n->manager);
+
+    t->attempt = r ? r->task->attempt : known ? known->attempt : 1;
+    if (known && strcmp(known->container_id, t->container_id) == 0 &&
+        !cube_time_is_set(&t->start_time))
+        t->start_time = known->start_time;
+    if (t->state == CUBE_RUNNING && !cube_time_is_set(&t->start_time))
+        t->start_time = now;
+    if (cube_task_is_finished(t) && !cube_time_is_set(&t->finish_time))
+        t->finish_time = is_same ? known->finish_time : now;
+    if (t->state == CUBE_FAILED && !*t->error)
+        cube_task_set(&t->error, "it failed there; this worker does not say "
+                                 "why");
+}
+
+/* Takes over one task of its list. */
+static void cube_member_see(struct cube_member *n, struct cube_task *t)
+{
+    struct cube_report *r = cube_member_report(n, t->id);
+
+    if (r && cube_report_is_ahead(r, t, cube_loop_now_ms(n->manager->loop))) {
+        r->is_seen = true;
+        cube_task_free(t);
+        return;
+    }
+    cube_member_complete(n, t, r);
+    if (r)
+        r->queued_ms = 0;
+    cube_member_heard(n, t);
+}
+
+/* The answer to an order counts until the list shows what came of it: a
+ * minute, and one more for each order that is waiting there before it. */
+static void cube_member_believe(struct cube_member *n, const char *id)
+{
+    int64_t now = cube_loop_now_ms(n->manager->loop), orders = 1;
+    struct cube_report *own = cube_member_report(n, id);
+    void *value;
+
+    for (size_t at = 0; cube_map_next(&n->reports, &at, NULL, &value);)
+        orders += ((struct cube_report *)value)->queued_ms > now;
+    own->queued_ms = now + orders * CUBE_QUEUE_MS;
+}
+
 /* GET /tasks of a polled worker is a list and its end in one. */
 static int cube_member_take_list(struct cube_member *n, const char *body,
                                  size_t len)
@@ -24088,14 +24168,9 @@ static int cube_member_take_list(struct cube_member *n, const char *body,
     cube_member_on_reset(n, NULL);
     for (item = cube_json_items(root); item; item = item->next) {
         struct cube_task *t = cube_task_from_json(item->value, false, NULL);
-        struct cube_record *rec =
-            t ? cube_ledger_find(n->manager->ledger, t->id) : NULL;
 
-        if (!t)
-            continue;
-        if (rec && rec->now) /* it numbers no attempts: it is the last one */
-            t->attempt = rec->now->task->attempt;
-        cube_member_heard(n, t);
+        if (t)
+            cube_member_see(n, t);
     }
     cube_json_free(root);
     cube_member_listed(n);
@@ -24143,12 +24218,22 @@ static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
         n->call = cube_member_get(n, "/stats", cube_member_polled);
         return;
     }
-    n->is_polled = false; /* begin anew: it may be another program by then */
+    n->is_doubted = true;
     cube_timer_set(n->manager->loop, &n->dial, CUBE_POLL_MS, cube_member_dial,
                    n);
 }
 
 /* ---- The line to a worker ---- */
+
+/* A body comes: events, or the words of an error. */
+static void cube_member_head(void *arg, const struct cube_http_head *h)
+{
+    struct cube_member *n = arg;
+
+    n->is_told = cube_http_head_status(h) == 200;
+    if (n->is_told)
+        n->is_polled = n->is_doubted = false;
+}
 
 /* The stream has ended. 404 means a worker without events; other refusals are
  * kept, since `cube node` shows them. */
@@ -24160,6 +24245,7 @@ static void cube_member_cut(void *arg, const struct cube_http_answer *a)
     cube_buf_clear(&n->text);
     if (!a->err && a->status == 404) {
         n->is_polled = true;
+        n->is_doubted = false;
         n->dial_ms = 0;
     } else if (a->status != 200 && !a->err) {
         cube_free(n->refusal);
@@ -24181,7 +24267,8 @@ static void cube_member_dial(void *arg)
     struct cube_http_request r;
     char target[100] = "/events";
 
-    if (n->is_polled) {
+    n->is_told = false;
+    if (n->is_polled && !n->is_doubted) {
         n->call = cube_member_get(n, "/tasks", cube_member_poll_tasks);
         return;
     }
@@ -24192,6 +24279,7 @@ static void cube_member_dial(void *arg)
     r.method = "GET";
     r.target = target;
     r.idle_timeout_ms = (int)n->manager->lost_after_ms;
+    r.on_head = cube_member_head;
     r.on_data = cube_member_data;
     r.on_done = cube_member_cut;
     r.arg = n;
@@ -24340,10 +24428,13 @@ static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
         if (n->is_polled)
             t->attempt = v->task->attempt;
         /* The stream may have been faster than this answer. */
-        if (!r || r->task->attempt < t->attempt)
-            cube_member_heard(n, t);
-        else
+        if (r && r->task->attempt >= t->attempt) {
             cube_task_free(t);
+            return;
+        }
+        cube_member_heard(n, t);
+        if (n->is_polled)
+            cube_member_believe(n, c->rec->id);
         return;
     }
     if (n && !a->err && a->status == 409)
@@ -24358,6 +24449,7 @@ static void cube_charge_deliver(struct cube_charge *c, struct cube_member *n)
 {
     struct cube_manager *m = c->manager;
     const struct cube_version *v = c->rec->now;
+    const struct cube_report *had = cube_member_report(n, c->rec->id);
     struct cube_event *e = cube_event_new();
     struct cube_buf body = {0};
     struct cube_http_request r;
@@ -24367,6 +24459,9 @@ static void cube_charge_deliver(struct cube_charge *c, struct cube_member *n)
     e->timestamp = cube_manager_now(m);
     e->task = cube_task_copy(v->task);
     e->task->state = CUBE_SCHEDULED;
+    if (n->is_polled)
+        cube_task_set(&e->task->container_id,
+                      had ? had->task->container_id : "");
     memcpy(e->cluster, m->cluster, sizeof e->cluster);
     e->epoch = m->epoch;
     e->budget = v->keep.budget;
@@ -24397,7 +24492,8 @@ static void cube_report_stopped(void *arg, const struct cube_http_answer *a)
     r->order = NULL;
     memcpy(id, r->task->id, sizeof id);
     r->next_ms = cube_loop_now_ms(m->loop) + cube_retry_ms(++r->tries);
-    if (!a->err && a->status == 404)
+    if (!a->err && a->status == 404 &&
+        r->queued_ms <= cube_loop_now_ms(m->loop)) /* else it is to come */
         cube_member_drop(n, id);
     else if (!a->err && a->status == 409)
         cube_member_refused(n, a);
@@ -24545,8 +24641,23 @@ static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
     }
 }
 
-/* Says on the record why it waits: at once the first time, then when the
- * reasons have changed, but not with every byte that they count. */
+/* Are two reasons the same, but for the bytes and cores that they count? */
+static bool cube_reason_is_same(const char *a, const char *b)
+{
+    static const char digits[] = "0123456789.";
+
+    for (;;) {
+        a += strspn(a, digits);
+        b += strspn(b, digits);
+        if (*a != *b || !*a)
+            return *a == *b;
+        a++;
+        b++;
+    }
+}
+
+/* Says on the record why it waits: at once when there is another reason, but
+ * not with every byte that it counts. */
 static void cube_charge_explain(struct cube_charge *c, const char *why)
 {
     struct cube_manager *m = c->manager;
@@ -24554,7 +24665,7 @@ static void cube_charge_explain(struct cube_charge *c, const char *why)
     int64_t now = cube_loop_now_ms(m->loop);
 
     if (strcmp(t->error, why) == 0 ||
-        (*t->error && c->explained_ms > 0 &&
+        (cube_reason_is_same(t->error, why) && c->explained_ms > 0 &&
          now - c->explained_ms < CUBE_EXPLAIN_MS))
         return;
     c->explained_ms = now;
@@ -24770,15 +24881,25 @@ static void cube_charge_keep_stopped(struct cube_charge *c,
 }
 
 /* Is this report of the copy that should run? A worker can be here under two
- * names, such as that of --workers and the one that it joined by. */
+ * names, such as that of --workers and the one that it joined by. One of the
+ * Go program knows no attempts, so that a stop of the older one would hit the
+ * newer one as well: there, the order to run it names the container that is
+ * to go. */
 static bool cube_charge_is_home(const struct cube_charge *c,
                                 const struct cube_report *r)
 {
     const struct cube_task *t = c->rec->now->task;
 
-    return r->task->attempt == t->attempt &&
+    return (r->task->attempt == t->attempt || r->member->is_polled) &&
            cube_member_is_same(cube_manager_member(c->manager, t->node),
                                r->member);
+}
+
+/* Does a worker have what is to be removed? One of the Go program removes
+ * nothing, so that what has ended there does not count. */
+static bool cube_report_is_in_the_way(const struct cube_report *r)
+{
+    return r && !(r->member->is_polled && cube_task_is_finished(r->task));
 }
 
 /* Looks at the copies elsewhere: a newer one is taken for the right one (and
@@ -24796,7 +24917,7 @@ static bool cube_charge_see_strays(struct cube_charge *c)
 
         if (!r || n->state != CUBE_NODE_UP || n->refusal)
             continue;
-        if (v->keep.is_hidden) {
+        if (v->keep.is_hidden && cube_report_is_in_the_way(r)) {
             cube_report_stop(r, true);
         } else if (!is_over && cube_task_is_active(r->task) &&
                    r->task->attempt > v->task->attempt) {
@@ -24877,24 +24998,32 @@ static void cube_manager_dropped(void *arg, struct cube_record *rec)
 
 /* ---- Tasks on workers of the Go program ---- */
 
-/* Starts it again there: the same task, with the container that is to go. */
-static void cube_charge_restart_polled(struct cube_charge *c,
-                                       struct cube_member *n,
-                                       const struct cube_task *r,
-                                       const char *why)
+/* Starts it again there, if its policy lets us: the same task once more, with
+ * the container that is to go. Else it has failed for good. */
+static void cube_charge_fail_polled(struct cube_charge *c,
+                                    const struct cube_task *r,
+                                    const char *why)
 {
     struct cube_manager *m = c->manager;
     struct cube_version *v = cube_record_edit(m->ledger, c->rec);
+    struct cube_task *t = v->task;
 
     cube_health_stop(&c->health);
-    v->keep.restarts++;
-    v->task->restart_count++;
-    v->task->attempt++;
-    v->task->state = CUBE_SCHEDULED;
-    cube_task_set(&v->task->container_id, r->container_id);
-    cube_task_set(&v->task->error, why);
+    cube_task_observe(t, r);
+    cube_task_set(&t->error, why);
+    if (cube_task_is_endless(t) ||
+        (strcmp(t->restart_policy, "no") != 0 &&
+         v->keep.restarts < CUBE_RESTARTS)) {
+        v->keep.restarts++;
+        t->restart_count++;
+        t->attempt++;
+        t->state = CUBE_SCHEDULED;
+    } else {
+        t->state = CUBE_FAILED;
+        if (!cube_time_is_set(&t->finish_time))
+            t->finish_time = cube_manager_now(m);
+    }
     cube_manager_stage(m, c->rec);
-    (void)n;
 }
 
 /* Its health check failed: a worker of the Go program is told to start it
@@ -24907,7 +25036,7 @@ static void cube_charge_sick(void *arg, const char *why)
     struct cube_report *r = cube_member_report(n, c->rec->id);
 
     if (r && !c->rec->pending)
-        cube_charge_restart_polled(c, n, r->task, why);
+        cube_charge_fail_polled(c, r->task, why);
 }
 
 /* What a polled worker says, and what it does not do itself: restarts and
@@ -24916,14 +25045,11 @@ static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
                                       const struct cube_task *r)
 {
-    const struct cube_version *v = c->rec->now;
     const char *colon = strrchr(n->name, ':');
     struct cube_buf host = {0};
-    bool may = strcmp(v->task->restart_policy, "no") != 0 &&
-               v->keep.restarts < CUBE_RESTARTS;
 
-    if (r->state == CUBE_FAILED && may && v->task->state != CUBE_SCHEDULED) {
-        cube_charge_restart_polled(c, n, r, "it failed there");
+    if (r->state == CUBE_FAILED) {
+        cube_charge_fail_polled(c, r, r->error);
         return;
     }
     cube_charge_copy(c, r);
@@ -25035,7 +25161,7 @@ static bool cube_charge_is_confirmed(struct cube_charge *c)
          link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
 
-        if (cube_member_report(n, c->rec->id) ||
+        if (cube_report_is_in_the_way(cube_member_report(n, c->rec->id)) ||
             (!n->is_listed && strcmp(n->name, c->rec->now->task->node) == 0))
             return false;
     }
