@@ -16198,6 +16198,7 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
 #define CUBE_DOCKER_OBJECT_MAX (1 << 20) /* bytes of one streamed object */
 #define CUBE_DOCKER_LAYERS_MAX 512      /* layers of an image that we count */
 #define CUBE_DOCKER_CONFIG_MAX (1 << 20) /* bytes of ~/.docker/config.json */
+#define CUBE_DOCKER_KILLED_MAX 4096 /* containers that were sent a signal */
 #define CUBE_DOCKER_LABEL "cube.task"
 
 /* How long each kind of call may take before the engine counts as hung. */
@@ -16892,6 +16893,7 @@ struct cube_docker {
     bool is_podman;
     bool is_down;                /* and it was said in the log */
     bool is_keeping;             /* its containers outlive its restarts */
+    struct cube_map killed;      /* IDs that somebody sent a signal to */
     struct cube_docker_away away[CUBE_DOCKER_AWAYS]; /* the last is newest */
     unsigned round;
     struct cube_docker_watch watch;
@@ -16954,14 +16956,21 @@ static void cube_docker_note_away(struct cube_docker *d, bool is_back)
     last->to_ns = INT64_MAX;
 }
 
-/* Did it end while the engine was away? A Docker Engine that stops, or finds
- * containers of one that was killed, ends them all (unless it is told to keep
- * them): no fault of the task's. Podman leaves them alone. */
+/*
+ * Was its end none of its own? A Docker Engine that stops ends all containers
+ * (unless it is told to keep them), by signals that its events tell of, and
+ * answers meanwhile as if nothing were; one that comes back after it was
+ * killed ends what it finds, before it answers. So: somebody sent a signal, or
+ * the end falls into a time when the engine was away. Podman leaves its
+ * containers alone.
+ */
 static bool cube_docker_is_interrupted(const struct cube_docker *d,
                                        const struct cube_container *c)
 {
     int64_t end = cube_time_to_ns(&c->finished);
 
+    if (c->has_exit && cube_map_get(&d->killed, c->id))
+        return true;
     if (d->is_podman || d->is_keeping || !c->has_exit)
         return false;
     for (size_t i = 0; i < CUBE_DOCKER_AWAYS; i++) {
@@ -18360,6 +18369,21 @@ static void cube_docker_logs_cancel(struct cube_runtime *rt,
 /* Mutual recursion: what was cut is opened again, and may be cut again. */
 static void cube_docker_watch_open(void *arg);
 
+/* A signal is remembered until the container is gone, or starts again. */
+static void cube_docker_note_signal(struct cube_docker *d, const char *action,
+                                    const char *id)
+{
+    if (d->killed.count >= CUBE_DOCKER_KILLED_MAX) {
+        cube_map_free(&d->killed);
+        cube_map_init(&d->killed, 0);
+    }
+    if (!strcmp(action, "kill"))
+        (void)cube_map_put(&d->killed, id, d);
+    else if (!strcmp(action, "start") || !strcmp(action, "destroy") ||
+             !strcmp(action, "remove"))
+        (void)cube_map_remove(&d->killed, id);
+}
+
 /* One event. What is executed inside a container (health checks of the
  * engine's own) is none of ours, and frequent. */
 static void cube_docker_event(void *arg, struct json_value_s *event)
@@ -18369,6 +18393,9 @@ static void cube_docker_event(void *arg, struct json_value_s *event)
     const char *task = cube_docker_text(cube_json_get(actor, "Attributes"),
                                         CUBE_DOCKER_LABEL);
 
+    if (*task)
+        cube_docker_note_signal(d, cube_docker_text(event, "Action"),
+                                cube_docker_text(actor, "ID"));
     if (d->watch.fn && *task &&
         !cube_text_starts(cube_docker_text(event, "Action"), "exec_"))
         d->watch.fn(d->watch.arg, task);
@@ -18487,6 +18514,7 @@ static void cube_docker_free(struct cube_runtime *rt)
         op->free(op);
     }
     cube_buf_free(&d->watch.objects.buf);
+    cube_map_free(&d->killed);
     cube_http_client_free(d->client);
     cube_free(d->where);
     cube_free(d->rt.words);
@@ -18527,6 +18555,7 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
     d->rt.name = "docker";
     d->rt.words = cube_text_dup(where);
     d->rt.engine_id = cube_text_dup("");
+    cube_map_init(&d->killed, 0); /* its keys are the engine's, not strangers' */
     cube_list_init(&d->ops);
     cube_docker_op_init(d, &d->hello, cube_docker_on_hello,
                         cube_docker_op_clear);

@@ -1071,8 +1071,8 @@ struct cube_container {
     bool has_exit;        /* exit_code is known */
     int exit_code;        /* 128 + signal number for a signal */
     bool is_oom_killed;
-    bool is_interrupted;  /* it ended with a restart of the engine's: that is
-                             no exit of its own, and costs it nothing */
+    bool is_interrupted;  /* somebody else ended it, as an engine does that
+                             stops: no exit of its own, costs it nothing */
     char *error;          /* why it ended or did not start, in words */
     struct cube_time started, finished;
     struct cube_ports ports; /* where its ports are on the host */

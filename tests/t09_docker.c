@@ -1709,6 +1709,45 @@ TEST(an_engine_that_hangs_is_noticed_by_its_ping)
     close_fake();
 }
 
+TEST(what_somebody_sent_a_signal_to_was_interrupted)
+{
+    static const struct {
+        const char *actions[3];
+        bool want;
+    } rows[] = {
+        {{"die"}, false},                 /* its own end */
+        {{"kill", "die"}, true},          /* as an engine does that stops */
+        {{"kill", "start", "die"}, false}, /* and was started again */
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct heard h = {0};
+
+        test_row("row %zu", i);
+        open_fake();
+        rule("GET /containers/c1/json", 0, 200,
+             "{\"Id\":\"c1\",\"State\":{\"Status\":\"exited\","
+             "\"ExitCode\":0,\"FinishedAt\":\"2025-03-01T10:00:00Z\"}}",
+             PLAIN);
+        watch();
+        REQUIRE(fake.open_count == 1);
+        for (size_t k = 0; k < 3 && rows[i].actions[k]; k++) {
+            struct cube_buf event = {0};
+
+            cube_buf_printf(&event, "{\"Action\":\"%s\",\"Actor\":{\"ID\":"
+                            "\"c1\",\"Attributes\":{\"cube.task\":\"t1\"}}}",
+                            rows[i].actions[k]);
+            cube_http_stream_write(fake.open[0], event.data, event.len);
+            settle();
+            cube_buf_free(&event);
+        }
+        fake.rt->ops->inspect(fake.rt, "c1", on_interrupted, &h);
+        (void)until(&h.is_done);
+        CHECK_INT(was_interrupted, rows[i].want);
+        close_fake();
+    }
+}
+
 TEST(watching_can_end_in_its_own_callback)
 {
     open_fake();
