@@ -4772,6 +4772,8 @@ _Static_assert(CUBE_STORE_PAGE_MAX < 65536, "offsets in a page have 16 bits");
 
 /* ---- Bytes ---- */
 
+/* Integers stand in the file byte by byte, the lowest first, whatever the
+ * machine does; compilers make one load of it. */
 static uint32_t cube_store_get16(const uint8_t *p)
 {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8;
@@ -4855,6 +4857,7 @@ static bool cube_store_read_var(const uint8_t **p, const uint8_t *end,
     return false;
 }
 
+/* The next place where a record may start. */
 static uint64_t cube_store_align(uint64_t at)
 {
     return (at + CUBE_STORE_ALIGN - 1) & ~(uint64_t)(CUBE_STORE_ALIGN - 1);
@@ -4875,6 +4878,9 @@ struct cube_store_crc {
     uint32_t t[8][256];
 };
 
+/* t[0][b] is what the byte b does to a checksum; t[k][b] what it does when k
+ * zero bytes follow, so that eight lookups take eight bytes at once. The
+ * polynomial is 0x1edc6f41, here with its bits reversed. */
 static void cube_store_crc_init(struct cube_store_crc *crc)
 {
     for (uint32_t i = 0; i < 256; i++) {
@@ -4940,6 +4946,7 @@ struct cube_store_ref {
     uint32_t len, crc;
 };
 
+/* One holder less; the last one closes it. NULL is allowed. */
 static void cube_store_file_drop(struct cube_store_file *f)
 {
     if (!f || --f->refs > 0)
@@ -4951,6 +4958,7 @@ static void cube_store_file_drop(struct cube_store_file *f)
     cube_free(f);
 }
 
+/* The words of every complaint about damage: which file, where, what. */
 static int cube_store_corrupt(const struct cube_store_file *f, uint64_t at,
                               const char *what, struct cube_err *err)
 {
@@ -5030,6 +5038,7 @@ static int cube_store_write(struct cube_store_file *f, uint64_t at,
     return 0;
 }
 
+/* Zeros from .. to-1, in pieces that end where the system's pages end. */
 static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
                                   uint64_t to)
 {
@@ -5047,9 +5056,10 @@ static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
     return r;
 }
 
-/* Lays out zeros ahead, so that syncing the next records has no new size and
+/* Lays out zeros ahead, an eighth of the file within bounds, so that syncing the next records has no new size and
  * no new blocks to record: that costs as much again as the data. Where it
- * cannot, the record itself may still fit. */
+ * cannot, the record itself may still fit. A record larger than an extent is
+ * written without: its sync costs more than the new size does. */
 static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
 {
     uint64_t extent = f->end / 8, to;
@@ -5067,6 +5077,7 @@ static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
         f->size = to;
 }
 
+/* fdatasync, for background work; a commit leaves it to the caller. */
 static int cube_store_sync(struct cube_store_file *f, struct cube_err *err)
 {
     int r = f->fd < 0 ? 0 : f->world->sync(f->world->ctx, f->fd);
@@ -5089,6 +5100,7 @@ static int cube_store_sync(struct cube_store_file *f, struct cube_err *err)
  */
 #define CUBE_STORE_MAGIC "cube store 1\n\0\0"
 
+/* The 64 bytes of the file's header. */
 static void cube_store_file_head(const struct cube_store_file *f,
                                  uint8_t out[CUBE_STORE_HEAD])
 {
@@ -5098,6 +5110,8 @@ static void cube_store_file_head(const struct cube_store_file *f,
     cube_store_put32(out + 60, cube_store_crc(f->crc, 0, out, 60));
 }
 
+/* Checks them, and takes the ID over. A file that is too short to hold them
+ * is none of ours: ours get their name only when they are whole. */
 static int cube_store_file_read_head(struct cube_store_file *f,
                                      struct cube_err *err)
 {
@@ -5147,6 +5161,7 @@ struct cube_store_rec {
     uint32_t prev, body_crc, crc;
 };
 
+/* The checksum at offset 60, also what the next record repeats. */
 static uint32_t cube_store_rec_crc(const struct cube_store_file *f,
                                    const uint8_t *head)
 {
@@ -5155,11 +5170,13 @@ static uint32_t cube_store_rec_crc(const struct cube_store_file *f,
     return cube_store_crc(f->crc, seed, head, 60);
 }
 
+/* Where the record after this one starts. */
 static uint64_t cube_store_rec_end(const struct cube_store_rec *r)
 {
     return cube_store_align(r->at + CUBE_STORE_HEAD + r->len);
 }
 
+/* Writes the header, and leaves its checksum in r. */
 static void cube_store_rec_encode(const struct cube_store_file *f,
                                   struct cube_store_rec *r, uint8_t *p)
 {
@@ -5311,11 +5328,13 @@ struct cube_store_item {
     struct cube_store_ref ref; /* of the child, or of the value */
 };
 
+/* How many entries the page has. */
 static uint32_t cube_store_page_count(const uint8_t *page)
 {
     return cube_store_get16(page + 2);
 }
 
+/* The key of entry i, in place. */
 static const uint8_t *cube_store_page_key(const uint8_t *page, uint32_t i,
                                           uint32_t *len)
 {
@@ -5326,6 +5345,7 @@ static const uint8_t *cube_store_page_key(const uint8_t *page, uint32_t i,
     return p;
 }
 
+/* All of entry i; pointers lead into the page. */
 static void cube_store_page_item(const uint8_t *page, uint32_t i,
                                  struct cube_store_item *out)
 {
@@ -5351,7 +5371,8 @@ static void cube_store_page_item(const uint8_t *page, uint32_t i,
     out->val_len >>= 1;
 }
 
-/* The first entry whose key is not less than this one. */
+/* The first entry whose key is not less than this one; all, if none. In a
+ * page of a, d, f: 1 for d, 2 for e, 3 for g. */
 static uint32_t cube_store_page_find(const uint8_t *page, const uint8_t *key,
                                      size_t key_len, bool *is_equal)
 {
@@ -5374,7 +5395,7 @@ static uint32_t cube_store_page_find(const uint8_t *page, const uint8_t *key,
 }
 
 /* The child that a key belongs to: the last one that begins at or before it,
- * else the first. */
+ * else the first. In a branch of a, d, f: 1 for d and for e, 2 for g. */
 static uint32_t cube_store_page_child(const uint8_t *page,
                                       const uint8_t *key, size_t key_len)
 {
@@ -5463,11 +5484,14 @@ struct cube_store_cache {
     size_t bytes, max_bytes;
 };
 
+/* What it costs the cache. */
 static size_t cube_store_ext_bytes(const struct cube_store_ext *e)
 {
     return sizeof *e + e->len + 16; /* and what malloc keeps for itself */
 }
 
+/* The chain for this place. Offsets have patterns, so they are multiplied by
+ * 2^64 over the golden ratio and the middle bits taken (Knuth 6.4). */
 static struct cube_store_ext **cube_store_cache_slot(
         const struct cube_store_cache *c, uint32_t file, uint64_t at)
 {
@@ -5476,6 +5500,7 @@ static struct cube_store_ext **cube_store_cache_slot(
     return &c->slots[(h >> 20) & (c->slot_count - 1)];
 }
 
+/* Twice as many chains, so that they stay about one entry long. */
 static void cube_store_cache_grow(struct cube_store_cache *c)
 {
     struct cube_store_cache old = *c;
@@ -5548,6 +5573,7 @@ static void cube_store_cache_forget(struct cube_store_cache *c,
     }
 }
 
+/* The counterpart of load and fetch; NULL is allowed. */
 static void cube_store_unpin(struct cube_store_ext *e)
 {
     if (e && --e->pins == 0 && !e->is_cached)
@@ -5645,7 +5671,18 @@ static struct cube_store_ext *cube_store_fetch_page(
  * The changes since the last checkpoint, sorted by tree, key and commit: a
  * skip list (Pugh 1990), whose nodes never move and live as long as the list.
  * A key may be there several times, the latest commit first, so that a reader
- * sees the commit that it pinned by leaving out what is later. */
+ * sees the commit that it pinned by leaving out what is later.
+ *
+ *     head [2] ------------------------> b@7 ------------------------> nil
+ *          [1] ------> a@5 ------------> b@7 ------------> c@6 ------> nil
+ *          [0] ------> a@5 --> a@3 ----> b@7 --> b@2 ----> c@6 ------> nil
+ *
+ * A reader of commit 6 finds a@5, b@2 and c@6. Staged changes have the number
+ * of the commit to come, so that nobody sees them who does not ask for it, and
+ * a batch that fails is taken out by its nodes.
+ *
+ * It only grows: what was replaced is freed with the whole list, after the
+ * next checkpoint. That is what makes a snapshot free of charge. */
 #define CUBE_STORE_TOWER 12
 
 struct cube_store_node {
@@ -5677,6 +5714,7 @@ struct cube_store_mem {
     struct cube_store_node *head[CUBE_STORE_TOWER];
 };
 
+/* An empty overlay with one holder. */
 static struct cube_store_mem *cube_store_mem_new(void)
 {
     struct cube_store_mem *m = cube_alloc(sizeof *m);
@@ -5687,6 +5725,7 @@ static struct cube_store_mem *cube_store_mem_new(void)
     return m;
 }
 
+/* One holder less; the last one frees it with all of its nodes. */
 static void cube_store_mem_drop(struct cube_store_mem *m)
 {
     if (!m || --m->refs > 0)
@@ -5727,6 +5766,7 @@ static void *cube_store_mem_alloc(struct cube_store_mem *m, size_t len)
     return p;
 }
 
+/* Its key stands behind its links. */
 static const uint8_t *cube_store_node_key(const struct cube_store_node *n)
 {
     return (const uint8_t *)(n->next + n->height);
@@ -5763,6 +5803,7 @@ static struct cube_store_node *cube_store_mem_find(
     return links[0];
 }
 
+/* 1 in three of four cases, 2 in three of sixteen, and so on (xorshift). */
 static int cube_store_mem_height(struct cube_store_mem *m)
 {
     int height = 1;
@@ -5793,7 +5834,7 @@ static struct cube_store_node *cube_store_mem_put(
     }
     *is_new = !n || cube_store_node_order(what->tree, key, what->key_len,
                                           what->commit, n) != 0;
-    if (*is_new) {
+    if (*is_new) { /* else readers of this commit see the new value at once */
         int height = cube_store_mem_height(m);
 
         n = cube_store_mem_alloc(m, sizeof *n + (size_t)height *
@@ -5918,6 +5959,7 @@ struct cube_store_roots {
     struct cube_store_tree trees[CUBE_STORE_TREES_MAX];
 };
 
+/* Roots of no trees, in this file, with one holder. */
 static struct cube_store_roots *cube_store_roots_new(
         struct cube_store_file *file)
 {
@@ -5929,6 +5971,7 @@ static struct cube_store_roots *cube_store_roots_new(
     return r;
 }
 
+/* One holder less; the last one frees it. NULL is allowed. */
 static void cube_store_roots_drop(struct cube_store_roots *r)
 {
     if (!r || --r->refs > 0)
@@ -5937,6 +5980,7 @@ static void cube_store_roots_drop(struct cube_store_roots *r)
     cube_free(r);
 }
 
+/* Builds the record in b. */
 static void cube_store_roots_encode(const struct cube_store_roots *r,
                                     struct cube_buf *b)
 {
@@ -5964,6 +6008,8 @@ static void cube_store_roots_encode(const struct cube_store_roots *r,
     }
 }
 
+/* The counterpart; false: these bytes are no roots. Root pages are not looked
+ * at before somebody reads them. */
 static bool cube_store_roots_decode(struct cube_store_roots *r,
                                     const struct cube_buf *b)
 {
@@ -6029,6 +6075,7 @@ struct cube_store_path {
 
 enum cube_store_aim { CUBE_STORE_FIRST, CUBE_STORE_LAST, CUBE_STORE_SEEK };
 
+/* Stands nowhere; nothing is pinned. */
 static void cube_store_path_clear(struct cube_store_path *p)
 {
     while (p->depth > 0)
@@ -6143,6 +6190,7 @@ static int cube_store_path_seek(struct cube_store_path *p, int tree,
     return cube_store_path_move(p, by, err);
 }
 
+/* The entry of the leaf that it stands on. */
 static void cube_store_path_item(const struct cube_store_path *p,
                                  struct cube_store_item *out)
 {
@@ -6167,6 +6215,7 @@ struct cube_store_view {
     uint64_t commit;
 };
 
+/* Another holder of the same; give it back with drop. */
 static struct cube_store_view cube_store_view_hold(
         const struct cube_store_view *v)
 {
@@ -6177,6 +6226,7 @@ static struct cube_store_view cube_store_view_hold(
     return *v;
 }
 
+/* Gives back all that it holds. */
 static void cube_store_view_drop(struct cube_store_view *v)
 {
     cube_store_roots_drop(v->roots);
@@ -6246,6 +6296,8 @@ out:
     return r;
 }
 
+/* The value of a key, copied to out: 1, or 0 if there is none, or -1. The
+ * newest word counts: the overlay, then the frozen one, then the tree. */
 static int cube_store_view_get(const struct cube_store_view *v,
                                struct cube_store_cache *cache, int tree,
                                const uint8_t *key, size_t key_len,
@@ -6314,6 +6366,8 @@ struct cube_store_walk {
 _Static_assert((2 * CUBE_STORE_PAGE + CUBE_STORE_PAGE) / 5 < 4096,
                "a pack has places for all of its entries");
 
+/* A walk from these trees to new ones in out, with these changes (or NULL).
+ * Whoever starts it sets in to: commit, count, names, replay. */
 static struct cube_store_walk *cube_store_walk_new(
         struct cube_store_cache *cache, struct cube_store_roots *from,
         struct cube_store_file *out, struct cube_store_mem *ops,
@@ -6335,6 +6389,7 @@ static struct cube_store_walk *cube_store_walk_new(
     return w;
 }
 
+/* Frees it, done or not. What it wrote so far is garbage, if nobody took to. */
 static void cube_store_walk_free(struct cube_store_walk *w)
 {
     if (!w)
@@ -6352,6 +6407,7 @@ static void cube_store_walk_free(struct cube_store_walk *w)
     cube_free(w);
 }
 
+/* The pack of a level, made when first needed. */
 static struct cube_store_pack *cube_store_walk_pack(
         struct cube_store_walk *w, int level)
 {
@@ -6624,6 +6680,8 @@ static int cube_store_walk_leaf(struct cube_store_walk *w,
     uint32_t n = cube_store_page_count(s->page->data), len = 0;
     const uint8_t *bound = cube_store_walk_bound(w, w->path.depth - 2, &len);
 
+    /* r: the next change stands before (-1), at (0) or behind (1) the next
+     * entry. Without an entry a change that is due stands before. */
     for (int i = 0; i < 128 && w->group.len < CUBE_STORE_GROUP; i++) {
         bool is_due = cube_store_walk_is_due(w, bound, len);
         struct cube_store_item item;
@@ -6762,6 +6820,8 @@ static void cube_store_walk_rest(struct cube_store_walk *w)
         cube_store_walk_change(w, NULL);
 }
 
+/* The smallest step: a branch page until one child has to be gone into, or
+ * some entries of a leaf, or the end of a tree. */
 static int cube_store_walk_unit(struct cube_store_walk *w,
                                 struct cube_err *err)
 {
@@ -6802,6 +6862,11 @@ static int cube_store_walk_step(struct cube_store_walk *w,
 
 /* ---- The store ---- */
 
+/* What a compaction does next. Each step that is not the last of its phase
+ * stays in it; any failure drops all.
+ *
+ *     COPY --> CATCH --> TAIL --> SYNCING --> SWAP --> (done: the new file)
+ */
 enum cube_store_phase {
     CUBE_STORE_COPY,   /* the old trees, as of when it began */
     CUBE_STORE_CATCH,  /* what was committed since, merged in big bites */
@@ -6865,6 +6930,7 @@ struct cube_store {
     uint64_t checkpoints, compactions, dropped;
 };
 
+/* Then nothing is synced, locked or renamed. */
 static bool cube_store_is_memory(const struct cube_store *s)
 {
     return !s->path;
@@ -6880,6 +6946,7 @@ static int cube_store_tree_find(const struct cube_store *s, const char *name)
     return -1;
 }
 
+/* Gives a tree its name, as of a commit; 0: as of none yet. */
 static void cube_store_tree_name(struct cube_store *s, int tree,
                                  const char *name, size_t len,
                                  uint64_t commit)
@@ -7015,6 +7082,7 @@ CUBE_API void cube_store_rollback(struct cube_store *s)
 
 /* ---- Files of a store ---- */
 
+/* An object for a file that is opened by whoever calls. */
 static struct cube_store_file *cube_store_file_new(struct cube_store *s,
                                                    const char *path)
 {
@@ -7058,6 +7126,8 @@ static struct cube_store_file *cube_store_file_create(struct cube_store *s,
     return f;
 }
 
+/* Puts the last rename on disk. Until that has worked no commit may be told
+ * to anybody: a crash could bring the old file back. */
 static int cube_store_dir_sync(struct cube_store *s, struct cube_err *err)
 {
     struct cube_buf dir = {0};
@@ -7120,6 +7190,7 @@ static int cube_store_roots_write(struct cube_store_roots *r, bool is_first,
     return n;
 }
 
+/* Adds the trees that were named by the commit of these roots. */
 static void cube_store_roots_name(const struct cube_store *s,
                                   struct cube_store_roots *r)
 {
@@ -7139,8 +7210,18 @@ static void cube_store_roots_name(const struct cube_store *s,
  * steps, its pages in 'P' records between the batches of that time; an 'R'
  * record ends it. The new trees are used, and the frozen overlay freed, only
  * when a sync has put them on disk: what a failed sync may have eaten is then
- * never the only copy. */
+ * never the only copy.
+ *
+ *     overlay full        walk done           next commit synced
+ *          |                  |                       |
+ *     -----+------------------+-----------------------+----------------> time
+ *     filling | frozen, being merged | roots written  | trees replaced,
+ *             | (a new one fills)    | ("pending")    | overlay freed
+ *
+ * Readers see the same all the time: overlay, frozen overlay and old trees
+ * hold together what new overlay and new trees do. */
 
+/* The walk from the trees in use, over the frozen overlay. */
 static int cube_store_checkpoint_start(struct cube_store *s)
 {
     struct cube_store_mem *frozen = s->view.mem[1];
@@ -7159,6 +7240,8 @@ static int cube_store_checkpoint_start(struct cube_store *s)
     return 1;
 }
 
+/* Forgets a checkpoint, even one that is written and not synced: the frozen
+ * overlay is still there to begin anew. */
 static void cube_store_checkpoint_abort(struct cube_store *s)
 {
     cube_store_walk_free(s->checkpoint);
@@ -7237,11 +7320,18 @@ static void cube_store_freeze(struct cube_store *s)
  *     SWAP     with no commit in flight: the last batches, a short sync,
  *              rename, sync of the directory; from here on it is the file
  *
+ *     old file   [ trees ][ b1 b2 b3 ... b90 | b91 b92 ]  <- commits go on
+ *                    |             |             |
+ *                  COPY          CATCH       TAIL, SWAP
+ *                    v             v             v
+ *     new file   [ trees     +  merged ][ R ][ b91 b92 ]
+ *
  * A failure at any point drops the new file and changes nothing. After a
  * failed sync of the old file the same way leads to a file that can be
  * trusted again: only that nothing is read of the old one but its trees, all
  * on disk since an earlier sync; the batches come from the overlays. */
 
+/* Forgets a compaction; the new file, if it is not in use by now, is closed. */
 static void cube_store_comp_free(struct cube_store *s)
 {
     struct cube_store_comp *c = s->comp;
@@ -7258,12 +7348,14 @@ static void cube_store_comp_free(struct cube_store *s)
     s->comp = NULL;
 }
 
+/* Not again before the file has grown some, and a second has passed. */
 static void cube_store_comp_postpone(struct cube_store *s)
 {
     s->retry_at = s->file->end + CUBE_STORE_EXTENT_MAX;
     s->retry_ms = s->world->now_ms(s->world->ctx) + CUBE_STORE_RETRY_MS;
 }
 
+/* Drops the new file: nothing of the old one has changed. */
 static void cube_store_comp_abort(struct cube_store *s)
 {
     struct cube_buf beside = {0};
@@ -7297,6 +7389,8 @@ static void cube_store_comp_walk(struct cube_store *s,
     cube_store_roots_name(s, to);
 }
 
+/* Makes the new file and begins to copy the trees as of now. The old batches
+ * to catch up with begin where those trees were frozen. */
 static int cube_store_comp_start(struct cube_store *s, struct cube_err *err)
 {
     struct cube_store_file *out = cube_store_file_create(s, err);
@@ -7380,6 +7474,7 @@ static int cube_store_comp_tail(struct cube_store *s, struct cube_err *err)
     return 1;
 }
 
+/* Reads one batch, or goes on merging the bite that is full. */
 static int cube_store_comp_catch(struct cube_store *s, struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
@@ -7426,6 +7521,7 @@ static int cube_store_comp_append(struct cube_store *s, uint64_t commit,
     return 1;
 }
 
+/* Appends one change to a batch. */
 static void cube_store_add_change(struct cube_buf *b, char kind, int tree,
                                   const void *key, size_t key_len,
                                   const void *val, size_t val_len)
@@ -7485,6 +7581,8 @@ static int cube_store_comp_append_next(struct cube_store *s,
     return cube_store_comp_append(s, rec.commit, err) < 0 ? -1 : 0;
 }
 
+/* From here on the new file is the store. Staged changes, which are in no file
+ * yet, move to the new overlay; snapshots keep the old file open. */
 static void cube_store_comp_swap(struct cube_store *s)
 {
     struct cube_store_comp *c = s->comp;
@@ -7556,6 +7654,7 @@ static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
     return 1;
 }
 
+/* One step of the phase it is in: 1, 0 (waits for somebody), -1. */
 static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
                                  struct cube_err *err)
 {
@@ -7627,8 +7726,29 @@ static int cube_store_work(struct cube_store *s, bool may_wait,
     return r ? r : cube_store_comp_step(s, may_wait, err);
 }
 
-/* ---- Opening ---- */
-
+/* ---- Opening ----
+ *
+ * A file after a crash, the commit of b7 torn:
+ *
+ *     | head | ... P P R | b4 b5 P b6 | b7 xxxx 0000 xx | 0 0 0 0 0
+ *                      ^    ^      ^    ^             ^
+ *                      |    |      |    |             last byte that is not 0
+ *                      |    |      |    its checksum fails: cut off here
+ *                      |    |      last whole record, found from the end
+ *                      |    synced, as b6 says: damage up to here is damage
+ *                      base, as b6 says: these trees are on disk
+ *
+ *   1. Backwards from the end, find a whole record (b6).
+ *   2. Read the roots that it calls its base.
+ *   3. From where these say, go from record to record as long as each
+ *      continues the one before; apply the batches, pass over the rest.
+ *   4. If that ends before what is known to be on disk, say so and stop.
+ *   5. Write what no later record vouches for once more, clear what is behind
+ *      the end, sync. Only then is anything told to anybody.
+ *
+ * The way back in 1 is as long as the zeros ahead and what the last commit
+ * wrote, the way forward in 3 as the overlays can be large; neither grows
+ * with the number of keys. */
 #define CUBE_STORE_CHUNK 65536
 
 /* Looks for the last whole record, backwards from the end of the file. Leaves
@@ -7651,10 +7771,12 @@ static int cube_store_scan(const struct cube_store_file *f,
         if (n < 0)
             r = cube_fail(err, cube_errno_code(n), "read %s: %s", f->path,
                           cube_errno_text(n));
-        while (i > 0 && p[i - 1] == 0)
+        while (i > 0 && p[i - 1] == 0) /* zeros laid out ahead */
             i--;
         if (i > 0 && *used == 0)
             *used = lo + (uint64_t)i;
+        /* What begins behind the chunk was looked at in the round before; its
+         * first bytes are read again for headers that stand across. */
         if (i > CUBE_STORE_CHUNK - 1)
             i = CUBE_STORE_CHUNK - 1;
         for (i &= ~(int64_t)(CUBE_STORE_ALIGN - 1); i >= 0 && r == 0;
@@ -7793,6 +7915,7 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
     return 0;
 }
 
+/* The store of a file that exists. The caller frees s after a failure. */
 static int cube_store_open_file(struct cube_store *s, int fd,
                                 struct cube_err *err)
 {
@@ -7829,6 +7952,8 @@ static int cube_store_open_new(struct cube_store *s, struct cube_err *err)
     return 0;
 }
 
+/* A lock on a file beside, which stays when compaction replaces the store's.
+ * The system drops it with the process, however that ends. */
 static int cube_store_lock(struct cube_store *s, struct cube_err *err)
 {
     struct cube_buf path = {0};
@@ -7851,6 +7976,7 @@ static int cube_store_lock(struct cube_store *s, struct cube_err *err)
     return r < 0 ? -1 : 0;
 }
 
+/* Divides the memory: a quarter for two overlays, the rest for the cache. */
 static void cube_store_set_options(struct cube_store *s,
                                    const struct cube_store_options *o)
 {
@@ -7869,7 +7995,22 @@ static void cube_store_set_options(struct cube_store *s,
     s->cache.max_bytes = bytes - 2 * s->mem_max;
 }
 
-/* ---- Changes and commits ---- */
+/* ---- Changes and commits ----
+ *
+ * Two batches at most are on their way, the open one and the one in flight:
+ *
+ *                put, del                     begin
+ *     (empty) ------------> open, number n ----------> in flight ---> commit
+ *        ^                     |    ^ put, del: n + 1     |    end, 0   n
+ *        |   rollback, or      |    |                     |
+ *        +---------------------+    +- - - - - - - - - - -+
+ *        |   begin failed                                 |  end, an error
+ *        |                                                v
+ *        +-------------------------------------------- broken: reads only,
+ *             slice has written a new file             both batches dropped
+ *
+ * The batch that is staged on top of one that fails goes with it: it was made
+ * by somebody who saw the other's changes. */
 
 /* Checks what a caller passes, and gives the tree a number. */
 static int cube_store_may_stage(struct cube_store *s, const char *tree,
@@ -7904,6 +8045,8 @@ static int cube_store_may_stage(struct cube_store *s, const char *tree,
     return s->name_count - 1;
 }
 
+/* Stages a change: into the record of the open batch, and into the overlay,
+ * where its place is counted from the start of that record. */
 static int cube_store_stage(struct cube_store *s, const char *tree,
                             const void *key, size_t key_len, const void *val,
                             size_t val_len, bool is_del, struct cube_err *err)
@@ -8024,6 +8167,9 @@ static void cube_store_land(struct cube_store *s)
     cube_store_checkpoint_synced(s, s->flight_end);
 }
 
+/* Appends the open batch and makes it the one in flight; opens the next one.
+ * A full overlay is frozen here, between two batches, so that what is in it
+ * is exactly what is in the records so far. */
 static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
 {
     uint64_t at = s->file->end;
@@ -8277,6 +8423,7 @@ CUBE_API void cube_store_snapshot_close(struct cube_store_snap *snap)
     cube_free(snap);
 }
 
+/* A key that cannot exist is not there. */
 static int cube_store_get_in(struct cube_store *s,
                              const struct cube_store_view *v,
                              const char *tree, const void *key,
@@ -8311,7 +8458,16 @@ CUBE_API int cube_store_snapshot_get(struct cube_store_snap *snap,
 
 /* Three sorted sources, merged: the two overlays and the tree. Each stands on
  * a key at or beyond the cursor's, in the direction of the last move; those
- * that stand on the cursor's own are `at`, the newest of them decides. */
+ * that stand on the cursor's own are `at`, the newest of them decides.
+ *
+ *     overlay          c deleted       f      the cursor is at d: the overlay
+ *     frozen       b           d=2            stands at f already, the frozen
+ *     tree     a       c       d=1  e         one and the tree are at d, and
+ *                              ^              d=2 is what it shows
+ *
+ * A step moves those that are at the key, and takes the least (backwards: the
+ * greatest) of the three; over a deletion it goes on. Turning round places
+ * all three anew, since those that are ahead are on the wrong side. */
 struct cube_cursor {
     struct cube_store *store;
     struct cube_store_view view; /* held */
@@ -8326,6 +8482,8 @@ struct cube_cursor {
     struct cube_store_ext *value; /* what cube_cursor_value gave out */
 };
 
+/* Holds its view, so that neither checkpoint nor compaction moves anything
+ * under it. */
 static struct cube_cursor *cube_store_cursor_new(
         struct cube_store *s, const struct cube_store_view *v,
         const char *tree)
@@ -8580,7 +8738,14 @@ CUBE_API int cube_cursor_value(struct cube_cursor *c, const void **value,
     return 0;
 }
 
-/* ---- Checking ---- */
+/* ---- Checking ----
+ *
+ * What must hold of every page of every tree: its bytes are those that its
+ * parent's checksum names; it is of its level; its keys rise, also from leaf
+ * to leaf; it begins with the key that its parent has for it; its values are
+ * what their checksums say; and in the end there are as many keys and bytes
+ * as the roots count. That no page is reached twice follows: keys rise. That
+ * no way is endless: a child stands before its parent. */
 
 /* Is each page on the way begun by the key that its parent knows it by? */
 static bool cube_store_check_way(const struct cube_store_path *p)
@@ -8627,6 +8792,7 @@ static int cube_store_check_item(const struct cube_store_path *p,
     return 0;
 }
 
+/* Walks one tree from the file, past the cache. */
 static int cube_store_check_tree(struct cube_store_roots *roots, int tree,
                                  struct cube_err *err)
 {
