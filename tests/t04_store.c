@@ -4,6 +4,8 @@
  */
 #include "test.h"
 
+#include <sys/wait.h>
+
 /* ---- A disk that forgets, in memory ----
  *
  * Files of a world of this test. What is written and not synced is kept
@@ -1233,4 +1235,70 @@ TEST(idle_store_writes_nothing)
     s = must_open(&d.world, "t");
     cube_store_close(s);
     disk_free(&d);
+}
+
+/* ---- The real disk ---- */
+
+/* Puts n, n + 1, ... into commits of their own, and says so after each. */
+static void write_until_killed(const char *path, uint32_t n, int out)
+{
+    struct cube_store_options o = {.cache_bytes = 1};
+    struct cube_store *s = cube_store_open(NULL, path, &o, NULL);
+    char val[3000] = "", key[16];
+
+    for (; s; n++) {
+        snprintf(key, sizeof key, "%08u", n);
+        if (cube_store_put(s, "t", key, 8, val, n % sizeof val, NULL) < 0 ||
+            cube_store_put(s, "t", "last", 4, &n, 4, NULL) < 0 ||
+            cube_store_commit(s, NULL) < 0 ||
+            write(out, &n, sizeof n) != (ssize_t)sizeof n)
+            break;
+        (void)cube_store_slice(s, 1);
+    }
+    _exit(1);
+}
+
+TEST(kill_9_loses_nothing_that_was_acknowledged)
+{
+    const char *rounds = getenv("TEST_KILLS");
+    uint32_t next = 0;
+
+    for (int i = 0; i < (rounds ? atoi(rounds) : 10); i++) {
+        uint32_t acked = next, last = 0, n;
+        int pipe_fds[2], acks = 1 + (int)test_below(60), status;
+        struct cube_buf got = {0};
+        struct cube_store *s;
+        char key[16];
+        pid_t pid;
+
+        test_row("round %d, killed after %d commits", i, acks);
+        REQUIRE(pipe(pipe_fds) == 0);
+        pid = fork();
+        if (pid == 0)
+            write_until_killed(test_path(), next, pipe_fds[1]);
+        close(pipe_fds[1]);
+        while (read(pipe_fds[0], &n, sizeof n) == (ssize_t)sizeof n) {
+            acked = n + 1;
+            if (--acks == 0)
+                kill(pid, SIGKILL);
+        }
+        waitpid(pid, &status, 0);
+        close(pipe_fds[0]);
+        CHECK(WIFSIGNALED(status));
+        s = must_open(NULL, test_path());
+        REQUIRE(s);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        CHECK_INT(cube_store_get(s, "t", "last", 4, &got, NULL), 1);
+        memcpy(&last, got.data, 4);
+        CHECK(last + 1 == acked || last == acked); /* or one more */
+        next = last + 1;
+        for (n = 0; n < next; n++) {
+            snprintf(key, sizeof key, "%08u", n);
+            if (cube_store_get(s, "t", key, 8, &got, NULL) != 1 ||
+                got.len != n % 3000)
+                FAIL("key %u is gone", n);
+        }
+        cube_buf_free(&got);
+        cube_store_close(s);
+    }
 }
