@@ -21972,7 +21972,7 @@ struct cube_unit {
     struct cube_timer progress_timer;
 };
 
-static void cube_worker_pass(void *arg);
+static void cube_worker_pass(void *arg); /* mutual recursion */
 static void cube_worker_look(void *arg); /* mutual recursion */
 
 /* ---- Units ---- */
@@ -23216,7 +23216,7 @@ static void cube_worker_sweep(void *arg)
 
 /* ---- Joining a manager ---- */
 
-static void cube_worker_rejoin(void *arg);
+static void cube_worker_rejoin(void *arg); /* mutual recursion */
 
 /* The manager's answer. A refusal is said once for each try, with its reason:
  * a wrong token, say, can be mended while the worker waits. */
@@ -23410,8 +23410,8 @@ static void cube_worker_find(void *arg)
                                    cube_worker_found, w);
 }
 
-/* The steps of cube_worker_new that can fail; what they leave behind is freed by
- * cube_worker_free. */
+/* The steps of cube_worker_new that can fail; cube_worker_free frees what they
+ * leave behind. */
 static int cube_worker_start(struct cube_worker *w,
                              const struct cube_worker_options *o,
                              struct cube_err *err)
@@ -23828,6 +23828,7 @@ static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec)
     cube_manager_log_event(m, &text);
 }
 
+/* mutual recursion */
 static void cube_member_print(struct cube_member *n, struct cube_buf *out);
 
 /* Stages an event that tells a node's state. */
@@ -24107,6 +24108,7 @@ static void cube_member_listed(struct cube_member *n)
     cube_manager_touch_all(m);
 }
 
+/* mutual recursion */
 static void cube_member_raise_epoch(struct cube_member *n, int64_t seen);
 
 /* The first line: which worker answers at this address, and whose it is. A
@@ -24242,7 +24244,7 @@ static int cube_member_line(struct cube_member *n, const char *text,
     return 0;
 }
 
-static void cube_member_dial(void *arg);
+static void cube_member_dial(void *arg); /* mutual recursion */
 
 /* Ends what is said on the line, and dials again. */
 static void cube_member_hang_up(struct cube_member *n)
@@ -24767,7 +24769,8 @@ static struct cube_promises *cube_promises_new(struct cube_manager *m)
         node->stats = n->has_stats ? &n->stats : NULL;
         p->members[p->count++] = n;
     }
-    for (size_t at = 0; cube_map_next(&m->ledger->records, &at, NULL, &value);) {
+    for (size_t at = 0;
+         cube_map_next(&m->ledger->records, &at, NULL, &value);) {
         rec = value;
         const struct cube_task *t = cube_record_latest(rec)->task;
 
@@ -25008,6 +25011,7 @@ static void cube_charge_catch_up(struct cube_charge *c, struct cube_member *n,
     cube_manager_stage(m, c->rec);
 }
 
+/* mutual recursion */
 static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
                                       const struct cube_task *r);
@@ -25492,8 +25496,8 @@ static void cube_manager_want_stop(struct cube_manager *m,
     cube_manager_stage(m, rec);
 }
 
-/* An event that was understood. The newest version counts, committed or not: two
- * requests of one turn must not both be the first. */
+/* An event that was understood. The newest version counts, committed or not:
+ * two requests of one turn must not both be the first. */
 static void cube_manager_submit(struct cube_manager *m,
                                 struct cube_http_req *req,
                                 struct cube_event *e)
@@ -25924,7 +25928,8 @@ static int cube_manager_identify(struct cube_manager *m, bool is_memory,
     int r;
 
     cube_buf_printf(&path, "%s/manager.id", m->data_dir);
-    if (is_memory && cube_file_read(m->world, path.data, &text, 100, NULL) == 0 &&
+    if (is_memory &&
+        cube_file_read(m->world, path.data, &text, 100, NULL) == 0 &&
         text.len > 37)
         (void)cube_text_u64(text.data + 37, text.len - 37, INT64_MAX, &epoch);
     else if (!is_memory && cube_meta_get(m->store, "epoch", &text))
@@ -26066,8 +26071,8 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     return m->ledger ? 0 : -1;
 }
 
-/* The steps of cube_manager_new that can fail; what they leave behind is freed by
- * cube_manager_free. Nothing is answered before all was read. */
+/* The steps of cube_manager_new that can fail; cube_manager_free frees what
+ * they leave behind. Nothing is answered before all was read. */
 static int cube_manager_start(struct cube_manager *m,
                               const struct cube_manager_options *o,
                               struct cube_err *err)

@@ -166,10 +166,12 @@ TEST(a_task_that_fits_nowhere_waits_with_reasons_and_runs_when_it_fits)
 
     cluster_open(&k, 1);
     CHECK_INT(ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"web\","
-                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}"),
+                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}"
+                  "}"),
               201);
     CHECK_INT(ask(&k, "POST", "/tasks", "{\"ID\":\"" B "\",\"Name\":\"two\","
-                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}"),
+                  "\"Image\":\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}"
+                  "}"),
               201);
     CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
     cluster_run(&k, 3000);
@@ -359,8 +361,8 @@ TEST(a_node_joins_and_is_forgotten)
     (void)snprintf(body, sizeof body, "{\"Name\":\"127.0.0.1:%u\",\"Worker\":"
                    "\"%s\"}", k.ports[1], A);
     CHECK_INT(ask(&k, "POST", "/nodes", body), 201);
-    CHECK_INT(ask(&k, "POST", "/nodes", "{\"Name\":\"x\",\"Worker\":\"" A "\"}"),
-              400);
+    CHECK_INT(ask(&k, "POST", "/nodes", "{\"Name\":\"x\",\"Worker\":\"" A
+                  "\"}"), 400);
     cluster_manager_down(&k);
     k.node_count = 1;  /* the flag does not name it; the store does */
     cluster_manager_up(&k);
