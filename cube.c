@@ -23410,13 +23410,42 @@ static void cube_worker_find(void *arg)
                                    cube_worker_found, w);
 }
 
+/* Opens its port. The name that it tells managers to call it by is one that it
+ * must answer to, besides those that it was given. */
+static int cube_worker_listen(struct cube_worker *w,
+                              const struct cube_worker_options *o,
+                              struct cube_err *err)
+{
+    struct cube_http_options http;
+    const char *name = w->advertise ? w->advertise : "localhost";
+    char *host = cube_text_ndup(name, strcspn(name, ":"));
+    const char **names;
+    size_t count = 0;
+
+    while (o->host_names && o->host_names[count])
+        count++;
+    names = cube_alloc((count + 2) * sizeof *names);
+    names[0] = host;
+    for (size_t i = 0; i < count; i++)
+        names[i + 1] = o->host_names[i];
+    memset(&http, 0, sizeof http);
+    http.tokens[0] = o->tokens[0];
+    http.tokens[1] = o->tokens[1];
+    http.host_names = names;
+    http.is_open_health = true;
+    w->server = cube_http_listen(w->loop, w->listen, cube_worker_routes, w,
+                                 &http, err);
+    cube_free(names);
+    cube_free(host);
+    return w->server ? 0 : -1;
+}
+
 /* The steps of cube_worker_new that can fail; cube_worker_free frees what they
  * leave behind. */
 static int cube_worker_start(struct cube_worker *w,
                              const struct cube_worker_options *o,
                              struct cube_err *err)
 {
-    struct cube_http_options http;
     struct cube_record *rec;
 
     w->machine = cube_machine_new(w->world);
@@ -23425,14 +23454,8 @@ static int cube_worker_start(struct cube_worker *w,
         return -1;
     for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
         cube_unit_of(w, rec);
-    memset(&http, 0, sizeof http);
-    http.tokens[0] = o->tokens[0];
-    http.tokens[1] = o->tokens[1];
-    http.host_names = o->host_names;
-    http.is_open_health = true;
-    w->server = cube_http_listen(w->loop, w->listen, cube_worker_routes, w,
-                                 &http, err);
-    if (!w->server || (w->join && cube_worker_plan_join(w, err) < 0))
+    if (cube_worker_listen(w, o, err) < 0 ||
+        (w->join && cube_worker_plan_join(w, err) < 0))
         return -1;
     if (o->own_runtime)
         cube_worker_use(w, o->own_runtime);
