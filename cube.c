@@ -22371,6 +22371,24 @@ static void cube_unit_record_exit(struct cube_unit *u)
     cube_record_stage(w->ledger, u->rec);
 }
 
+/* Its engine took it along, or a hand stopped it: it is put away and started
+ * again, and that counts as nothing. */
+static void cube_unit_record_interrupted(struct cube_unit *u)
+{
+    struct cube_ledger *g = u->worker->ledger;
+    struct cube_task *t;
+
+    if (u->rec->now->task->state == CUBE_SCHEDULED) {
+        cube_unit_dispose(u, u->box);
+        return;
+    }
+    t = cube_record_edit(g, u->rec)->task;
+    t->state = CUBE_SCHEDULED;
+    cube_task_set(&t->error, "it was stopped by its engine, or by hand");
+    cube_task_unbind(t);
+    cube_record_stage(g, u->rec);
+}
+
 /* Its stop is true now. */
 static void cube_unit_record_stopped(struct cube_unit *u)
 {
@@ -22454,7 +22472,10 @@ static void cube_unit_keep_running(struct cube_unit *u)
     const struct cube_container *box = u->box;
     bool is_active = t->state == CUBE_SCHEDULED || t->state == CUBE_RUNNING;
 
-    if (is_active && box && box->state == CUBE_BOX_EXITED)
+    if (is_active && box && box->is_interrupted &&
+        !u->rec->now->keep.follows)
+        cube_unit_record_interrupted(u);
+    else if (is_active && box && box->state == CUBE_BOX_EXITED)
         cube_unit_record_exit(u);
     else if (is_active && box && box->state == CUBE_BOX_CREATED)
         cube_unit_dispose(u, u->box);

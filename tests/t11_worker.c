@@ -254,6 +254,33 @@ TEST(a_container_removed_by_hand_is_started_again)
     cluster_close(&k);
 }
 
+TEST(what_its_engine_took_along_starts_again_and_that_counts_as_nothing)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    for (int i = 1; i <= 5; i++) {
+        struct fake_box *b = fake_of_task(&k.engines[0], A);
+
+        REQUIRE(b);
+        b->c.state = CUBE_BOX_EXITED; /* with 0, as a tidy server does */
+        b->c.has_exit = b->c.is_interrupted = true;
+        k.runtimes[0]->on_change(k.runtimes[0]->arg, A);
+        cluster_run(&k, 300);
+        CHECK(await(&k, CUBE_RUNNING, 1000));
+        CHECK_INT(k.engines[0].made, i + 1);
+        CHECK_INT(fake_count(&k.engines[0], CUBE_BOX_EXITED), 0);
+    }
+    t = listed(&k);
+    CHECK_INT(t->restart_count, 0);
+    CHECK_STR(t->error, "");
+    cube_task_free(t);
+    cluster_close(&k);
+}
+
 TEST(a_worker_without_its_store_adopts_what_runs_by_its_labels)
 {
     struct cluster k;
