@@ -1260,7 +1260,7 @@ static void write_until_killed(const char *path, uint32_t n, int out)
 
 TEST(kill_9_loses_nothing_that_was_acknowledged)
 {
-    const char *rounds = getenv("TEST_KILLS");
+    const char *rounds = getenv("TEST_KILLS"), *path = test_path();
     uint32_t next = 0;
 
     for (int i = 0; i < (rounds ? atoi(rounds) : 10); i++) {
@@ -1275,7 +1275,7 @@ TEST(kill_9_loses_nothing_that_was_acknowledged)
         REQUIRE(pipe(pipe_fds) == 0);
         pid = fork();
         if (pid == 0)
-            write_until_killed(test_path(), next, pipe_fds[1]);
+            write_until_killed(path, next, pipe_fds[1]);
         close(pipe_fds[1]);
         while (read(pipe_fds[0], &n, sizeof n) == (ssize_t)sizeof n) {
             acked = n + 1;
@@ -1285,10 +1285,10 @@ TEST(kill_9_loses_nothing_that_was_acknowledged)
         waitpid(pid, &status, 0);
         close(pipe_fds[0]);
         CHECK(WIFSIGNALED(status));
-        s = must_open(NULL, test_path());
+        s = must_open(NULL, path);
         REQUIRE(s);
         CHECK_INT(cube_store_check(s, NULL), 0);
-        CHECK_INT(cube_store_get(s, "t", "last", 4, &got, NULL), 1);
+        REQUIRE(cube_store_get(s, "t", "last", 4, &got, NULL) == 1);
         memcpy(&last, got.data, 4);
         CHECK(last + 1 == acked || last == acked); /* or one more */
         next = last + 1;
