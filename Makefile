@@ -93,10 +93,14 @@ asan:                           ## the same under ASan and UBSan
 	    BUILD=build/asan EXAMPLES=build/asan/examples \
 	    CFLAGS="-O1 -g $(SANITIZE)" TEST_CFLAGS="-O1 -g $(SANITIZE)"
 
-valgrind: $(suites)             ## C suites: leaks of memory and descriptors
+# Left out: what runs for minutes there (the sanitizers see it), what measures
+# time, and processes held by descriptors, which valgrind 3.19 does not know.
+checked := $(filter-out %/t03_json %/t04_store %/t06_http %/t09_engine, \
+             $(filter $(BUILD)/tests/t%,$(suites)))
+valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 	@TEST_WRAP="valgrind -q --leak-check=full --track-fds=yes \
 	    --error-exitcode=9" TEST_TIMEOUT=600 \
-	    tools/runtests $(or $(TESTS),$(suites))
+	    tools/runtests $(or $(TESTS),$(checked))
 
 fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS
 	@tools/fuzz $(FUZZ_SECONDS) $(fuzzers)
