@@ -1894,6 +1894,17 @@ static unsigned root(void *ctx)
     return 0;
 }
 
+/* Not under valgrind, nor on an old kernel: t09_process skips there too. */
+static bool has_pidfd(void)
+{
+    const struct cube_world *w = cube_world_real();
+    int fd = w->pid_open(w->ctx, getpid());
+
+    if (fd >= 0)
+        w->close(w->ctx, fd);
+    return fd >= 0;
+}
+
 TEST(a_runtime_is_found_and_it_is_said_why)
 {
     static const struct {
@@ -1923,6 +1934,8 @@ TEST(a_runtime_is_found_and_it_is_said_why)
     for (size_t i = 0; i < COUNT(rows); i++) {
         struct found f = {0};
 
+        if (rows[i].name && !strcmp(rows[i].name, "process") && !has_pidfd())
+            continue;
         test_row("%s %s %s", rows[i].which, rows[i].docker, rows[i].podman);
         open_fake();
         fake.world.uid = root;
