@@ -660,6 +660,10 @@ TEST(what_cannot_be_supervised_leaves_nothing_behind)
     prepare(&r, test_dir(), "true");
     REQUIRE(mkdir(at(&r, "lock"), 0700) == 0);
     CHECK_INT(world()->spawn(NULL, &r.spec), -EISDIR);
+    prepare(&r, test_dir(), "true");
+    REQUIRE(mkdir(at(&r, "exit.new"), 0700) == 0);
+    CHECK_INT(world()->spawn(NULL, &r.spec), -EISDIR);
+    CHECK_STR(read_text(at(&r, "lock")), ""); /* it has never begun */
     CHECK(waitpid(-1, NULL, WNOHANG | __WALL) < 0 && errno == ECHILD);
 }
 

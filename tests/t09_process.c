@@ -779,6 +779,24 @@ TEST(a_directory_removed_by_hand_is_a_process_removed_by_hand)
     tear_down();
 }
 
+TEST(a_stop_of_what_is_removed_by_hand_meanwhile_is_answered)
+{
+    char away[600];
+
+    set_up();
+    start("trap '' TERM; echo 1 > ready; while :; do sleep 1000; done");
+    (void)number_in("work/ready");
+    snprintf(away, sizeof away, "%s/away", test_dir());
+    b.answers = 0;
+    b.rt->ops->stop(b.rt, ID1, 600000, on_done, NULL);
+    cube_loop_turn(b.loop, 0, NULL);
+    CHECK_INT(rename(at(ID1, ""), away), 0);
+    b.rt->ops->list(b.rt, NULL, on_list, NULL);
+    UNTIL(b.answers == 2);
+    CHECK_STR(b.err.text, "");
+    tear_down();
+}
+
 TEST(a_list_is_of_one_worker_or_of_all)
 {
     struct cube_task *t;
@@ -919,6 +937,29 @@ TEST(a_taken_port_is_refused_in_dockers_words)
     start_task(t, 1);
     CHECK_STR(b.err.text, "");
     CHECK_STR(b.host_port, wanted);
+    tear_down();
+}
+
+TEST(a_port_taken_on_ipv6_alone_is_taken)
+{
+    struct cube_addr addr = {.kind = CUBE_ADDR_IP6};
+    struct cube_task *t;
+    char wanted[16];
+    int fd;
+
+    set_up();
+    fd = cube_world_real()->listen(NULL, &addr);
+    if (fd < 0) {
+        tear_down();
+        SKIP("no IPv6 here");
+    }
+    cube_world_real()->local_addr(NULL, fd, &addr);
+    snprintf(wanted, sizeof wanted, "%d", addr.port);
+    t = shell("true");
+    cube_task_publish(t, "80/tcp", wanted);
+    start_task(t, 1);
+    CHECK_INT(b.err.code, CUBE_EBUSY);
+    close(fd);
     tear_down();
 }
 
@@ -1230,6 +1271,28 @@ TEST(a_cgroup_holds_the_limits_and_goes_with_its_process)
     tear_down();
 }
 
+TEST(a_cgroup_whose_supervisor_was_killed_goes_with_the_removal)
+{
+    struct cube_task *t;
+    char path[300];
+
+    set_up();
+    if (!has_cgroups() || strstr(b.rt->words, "(version 1)") == NULL) {
+        tear_down();
+        SKIP("no right to make a cgroup (version 1)");
+    }
+    t = shell("exec sleep 1000");
+    t->mem_bytes = 64 << 20;
+    start_task(t, 1);
+    snprintf(path, sizeof path, CUBE_PROCESS_CGROUPS "/memory/cube/%s", ID1);
+    CHECK(access(path, F_OK) == 0);
+    CHECK_INT(kill(supervisor(ID1), SIGKILL), 0);
+    exits();
+    remove_it(ID1);
+    CHECK(access(path, F_OK) != 0);
+    tear_down();
+}
+
 /* A machine with version 2: the kernel's part of it is played here, where a
  * new directory has its files at once. */
 static char fake_root[300];
@@ -1341,7 +1404,7 @@ TEST(a_kernel_without_pidfds_is_refused_in_words)
 }
 
 /* A world whose files cannot be opened: no descriptor is left. */
-static bool is_starved;
+static bool is_starved, is_lock_hidden;
 
 static int starved_open(void *ctx, const char *path, unsigned flags)
 {
@@ -1350,8 +1413,19 @@ static int starved_open(void *ctx, const char *path, unsigned flags)
 
 static int starved_lock_owner(void *ctx, const char *path)
 {
-    return is_starved ? -EMFILE
-                      : cube_world_real()->lock_owner(ctx, path);
+    return is_starved || is_lock_hidden
+               ? -EMFILE
+               : cube_world_real()->lock_owner(ctx, path);
+}
+
+/* The same directory with another world under it. */
+static void reopen_in(const struct cube_world *w)
+{
+    cube_runtime_free(b.rt);
+    cube_loop_free(b.loop);
+    b.loop = cube_loop_new(w, NULL);
+    REQUIRE(b.loop != NULL);
+    open_runtime();
 }
 
 TEST(a_process_that_cannot_be_looked_at_counts_as_running_not_as_lost)
@@ -1362,12 +1436,9 @@ TEST(a_process_that_cannot_be_looked_at_counts_as_running_not_as_lost)
     set_up();
     start("echo $$ > pid; exec sleep 1000");
     pid = number_in("work/pid");
-    cube_runtime_free(b.rt);
-    cube_loop_free(b.loop);
     w.open = starved_open;
     w.lock_owner = starved_lock_owner;
-    b.loop = cube_loop_new(&w, NULL);
-    open_runtime();
+    reopen_in(&w);
     is_starved = true;
     list();
     CHECK(cube_runtime_is_trouble(&b.err)); /* it is not known: not "none" */
@@ -1378,7 +1449,80 @@ TEST(a_process_that_cannot_be_looked_at_counts_as_running_not_as_lost)
     inspect(ID1);
     CHECK_INT(b.state, CUBE_BOX_RUNNING);
     is_starved = false;
+    reopen_in(&w); /* now all can be read, only the lock cannot be seen */
+    is_lock_hidden = true;
+    inspect(ID1);
+    CHECK_INT(b.state, CUBE_BOX_RUNNING);
+    is_lock_hidden = false;
     CHECK(is_alive(pid));
+    tear_down();
+}
+
+/* A world in which the PID of the lock's owner is, for a moment, that of a
+ * bystander: the supervisor has ended and its PID was used again. */
+static int bystander;
+
+static int stale_lock_owner(void *ctx, const char *path)
+{
+    int pid = bystander;
+
+    bystander = 0;
+    return pid > 0 ? pid : cube_world_real()->lock_owner(ctx, path);
+}
+
+TEST(a_reused_pid_is_neither_watched_nor_killed)
+{
+    struct cube_world w = *cube_world_real();
+    int innocent, status;
+
+    set_up();
+    start("exec sleep 1000");
+    innocent = fork();
+    if (innocent == 0) {
+        pause();
+        _exit(0);
+    }
+    w.lock_owner = stale_lock_owner;
+    reopen_in(&w);
+    bystander = innocent;
+    list();
+    CHECK_INT(b.state, CUBE_BOX_RUNNING);
+    CHECK_INT(bystander, 0);
+    stop(ID1, 10000);
+    CHECK_STR(b.err.text, "");
+    CHECK_INT(waitpid(innocent, &status, WNOHANG), 0); /* it still runs */
+    CHECK_INT(kill(innocent, SIGKILL), 0);
+    CHECK_INT(waitpid(innocent, &status, 0), innocent);
+    tear_down();
+}
+
+/* A world in which the log gets its number just before it is opened. */
+static bool is_turning;
+
+static int turning_open(void *ctx, const char *path, unsigned flags)
+{
+    size_t len = strlen(path);
+
+    if (is_turning && len > 4 && strcmp(path + len - 4, "/log") == 0) {
+        is_turning = false;
+        CHECK_INT(rename(path, at(ID1, "log.1")), 0);
+        write_file(path, "two\n");
+    }
+    return cube_world_real()->open(ctx, path, flags);
+}
+
+TEST(a_log_that_turns_while_it_is_opened_is_read_in_order)
+{
+    struct cube_world w = *cube_world_real();
+
+    set_up();
+    start("echo one");
+    exits();
+    w.open = turning_open;
+    reopen_in(&w);
+    is_turning = true;
+    CHECK_STR(all_log(), "one\ntwo\n");
+    CHECK(!is_turning);
     tear_down();
 }
 
