@@ -95,6 +95,14 @@ def text(value):
     return (out + "\n").encode()
 
 
+def holds(true, seconds=2.5):
+    """It stays so for a while: what must not happen would by then have."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert true(), "it did not stay so"
+        time.sleep(0.05)
+
+
 class Caller:
     """Speaks HTTP as a program in Go does: on one connection that is kept,
     willing to get gzip."""
