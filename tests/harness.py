@@ -12,6 +12,7 @@ gives the variable's value, and skips where there is none; with
 CUBE_TEST_ENGINE=required it fails instead.
 """
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -161,14 +162,40 @@ def test_name(test):
     return test.id().replace("__main__.", "")
 
 
-def main():
-    """Runs the calling file's tests (or those named on the command line)."""
+def each_test(suite):
+    """The test cases in a suite of suites."""
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from each_test(test)
+        else:
+            yield test
+
+
+class _SideBySide(unittest.TestSuite):
+    """Runs tests in threads: for those that mostly wait. They share nothing,
+    and have no setUpClass."""
+
+    def __init__(self, tests, jobs):
+        super().__init__(tests)
+        self.jobs = jobs
+
+    def run(self, result, debug=False):
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda test: test(result), self))
+        return result
+
+
+def main(jobs=1):
+    """Runs the calling file's tests (or those named on the command line),
+    `jobs` of them at a time."""
     module = sys.modules["__main__"]
     loader = unittest.TestLoader()
     if len(sys.argv) > 1:
         suite = loader.loadTestsFromNames(sys.argv[1:], module)
     else:
         suite = loader.loadTestsFromModule(module)
+    if jobs > 1:
+        suite = _SideBySide(list(each_test(suite)), jobs)
     runner = unittest.TextTestRunner(
         stream=sys.stdout, resultclass=_Result, verbosity=1)
     result = runner.run(suite)

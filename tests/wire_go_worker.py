@@ -50,6 +50,14 @@ class GoWorker(Case):
         self.assertEqual(status, 201, body)
         return json.loads(body)["ID"]
 
+    @staticmethod
+    def wait_for_start(c, task_id, restarts):
+        """Until it runs, and was restarted so many times."""
+        def look():
+            t = c.task(task_id)
+            return (t["State"], t["RestartCount"]) == (go.RUNNING, restarts)
+        wait_until("start %d of %s" % (restarts, task_id), look)
+
     def sick_fields(self):
         return {"HealthCheck": "/health", "ExposedPorts": {"7777/tcp": {}},
                 "HealthStart": 100, "HealthInterval": 100,
@@ -140,8 +148,7 @@ class GoWorker(Case):
         w.page.is_well = False
         wait_until("a restart", lambda: len(w.posts) == 2)
         w.page.is_well = True
-        wait_until("it runs again", lambda: c.task(task_id)["State"] ==
-                   go.RUNNING and c.task(task_id)["RestartCount"] == 1)
+        self.wait_for_start(c, task_id, 1)
         seen = len(w.page.paths)
         wait_until("it is checked", lambda: len(w.page.paths) > seen + 3)
         self.assertEqual(len(w.posts), 2)
@@ -151,9 +158,7 @@ class GoWorker(Case):
         w = self.go[0]
         task_id = self.submit(c)
         for count in range(4):
-            wait_until("start %d" % count, lambda n=count: c.task(task_id)[
-                "State"] == go.RUNNING and c.task(task_id)["RestartCount"] ==
-                n and c.task(task_id)["ContainerID"] in w.containers)
+            self.wait_for_start(c, task_id, count)
             w.exit(task_id)
         got = c.wait_for(task_id, go.FAILED)
         self.assertTrue(got["Error"])
@@ -167,8 +172,7 @@ class GoWorker(Case):
         task_id = self.submit(c)
         c.wait_for(task_id, go.RUNNING)
         w.exit(task_id)
-        wait_until("it runs again", lambda: c.task(task_id)["State"] ==
-                   go.RUNNING and c.task(task_id)["RestartCount"] == 1)
+        self.wait_for_start(c, task_id, 1)
         self.assert_posted_again(1)
 
     def test_restart_policies_hold_there_too(self):
@@ -317,4 +321,4 @@ class GoWorker(Case):
 
 
 if __name__ == "__main__":
-    harness.main()
+    harness.main(jobs=5)
