@@ -2090,10 +2090,23 @@ static void say_failed(struct wait *w, const struct cube_task *t)
                 "that.\n", ID_SHOWN, t->id);
 }
 
+/* It is over as far as the manager can tell, and may have words on that: of a
+ * node that was lost before it was told. */
+static void say_ended(struct wait *w, const struct cube_task *t)
+{
+    char title[160];
+
+    end_wait(w, DONE);
+    if (*t->error)
+        fprintf(stderr, "cube %s: %s is %s: %s\n",
+                w->app->line.command->name, title_of(t, title),
+                cube_state_name(t->state), t->error);
+}
+
 static void look_at_task(struct wait *w, const struct cube_task *t)
 {
     if (w->for_end && cube_task_is_finished(t))
-        end_wait(w, DONE);
+        say_ended(w, t);
     else if (!w->for_end && t->state == CUBE_FAILED)
         say_failed(w, t);
     else if (!w->for_end &&

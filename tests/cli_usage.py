@@ -623,6 +623,12 @@ class Tasks(Case):
         self.assertEqual(self.ok("stop", "web"), "stopped web (1111aaaa)\n")
         self.assertGreater(time.monotonic() - begin, 0.2)
 
+    def test_stop_says_what_keeps_it_from_being_sure(self):
+        self.fake.tasks[0].update(State=3, Error="its node was lost")
+        code, out, err = self.cube("stop", "web")
+        self.assertEqual((code, out), (0, "stopped web (1111aaaa)\n"))
+        self.assertIn("its node was lost", err)
+
     def test_stop_goes_on_behind_a_name_that_is_none(self):
         code, out, err = self.cube("stop", "-d", "nobody", "web", "db")
         self.assertEqual((code, out), (1, "stopping web (1111aaaa)\n"
