@@ -4678,10 +4678,8 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
  *   | head | R | B | B | B |  P  | B |  P  | R | B | B | 0 0 0 0
  *   +------+---+---+---+---+-----+---+-----+---+---+---+- - - - -
  *            |   1   2   3    |    4    |    |   5   6
- *         no trees            |         |    |
- *                      pages with 1 to 3     trees with 1 to 3; the
- *                      merged in             records from 4 on to be
- *                                            replayed over them
+ *         no trees            |         |  trees with 1 to 3; replay from
+ *                   pages, 1 to 3 merged in  4 on over them
  *
  *   B  a batch: the changes of one commit     P  pages of trees
  *   R  roots: where each named tree begins    0  zeros, laid out ahead
@@ -4735,11 +4733,10 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
  * the one that readers see. When the overlay is full it is frozen, and
  * cube_store_slice merges it into the trees, and later copies them.
  *
- * Naive on purpose: one writer, one thread, the roots name at most 32 trees,
- * small neighbours are joined only when they are rewritten or compacted, an
- * overlay walks backwards by searching. For queries, several writing
- * processes, or values of gigabytes take SQLite; to share reads between
- * processes take LMDB.
+ * Naive on purpose: one writer, one thread, at most 32 trees, neighbours joined
+ * only when rewritten, an overlay that walks backwards by searching. For
+ * queries, several writing processes or values of gigabytes take SQLite; to
+ * share reads between processes take LMDB.
  */
 
 /* ---- Sizes ---- */

@@ -400,11 +400,12 @@ CUBE_API int cube_store_commit(struct cube_store *store,
  *    0   all is committed already (nothing staged, or a store in memory);
  *   -1   it failed (CUBE_ENOSPC, CUBE_EIO...): what was staged is dropped, the
  *        last commit stands, the store goes on.
- * end (sync_result: 0 or a negative errno value) makes the batch visible to new snapshots. When the sync failed it
- * returns -1 with CUBE_ESYNC: nobody knows whether this commit will be found
- * after a crash, all staged changes (of the batch that has been filled
- * meanwhile, too) are dropped, and the store can only be read until
- * cube_store_slice has managed to write what is certain to a new file. */
+ * end (sync_result: 0 or a negative errno value) makes the batch visible to
+ * new snapshots. When the sync failed it returns -1 with CUBE_ESYNC: nobody
+ * knows whether this commit will be found after a crash, all staged changes
+ * (of the batch that has been filled meanwhile, too) are dropped, and the
+ * store can only be read until cube_store_slice has managed to write what is
+ * certain to a new file. */
 CUBE_API int cube_store_commit_begin(struct cube_store *store,
         struct cube_err *err);
 CUBE_API int cube_store_commit_end(struct cube_store *store, int sync_result,
@@ -421,7 +422,8 @@ CUBE_API const char *cube_store_last_error(const struct cube_store *store);
 
 /* With options.is_sync_split: the descriptor that the background work wants
  * to have synced, or -1. Call cube_store_slice_synced with 0 or a negative
- * errno value once it is; cube_store_slice does nothing for compaction until then. */
+ * errno value once it is; cube_store_slice does nothing for compaction until
+ * then. */
 CUBE_API int cube_store_slice_fd(const struct cube_store *store);
 CUBE_API void cube_store_slice_synced(struct cube_store *store,
         int sync_result);

@@ -830,11 +830,11 @@ static int keys_of_bytes(const void *bytes, size_t len, struct cube_err *err,
     for (r = cube_cursor_first(c, err); r > 0; r = cube_cursor_next(c, err)) {
         char want[16];
         const void *val;
-        size_t len;
+        size_t n_bytes;
 
         snprintf(want, sizeof want, "%c%02d", n < 30 ? 'k' : 'l', n % 30);
-        CHECK_MEM(cube_cursor_key(c, &len), want, 3);
-        if ((r = cube_cursor_value(c, &val, &len, err)) < 0)
+        CHECK_MEM(cube_cursor_key(c, &n_bytes), want, 3);
+        if ((r = cube_cursor_value(c, &val, &n_bytes, err)) < 0)
             break;
         CHECK_MEM(val, n < 30 ? "a value that" : "after the ch", 12);
         n++;
