@@ -18818,6 +18818,8 @@ struct cube_process {
     cube_change_fn *change;
     void *change_arg;
     struct cube_defer change_defer;
+    bool has_spawned;       /* in this turn; the next one may again */
+    struct cube_defer spawn_defer;
 };
 
 /* What we know of one directory. */
@@ -20197,21 +20199,39 @@ static bool cube_process_start_clear(struct cube_process_op *op)
     return false;
 }
 
+static void cube_process_next_spawn(void *arg)
+{
+    struct cube_process *p = arg;
+
+    p->has_spawned = false;
+}
+
+/* A spawn waits for its supervisor's report, some milliseconds: one a turn,
+ * so that many starts at once do not stop the loop. */
 static void cube_process_start_step(struct cube_process_op *op)
 {
+    struct cube_process *p = op->p;
     struct cube_process_box *box = NULL;
 
+    if (p->has_spawned) {
+        cube_defer_set(p->rt.loop, &op->defer, cube_process_op_run, op);
+        return;
+    }
     cube_process_start_id(op);
     if (op->err.code == CUBE_OK && op->task->cmd.count == 0)
         (void)cube_fail(&op->err, CUBE_EINVAL,
                         "Cmd: there is none, and this worker runs processes: "
                         "it has no engine to run an image%s%.200s",
                         op->task->image[0] ? " like " : "", op->task->image);
-    if (op->err.code == CUBE_OK && cube_process_scan(op->p, &op->err) == 0 &&
+    if (op->err.code == CUBE_OK && cube_process_scan(p, &op->err) == 0 &&
         cube_process_start_clear(op)) {
-        box = cube_map_get(&op->p->boxes, op->id);
-        if (!box || box->c.state == CUBE_BOX_CREATED)
+        box = cube_map_get(&p->boxes, op->id);
+        if (!box || box->c.state == CUBE_BOX_CREATED) {
+            p->has_spawned = true;
+            cube_defer_set(p->rt.loop, &p->spawn_defer,
+                           cube_process_next_spawn, p);
             box = cube_process_make(op);
+        }
     }
     if (op->is_waiting)
         return;
@@ -20848,6 +20868,7 @@ static void cube_process_free(struct cube_runtime *rt)
         cube_process_box_free(each);
     cube_map_free(&p->boxes);
     cube_defer_clear(rt->loop, &p->change_defer);
+    cube_defer_clear(rt->loop, &p->spawn_defer);
     if (p->limits.memory)
         (void)p->w->rmdir(p->w->ctx, p->limits.memory);
     if (p->limits.cpu)

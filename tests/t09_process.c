@@ -1383,6 +1383,47 @@ TEST(without_cgroups_memory_is_limited_by_rlimit_and_that_is_said)
 
 /* ---- Trouble ---- */
 
+/* Counts what the loop gets to do between starts. */
+static int spawns, most_spawns;
+
+static int counted_spawn(void *ctx, const struct cube_spawn *spec)
+{
+    if (++spawns > most_spawns)
+        most_spawns = spawns;
+    return cube_world_real()->spawn(ctx, spec);
+}
+
+static int counted_poll_wait(void *ctx, struct cube_poll *p,
+                             struct cube_ready *out, int max, int timeout_ms)
+{
+    spawns = 0;
+    return cube_world_real()->poll_wait(ctx, p, out, max, timeout_ms);
+}
+
+TEST(of_many_starts_at_once_each_has_a_turn_of_its_own)
+{
+    struct cube_world w = *cube_world_real();
+    struct cube_task *t;
+
+    set_up();
+    cube_runtime_free(b.rt);
+    cube_loop_free(b.loop);
+    w.spawn = counted_spawn;
+    w.poll_wait = counted_poll_wait;
+    most_spawns = 0;
+    b.loop = cube_loop_new(&w, NULL);
+    open_runtime();
+    for (int i = 0; i < 5; i++) {
+        t = shell("exit 0");
+        t->id[0] = (char)('a' + i);
+        begin_start(t, 1);
+        cube_task_free(t);
+    }
+    UNTIL(b.answers == 5);
+    CHECK_INT(most_spawns, 1);
+    tear_down();
+}
+
 static int no_pid_open(void *ctx, int pid)
 {
     (void)ctx;
