@@ -16328,8 +16328,9 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
  * An engine's 5xx is a no only if the engine is otherwise well: after one,
  * a harmless question (`probe`, `check`) is asked, and if that fails too the
  * 5xx was trouble; if its words are not known to be about the container, the
- * start is repeated twice before they are believed. The image is not asked for first: a create that finds none
- * says so, which also serves an image that is deleted between two requests.
+ * start is repeated twice before they are believed. The image is not asked
+ * for first: a create that finds none says so, which also serves an image
+ * that is deleted between two requests.
  *
  * Versions. Each request carries one in its path, and engines refuse what is
  * too old or too new for them. The first thing said is GET /_ping, which
@@ -16387,6 +16388,8 @@ struct cube_logs {
     void *arg;
 };
 
+/* The kinds that say nothing about the container: not reached, no answer in
+ * time, an answer that makes no sense, a machine that failed. */
 CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err)
 {
     return err && (err->code == CUBE_ECONN || err->code == CUBE_ETIMEOUT ||
@@ -16399,6 +16402,8 @@ CUBE_API void cube_runtime_free(struct cube_runtime *rt)
         rt->ops->free(rt);
 }
 
+/* An empty container: all texts "", no ports known. Any runtime fills one of
+ * these; cube_container_clear frees it. */
 static void cube_container_init(struct cube_container *c)
 {
     char **texts[] = {&c->id, &c->name, &c->task, &c->cluster, &c->worker,
@@ -16410,7 +16415,8 @@ static void cube_container_init(struct cube_container *c)
     c->ports.is_null = true;
 }
 
-/* Frees what a container owns. */
+/* Frees what a container owns. It is all zeros then, and needs another init
+ * before it is used again. */
 static void cube_container_clear(struct cube_container *c)
 {
     char *texts[] = {c->id, c->name, c->task, c->cluster, c->worker, c->spec,
@@ -16441,6 +16447,7 @@ struct cube_objects {
 
 typedef void cube_object_fn(void *arg, struct json_value_s *object);
 
+/* Forgets a piece that a cut stream has left. */
 static void cube_objects_reset(struct cube_objects *o)
 {
     cube_buf_clear(&o->buf);
@@ -16512,6 +16519,8 @@ static const char *cube_docker_text(struct json_value_s *object,
     return s ? s : "";
 }
 
+/* Labels are texts; one that is no number, or missing, counts as 0, which is
+ * older than anything that we start. */
 static int64_t cube_docker_number(const char *text)
 {
     uint64_t n;
@@ -16519,6 +16528,7 @@ static int64_t cube_docker_number(const char *text)
     return cube_text_u64(text, strlen(text), INT64_MAX, &n) ? 0 : (int64_t)n;
 }
 
+/* Is that key there, and true? */
 static bool cube_docker_is(struct json_value_s *object, const char *key)
 {
     bool is = false;
@@ -16526,6 +16536,8 @@ static bool cube_docker_is(struct json_value_s *object, const char *key)
     return !cube_json_bool(cube_json_get(object, key), &is) && is;
 }
 
+/* What we wrote on it. Also read of containers of other workers, and of
+ * people who like our labels: nothing here may be believed beyond its type. */
 static void cube_docker_read_labels(struct cube_container *c,
                                     struct json_value_s *labels)
 {
@@ -16553,6 +16565,9 @@ static enum cube_box_state cube_docker_state(const char *status,
     return CUBE_BOX_EXITED;
 }
 
+/* OOMKilled is also set when a child was killed and the main process went on
+ * and ended well, so it becomes the reason only beside a code that is not 0.
+ * `State.Error` is the reason of a start that failed. */
 static void cube_docker_read_state(struct cube_container *c,
                                    struct json_value_s *state)
 {
@@ -16575,7 +16590,8 @@ static void cube_docker_read_state(struct cube_container *c,
         c->finished = c->started;
 }
 
-/* Podman leaves the address of "everywhere" empty. */
+/* Host ports by container port. A port that is exposed and not published has
+ * null, or an empty list. Podman leaves the address of "everywhere" empty. */
 static void cube_docker_read_ports(struct cube_container *c,
                                    struct json_value_s *ports)
 {
@@ -16645,6 +16661,8 @@ static void cube_docker_name(const struct cube_task *t, int try,
         cube_buf_printf(out, "-%.8s", t->id);
 }
 
+/* ,"Cmd":["a","b"]; nothing when there are none, so that the image's own
+ * stands. */
 static void cube_docker_put_texts(struct cube_buf *out, const char *key,
                                   const struct cube_texts *texts)
 {
@@ -16658,6 +16676,8 @@ static void cube_docker_put_texts(struct cube_buf *out, const char *key,
     cube_buf_addc(out, ']');
 }
 
+/* Where the task wants that container port on the host: a port, "" for any,
+ * NULL when it does not say. "80" and "80/tcp" are the same port. */
 static const char *cube_docker_host_port(const struct cube_task *t,
                                          const char *port)
 {
@@ -16711,6 +16731,8 @@ static bool cube_docker_is_publishing_all(const struct cube_task *t)
     return t->port_bindings.count == 0;
 }
 
+/* ,"HostConfig":{...}: limits, and what the host shares. No RestartPolicy in
+ * it, ever: restarts are the worker's. Cores count in 10^-9 of one. */
 static void cube_docker_put_host(struct cube_buf *out,
                                  const struct cube_task *t)
 {
@@ -16736,6 +16758,7 @@ static void cube_docker_put_host(struct cube_buf *out,
     cube_buf_puts(out, "}}");
 }
 
+/* ,"Labels":{...}: who it is, for whoever finds it. All values are texts. */
 static void cube_docker_put_labels(struct cube_buf *out,
                                    const struct cube_start *what)
 {
@@ -16757,7 +16780,13 @@ static void cube_docker_put_labels(struct cube_buf *out,
     cube_buf_free(&spec);
 }
 
-/* The body of a create. */
+/* The body of a create:
+ *
+ *    {"Image":"nginx","Cmd":[..],"Env":[..],"Labels":{..},
+ *     "ExposedPorts":{"80/tcp":{}},"HostConfig":{"PublishAllPorts":false,
+ *     "Memory":67108864,"NanoCpus":500000000,
+ *     "PortBindings":{"80/tcp":[{"HostPort":"8080"}]}}}
+ */
 static void cube_docker_spec(const struct cube_start *what,
                              struct cube_buf *out)
 {
@@ -16907,6 +16936,7 @@ struct cube_pull {
     bool is_podman; /* which says no more of a layer once it has come */
 };
 
+/* Forgets a pull, so that another one can begin. */
 static void cube_pull_clear(struct cube_pull *p)
 {
     for (size_t i = 0; i < p->count; i++)
@@ -16931,7 +16961,9 @@ static struct cube_layer *cube_pull_layer(struct cube_pull *p, const char *id)
     return &p->layers[p->count++];
 }
 
-/* One line of a pull. */
+/* One line of a pull. Only the first error counts: what follows is usually its
+ * consequence. Bytes are those downloaded; the numbers of an extraction are
+ * another count of the same bytes. */
 static void cube_pull_line(void *arg, struct json_value_s *line)
 {
     struct cube_pull *p = arg;
@@ -16960,7 +16992,8 @@ static void cube_pull_line(void *arg, struct json_value_s *line)
         layer->is_done = true;
 }
 
-/* "pulling nginx:latest: 3 of 5 layers, 12.3 MB" */
+/* "pulling nginx:latest: 3 of 5 layers, 12.3 MB": layers that are there, of
+ * those heard of so far, and what has come over the wire. */
 static void cube_pull_words(const struct cube_pull *p, const char *image,
                             struct cube_buf *out)
 {
@@ -17070,11 +17103,14 @@ struct cube_docker {
  * asked for by a request. */
 static void cube_docker_greet(struct cube_docker *d);
 
+/* The engine behind a runtime of this kind. */
 static struct cube_docker *cube_docker_of(struct cube_runtime *rt)
 {
     return CUBE_OF(rt, struct cube_docker, rt);
 }
 
+/* An op that has asked nothing yet. `free` is called when the runtime goes
+ * before the op has ended. */
 static void cube_docker_op_init(struct cube_docker *d,
                                 struct cube_docker_op *op,
                                 cube_docker_answer_fn *on_answer,
@@ -17212,6 +17248,8 @@ static bool cube_docker_is_other_version(struct cube_docker *d,
     return true;
 }
 
+/* Of a streamed answer. That it begins is told as a piece of no bytes: an
+ * event stream may say nothing for hours, and is there all the same. */
 static void cube_docker_on_head(void *arg, const struct cube_http_head *head)
 {
     struct cube_docker_op *op = arg;
@@ -17224,6 +17262,8 @@ static void cube_docker_on_head(void *arg, const struct cube_http_head *head)
         op->on_piece(op, "", 0);
 }
 
+/* A streamed 200 goes on to the op; of anything else the words are kept, up to
+ * a limit, for the error. */
 static void cube_docker_on_data(void *arg, const char *p, size_t len)
 {
     struct cube_docker_op *op = arg;
@@ -17266,6 +17306,8 @@ static void cube_docker_on_done(void *arg, const struct cube_http_answer *from)
     op->on_answer(op, &a);
 }
 
+/* Sends what the op asks, with the version that is agreed on; the ping that
+ * finds one out goes without. */
 static void cube_docker_send(struct cube_docker_op *op)
 {
     struct cube_docker *d = op->d;
@@ -17430,6 +17472,8 @@ static void cube_docker_on_info(struct cube_docker_op *op,
     cube_docker_wait_over(d, NULL);
 }
 
+/* The ping is answered: the version is the smaller of both, unless the engine
+ * has said that it takes nothing that old. Then it is asked for its name. */
 static void cube_docker_on_hello(struct cube_docker_op *op,
                                  const struct cube_docker_answer *a)
 {
@@ -17461,6 +17505,7 @@ static void cube_docker_on_hello(struct cube_docker_op *op,
     cube_docker_send(op);
 }
 
+/* Asks for the version, unless that is under way. */
 static void cube_docker_greet(struct cube_docker *d)
 {
     struct cube_docker_op *op = &d->hello;
@@ -17533,6 +17578,7 @@ static void cube_docker_plain_end(struct cube_docker_plain *p,
     cube_docker_plain_free(&p->op);
 }
 
+/* Is this what was wanted, or at least as good? */
 static bool cube_docker_is_fine(const struct cube_docker_verb *verb,
                                 const struct cube_docker_answer *a)
 {
@@ -17569,6 +17615,8 @@ static void cube_docker_on_kill_check(struct cube_docker_op *op,
     cube_docker_plain_end(p, a, is_ended ? NULL : &err);
 }
 
+/* An answer to any of them. A kill that failed is looked into; a removal that
+ * somebody else is at (409) counts as trouble, so that it is asked again. */
 static void cube_docker_on_plain(struct cube_docker_op *op,
                                  const struct cube_docker_answer *a)
 {
@@ -17735,6 +17783,7 @@ static void cube_docker_start_end(struct cube_docker_start *s,
     cube_docker_start_free(&s->op);
 }
 
+/* Reports what an answer says, as it stands. */
 static void cube_docker_start_fail(struct cube_docker_start *s,
                                    const struct cube_docker_answer *a,
                                    const char *what)
@@ -17781,6 +17830,8 @@ static void cube_docker_discarded(struct cube_docker_op *op,
     cube_docker_start_end(s, NULL);
 }
 
+/* Removes what it has made, and then reports s->why. Podman holds the host
+ * ports of a failed start until then. */
 static void cube_docker_discard(struct cube_docker_start *s)
 {
     cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
@@ -17850,6 +17901,7 @@ static void cube_docker_look_again(void *arg)
     cube_docker_look(arg);
 }
 
+/* Not believed: from the look on again, in a while. */
 static void cube_docker_doubt(struct cube_docker_start *s)
 {
     s->doubts++;
@@ -17955,6 +18007,7 @@ static void cube_docker_started(struct cube_docker_op *op,
                      cube_docker_checked);
 }
 
+/* The container is there and has not run: start it. */
 static void cube_docker_run(struct cube_docker_start *s)
 {
     cube_docker_step(s, "POST", "/start", CUBE_DOCKER_DO_MS,
@@ -18004,6 +18057,8 @@ static void cube_docker_pull_tell(struct cube_docker_start *s)
     cube_buf_free(&words);
 }
 
+/* Some bytes of the pull's lines; the first, empty piece tells that it has
+ * begun. */
 static void cube_docker_pull_piece(struct cube_docker_op *op, const char *p,
                                    size_t len)
 {
@@ -18014,6 +18069,9 @@ static void cube_docker_pull_piece(struct cube_docker_op *op, const char *p,
         cube_docker_pull_tell(s);
 }
 
+/* Pulls the image. The engine does the work, and stops when we hang up. No
+ * limit on the whole: an image may be large and the line thin; only silence
+ * ends it. */
 static void cube_docker_pull(struct cube_docker_start *s)
 {
     struct cube_docker_op *op = &s->op;
@@ -18070,6 +18128,7 @@ static void cube_docker_made(struct cube_docker_op *op,
         cube_docker_refused(s, a, "create");
 }
 
+/* Creates the container, under the next name that was not refused. */
 static void cube_docker_make(struct cube_docker_start *s)
 {
     struct cube_start what = {s->task, s->cluster, s->worker, s->attempt,
@@ -18113,6 +18172,7 @@ static void cube_docker_cleared(struct cube_docker_op *op,
     cube_docker_look(s);
 }
 
+/* Removes the container in s->id, to look again afterwards. */
 static void cube_docker_clear(struct cube_docker_start *s)
 {
     cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
@@ -18198,6 +18258,8 @@ static void cube_docker_put_filter(struct cube_buf *target, const char *a,
     cube_buf_free(&filter);
 }
 
+/* Asks for all containers of this task, whoever started them; the judge
+ * sorts them out. A millisecond, which makes every start repeatable. */
 static void cube_docker_look(struct cube_docker_start *s)
 {
     struct cube_buf label = {0};
@@ -18208,6 +18270,7 @@ static void cube_docker_look(struct cube_docker_start *s)
     cube_buf_free(&label);
 }
 
+/* cube_runtime_ops.start: a copy of everything, and the first step. */
 static void cube_docker_start(struct cube_runtime *rt,
                               const struct cube_start *what,
                               cube_container_fn *fn, void *arg)
@@ -18226,6 +18289,7 @@ static void cube_docker_start(struct cube_runtime *rt,
     cube_docker_look(s);
 }
 
+/* The cancelled start reports from here, not from within the call. */
 static void cube_docker_start_give_up(void *arg)
 {
     (void)cube_docker_is_over(arg);
@@ -18257,6 +18321,8 @@ static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
 
 /* ---- List ---- */
 
+/* First the IDs, then an inspection of each: the engine's list lacks exit
+ * codes, times and reasons. */
 struct cube_docker_list {
     struct cube_docker_op op;
     char **ids;
@@ -18281,6 +18347,7 @@ static void cube_docker_list_free(struct cube_docker_op *op)
     cube_free(l);
 }
 
+/* Reports all, or why not: half a list would look like lost containers. */
 static void cube_docker_list_end(struct cube_docker_list *l,
                                  const struct cube_err *err)
 {
@@ -18321,6 +18388,7 @@ static void cube_docker_list_inspected(struct cube_docker_op *op,
     cube_docker_list_end(l, &err);
 }
 
+/* The list has come; `null` and entries without an ID are accepted. */
 static void cube_docker_list_listed(struct cube_docker_op *op,
                                     const struct cube_docker_answer *a)
 {
@@ -18429,6 +18497,7 @@ static size_t cube_docker_logs_take(struct cube_docker_logs *l, const char *p,
     return n;
 }
 
+/* Unwraps what came. The receiver may give the log up in the middle of it. */
 static void cube_docker_logs_piece(struct cube_docker_op *op, const char *p,
                                    size_t len)
 {
@@ -18454,6 +18523,7 @@ static void cube_docker_logs_end(struct cube_docker_logs *l,
     cube_docker_logs_free(&l->op);
 }
 
+/* The stream has ended, well or not; or there was none. */
 static void cube_docker_logs_over(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
@@ -18468,6 +18538,8 @@ static void cube_docker_logs_over(struct cube_docker_op *op,
     cube_docker_logs_end(l, &err);
 }
 
+/* It is known now whether there are frames: ask for the log itself. It has no
+ * time limit; a container may say nothing for days. */
 static void cube_docker_logs_inspected(struct cube_docker_op *op,
                                        const struct cube_docker_answer *a)
 {
@@ -18568,6 +18640,8 @@ static void cube_docker_event(void *arg, struct json_value_s *event)
         d->watch.fn(d->watch.arg, task);
 }
 
+/* Bytes of the stream. It begins with a look at everything, since nobody knows
+ * what happened before it was open. */
 static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
                                     size_t len)
 {
@@ -18584,7 +18658,8 @@ static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
         d->watch.fn(d->watch.arg, NULL);
 }
 
-/* It is cut: again, after a while. */
+/* It is cut, or could not be opened: again, after a while. The reason does not
+ * matter, and has been logged if it is news. */
 static void cube_docker_watch_cut(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
@@ -18602,6 +18677,8 @@ static void cube_docker_watch_cut(struct cube_docker_op *op,
                    d);
 }
 
+/* Opens the stream. The engine is asked for containers only, not for our
+ * label: Podman 4.3 finds nothing by a label without its value. */
 static void cube_docker_watch_open(void *arg)
 {
     struct cube_docker *d = arg;
@@ -18635,6 +18712,7 @@ static void cube_docker_watch_pinged(struct cube_docker_op *op,
                    cube_docker_watch_check, d);
 }
 
+/* Time for a ping. */
 static void cube_docker_watch_check(void *arg)
 {
     struct cube_docker *d = arg;
@@ -18669,6 +18747,7 @@ static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
 
 /* ---- Docker and Podman: the whole ---- */
 
+/* Gives up all that is under way, without a word, and closes the client. */
 static void cube_docker_free(struct cube_runtime *rt)
 {
     struct cube_docker *d = cube_docker_of(rt);
@@ -18722,7 +18801,7 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
     d->rt.name = "docker";
     d->rt.words = cube_text_dup(where);
     d->rt.engine_id = cube_text_dup("");
-    cube_map_init(&d->killed, 0); /* its keys are the engine's, not strangers' */
+    cube_map_init(&d->killed, 0); /* keys are the engine's, no stranger's */
     cube_list_init(&d->ops);
     cube_docker_op_init(d, &d->hello, cube_docker_on_hello,
                         cube_docker_op_clear);
@@ -20966,6 +21045,7 @@ struct cube_runtime_search {
     struct cube_defer defer;
 };
 
+/* Adds a place to try: a scheme, and what follows it. */
 static void cube_search_add(struct cube_runtime_search *s, const char *scheme,
                             const char *value)
 {
@@ -21055,6 +21135,8 @@ static void cube_search_without(struct cube_runtime_search *s)
 /* Mutual recursion: a place that does not answer leads to the next one. */
 static void cube_search_next(void *arg);
 
+/* Later than the answer itself, since an engine cannot be freed from within
+ * its own callback. */
 static void cube_search_answered(void *arg)
 {
     struct cube_runtime_search *s = arg;
@@ -21070,6 +21152,7 @@ static void cube_search_answered(void *arg)
     cube_search_next(s);
 }
 
+/* An engine that has answered a versioned ping has told its name before. */
 static void cube_search_on_answer(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
@@ -21085,6 +21168,7 @@ static void cube_search_on_answer(struct cube_docker_op *op,
     cube_defer_set(s->loop, &s->defer, cube_search_answered, s);
 }
 
+/* Greets the next place; one that makes no sense is a reason, too. */
 static void cube_search_next(void *arg)
 {
     struct cube_runtime_search *s = arg;
