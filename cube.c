@@ -26374,10 +26374,13 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
 #include <curl/curl.h>
 #endif
 
+/* What comes from outside is capped. An answer of 256 MiB is half a million
+ * tasks; an event holds one task, whose body the manager capped before. */
 #define CUBE_CLIENT_TIMEOUT_MS 30000
 #define CUBE_CLIENT_ANSWER_MAX (256u << 20) /* bytes of a whole answer */
 #define CUBE_CLIENT_LINE_MAX (4u << 20)     /* bytes of one event */
 
+/* The object's lifetime; it borrows the loop and owns the rest. */
 struct cube_client {
     struct cube_loop *loop;
     struct cube_http_client *http; /* NULL: libcurl's */
@@ -26385,7 +26388,16 @@ struct cube_client {
     int timeout_ms;
 };
 
-/* One exchange: on the stack of the call that waits for it. */
+/*
+ * One exchange: on the stack of the call that waits for it, which is safe
+ * since that call does not return before no callback can run any more. It
+ * ends in one of four ways:
+ *
+ *      is_done, err CUBE_OK    the answer is complete, whatever its status
+ *      is_done, err set        none came, or not all of it
+ *      is_enough               `fn` has what it wanted; the call is cancelled
+ *      err set, not is_done    we do not want more of it (too large)
+ */
 struct cube_client_wait {
     struct cube_client *client;
     cube_client_data_fn *fn; /* NULL: collect all */
@@ -26398,7 +26410,11 @@ struct cube_client_wait {
 
 /* ---- One exchange ---- */
 
-/* Takes a piece of the answer; false: no more is wanted. */
+/*
+ * Takes a piece of the answer; false: no more is wanted. Only a success is
+ * handed to a stream's reader: the body of a refusal is the manager's reason,
+ * and belongs into the error.
+ */
 static bool cube_client_take(struct cube_client_wait *w, const char *data,
                              size_t len)
 {
@@ -26415,7 +26431,8 @@ static bool cube_client_take(struct cube_client_wait *w, const char *data,
     return true;
 }
 
-/* The kind of a refusal. */
+/* The kind of a refusal. Whatever is not in the table is not what a manager
+ * says: a proxy's 502, a redirect, a file server's 200-odd. */
 static enum cube_code cube_client_code(int status)
 {
     static const struct {
@@ -26432,7 +26449,13 @@ static enum cube_code cube_client_code(int status)
     return CUBE_EPROTO;
 }
 
-/* Turns a refusal into an error: the message in its JSON, else its text. */
+/*
+ * Turns a refusal into an error: the message in its JSON, else its text, and
+ * the status behind it in any case, by which it can be looked up.
+ *
+ *      409 {"HTTPStatusCode":409,"Message":"task 5f.. is Running"}
+ *       -> CUBE_EEXIST, "task 5f.. is Running (409)"
+ */
 static int cube_client_refused(struct cube_client_wait *w,
                                struct cube_err *err)
 {
@@ -26448,7 +26471,11 @@ static int cube_client_refused(struct cube_client_wait *w,
     return -1;
 }
 
-/* What an exchange that has ended means for the call. */
+/*
+ * What an exchange that has ended means for the call. A stream that breaks
+ * after its first bytes is no success with less in it: chunked bodies say
+ * where they end, so the difference is known, and told.
+ */
 static int cube_client_outcome(struct cube_client_wait *w,
                                struct cube_err *err)
 {
@@ -26463,6 +26490,7 @@ static int cube_client_outcome(struct cube_client_wait *w,
     return 0;
 }
 
+/* The status decides where the body goes, and comes before it. */
 static void cube_client_on_head(void *arg, const struct cube_http_head *head)
 {
     struct cube_client_wait *w = arg;
@@ -26470,6 +26498,7 @@ static void cube_client_on_head(void *arg, const struct cube_http_head *head)
     w->status = cube_http_head_status(head);
 }
 
+/* Pieces can still come in the turn in which it was enough. */
 static void cube_client_on_data(void *arg, const char *data, size_t len)
 {
     struct cube_client_wait *w = arg;
@@ -26478,6 +26507,8 @@ static void cube_client_on_data(void *arg, const char *data, size_t len)
         (void)cube_client_take(w, data, len);
 }
 
+/* Once for each call that is not cancelled. What was wrong before (an answer
+ * too large) is the better reason. */
 static void cube_client_on_done(void *arg, const struct cube_http_answer *a)
 {
     struct cube_client_wait *w = arg;
@@ -26488,8 +26519,12 @@ static void cube_client_on_done(void *arg, const struct cube_http_answer *a)
         w->err = *a->err;
 }
 
-/* By chapter 6: turns the loop until the callbacks above have what they
- * wanted. */
+/*
+ * By chapter 6: turns the loop until the callbacks above have what they
+ * wanted. Only the end of the call is waited for, not that of the loop: what
+ * else lives there is served in the same turns. A call that has not reported
+ * is cancelled, so that none of its callbacks can find `w` gone.
+ */
 static int cube_client_by_loop(struct cube_client_wait *w,
                                const struct cube_http_request *r,
                                struct cube_err *err)
@@ -26506,6 +26541,7 @@ static int cube_client_by_loop(struct cube_client_wait *w,
 }
 
 #if CUBE_WITH_CURL
+/* Taking less than what came is how libcurl is told to stop. */
 static size_t cube_client_on_curl(char *data, size_t size, size_t count,
                                   void *arg)
 {
@@ -26515,6 +26551,9 @@ static size_t cube_client_on_curl(char *data, size_t size, size_t count,
     return cube_client_take(w, data, len) ? len : 0;
 }
 
+/* Called for each line of the head. "HTTP/1.1 200 OK" and "HTTP/2 200" both
+ * have the status behind the first space; an interim answer (100) is followed
+ * by another status line, and the last one holds. */
 static size_t cube_client_on_curl_head(char *line, size_t size, size_t count,
                                        void *arg)
 {
@@ -26529,6 +26568,8 @@ static size_t cube_client_on_curl_head(char *line, size_t size, size_t count,
     return len;
 }
 
+/* The header fields; curl_slist_free_all frees them. An empty `Expect:` takes
+ * away a round trip that libcurl would make for larger bodies. */
 static struct curl_slist *cube_client_curl_fields(struct cube_client *c)
 {
     struct cube_buf field = {NULL, 0, 0};
@@ -26544,6 +26585,9 @@ static struct curl_slist *cube_client_curl_fields(struct cube_client *c)
     return list;
 }
 
+/* libcurl knows no longest silence, but a lowest speed over a time, in whole
+ * seconds: one byte in that time is the same. NOSIGNAL, since a library must
+ * not use SIGALRM for its timeouts. */
 static void cube_client_curl_options(CURL *curl, struct cube_client_wait *w,
                                      const struct cube_http_request *r)
 {
@@ -26571,7 +26615,9 @@ static void cube_client_curl_options(CURL *curl, struct cube_client_wait *w,
     curl_easy_setopt(curl, CURLOPT_HEADERDATA, w);
 }
 
-/* By libcurl, which waits by itself. */
+/* By libcurl, which waits by itself, and verifies the certificate and the
+ * host's name as it does by default. One connection a request: a command line
+ * makes two or three. */
 static int cube_client_by_curl(struct cube_client_wait *w,
                                const struct cube_http_request *r,
                                struct cube_err *err)
@@ -26639,7 +26685,8 @@ static int cube_client_exchange(struct cube_client_wait *w,
 
 /* ---- A client ---- */
 
-/* Whom to ask, by libcurl where it has to be. */
+/* Whom to ask, by libcurl where it has to be. A wrong address is found now,
+ * a host that is not there only by the first request. */
 static int cube_client_connect(struct cube_client *c, struct cube_err *err)
 {
     if (!cube_text_starts(c->base, "https://")) {
@@ -26653,6 +26700,8 @@ static int cube_client_connect(struct cube_client *c, struct cube_err *err)
                      "CUBE_WITH_CURL=1", c->base);
 }
 
+/* Slashes at the end of a URL are dropped, since each target begins with
+ * one. */
 CUBE_API struct cube_client *cube_client_new(struct cube_loop *l,
                                              const char *where,
                                              const char *token,
@@ -26690,6 +26739,7 @@ CUBE_API void cube_client_set_timeout(struct cube_client *c, int timeout_ms)
 
 /* ---- Lists ---- */
 
+/* Nothing is added to `answer` unless all of it has come. */
 CUBE_API int cube_client_call(struct cube_client *c, const char *method,
                               const char *target, const char *body,
                               size_t body_len, struct cube_buf *answer,
@@ -26708,8 +26758,11 @@ CUBE_API int cube_client_call(struct cube_client *c, const char *method,
     return result;
 }
 
-/* Asks for JSON. NULL: an error; else the caller frees it. `text`, which may
- * be NULL, keeps the answer's bytes. */
+/*
+ * Asks for JSON. NULL: an error; else the caller frees it with
+ * cube_json_free. `text`, which may be NULL, keeps the answer's bytes. What
+ * is no JSON did not come from a manager: the port may be somebody else's.
+ */
 static struct json_value_s *cube_client_get(struct cube_client *c,
                                             const char *target,
                                             struct cube_buf *text,
@@ -26738,7 +26791,8 @@ CUBE_API void cube_task_list_free(struct cube_task_list *l)
     memset(l, 0, sizeof *l);
 }
 
-/* How many items an array has; -1 for what is neither array nor null. */
+/* How many items an array has; -1 for what is neither array nor null. The Go
+ * implementation writes an empty list as null. */
 static int cube_client_count(struct json_value_s *root, size_t *out)
 {
     *out = 0;
@@ -26750,6 +26804,9 @@ static int cube_client_count(struct json_value_s *root, size_t *out)
     return 0;
 }
 
+/* All or none: one task that makes no sense spoils the list, since a list
+ * with a hole in it looks like a task that is gone. Unknown fields are left
+ * out, so that a newer manager can be asked. */
 CUBE_API int cube_client_tasks(struct cube_client *c,
                                struct cube_task_list *out,
                                struct cube_err *err)
@@ -26783,6 +26840,7 @@ CUBE_API int cube_client_tasks(struct cube_client *c,
 
 /* ---- Nodes ---- */
 
+/* A copy of the text of a key; "" where there is none. */
 static void cube_client_text(char **out, struct json_value_s *object,
                              const char *key)
 {
@@ -26791,6 +26849,7 @@ static void cube_client_text(char **out, struct json_value_s *object,
     *out = cube_text_dup(text ? text : "");
 }
 
+/* What it holds, not itself: it is an element of a list, or on a stack. */
 static void cube_node_info_free(struct cube_node_info *n)
 {
     char *const texts[] = {n->name, n->api, n->role, n->state,
@@ -26800,7 +26859,17 @@ static void cube_node_info_free(struct cube_node_info *n)
         cube_free(texts[i]);
 }
 
-/* Reads one node; `json` is its text. */
+/*
+ * Reads one node; `json` is its text, which is kept, so that a program can
+ * show what this version has no field for. `v` may be NULL: all is empty.
+ *
+ *      {"Name":"a:5556","Api":"http://a:5556","Memory":24684096, ...
+ *       "Stats":{... "Runtime":"docker","CpuUse":0.25,"Cpus":4},
+ *       "Role":"worker","TaskCount":3,"State":"up","Worker":"5f..."}
+ *
+ * A manager of the Go implementation ends after TaskCount, and its Stats
+ * before Runtime; they can be null too.
+ */
 static void cube_node_info_read(struct cube_node_info *n,
                                 struct json_value_s *v, const char *json,
                                 size_t len)
@@ -26826,8 +26895,18 @@ static void cube_node_info_read(struct cube_node_info *n,
     n->json = cube_text_ndup(json, len);
 }
 
-/* The text of the next item of an array whose parsing went well, from `*at`
- * on, which starts at 0; false at its end. */
+/*
+ * The text of the next object or array in an array whose parsing went well,
+ * from `*at` on, which starts at 0; false at its end.
+ *
+ *      [ {"a":[1]} , {"b":"]"} ]
+ *      1 2    3 2 1  2       1 0      depth behind each bracket
+ *        ^-------^   ^-------^        from where it becomes 2 to where it
+ *                                     falls to 1 again
+ *
+ * Brackets in strings do not count. The text is known to be whole, so each
+ * string has an end.
+ */
 static bool cube_client_slice(const char *text, size_t len, size_t *at,
                               const char **item, size_t *item_len)
 {
@@ -26853,6 +26932,8 @@ static bool cube_client_slice(const char *text, size_t len, size_t *at,
     return false;
 }
 
+/* Items of the tree and slices of the text go side by side; both skip what is
+ * no object, since a slice begins at a bracket only. */
 CUBE_API int cube_client_nodes(struct cube_client *c,
                                struct cube_node_list *out,
                                struct cube_err *err)
@@ -26904,7 +26985,8 @@ static void cube_client_target(struct cube_buf *b, const char *before,
     cube_buf_puts(b, after);
 }
 
-/* A request without a body about `name`. */
+/* A request without a body about `name`, which can hold anything: names of
+ * nodes come from the command line. */
 static int cube_client_about(struct cube_client *c, const char *method,
                              const char *before, const char *name,
                              const char *after, struct cube_buf *answer,
@@ -26919,6 +27001,8 @@ static int cube_client_about(struct cube_client *c, const char *method,
     return result;
 }
 
+/* A 201 whose body cannot be read was accepted all the same; the error then
+ * says that what answered is no manager, which is the more likely thing. */
 CUBE_API int cube_client_submit(struct cube_client *c,
                                 const struct cube_event *e,
                                 struct cube_task **out, struct cube_err *err)
@@ -26945,6 +27029,8 @@ CUBE_API int cube_client_submit(struct cube_client *c,
     return result;
 }
 
+/* 204 says that the wish is on disk, not that the task has ended: the wish
+ * holds through every crash from then on. Events tell when it is true. */
 CUBE_API int cube_client_stop(struct cube_client *c, const char *task_id,
                               struct cube_err *err)
 {
@@ -26973,7 +27059,9 @@ CUBE_API int cube_client_inspect(struct cube_client *c, const char *task_id,
 
 /* ---- Streams ---- */
 
-/* A GET whose answer goes to `fn` piece by piece. */
+/* A GET whose answer goes to `fn` piece by piece. 0 when it has ended as it
+ * should, or when `fn` had enough; the two can be told apart by what `fn`
+ * noted. */
 static int cube_client_stream(struct cube_client *c, const char *target,
                               cube_client_data_fn *fn, void *arg,
                               int silence_ms, struct cube_err *err)
@@ -27009,7 +27097,12 @@ CUBE_API int cube_client_logs(struct cube_client *c, const char *task_id,
     return result;
 }
 
-/* The reader of an event stream; on the stack of the call. */
+/*
+ * The reader of an event stream; on the stack of the call.
+ *
+ *      bytes  ->  rest  ->  whole lines  ->  notices  ->  fn
+ *                 a line's beginning waits here for its end
+ */
 struct cube_client_lines {
     cube_client_notice_fn *fn;
     void *arg;
@@ -27018,6 +27111,8 @@ struct cube_client_lines {
     struct cube_err err;
 };
 
+/* The names are in the order of the enum. What is not among them (the stats
+ * of a worker's stream, what a newer manager tells) is a sign of life. */
 static enum cube_notice_type cube_client_notice_type(struct json_value_s *v)
 {
     static const char *const names[] = {"hello", "reset", "listed",
@@ -27032,7 +27127,8 @@ static enum cube_notice_type cube_client_notice_type(struct json_value_s *v)
     return CUBE_NOTICE_BEAT;
 }
 
-/* "stream:seq", where the line has both. */
+/* "stream:seq", where the line has both: what `?after=` takes. A manager that
+ * has started anew has another stream, says so by "reset", and lists all. */
 static void cube_client_cursor(struct json_value_s *v, struct cube_buf *out)
 {
     const char *stream = cube_json_str(cube_json_get(v, "Stream"), NULL);
@@ -27042,7 +27138,7 @@ static void cube_client_cursor(struct json_value_s *v, struct cube_buf *out)
         cube_buf_printf(out, "%.64s:%lld", stream, (long long)seq);
 }
 
-/* Fills what lines of all types have. */
+/* Fills what lines of all types have. Borrows from `v` and `cursor`. */
 static void cube_client_notice(struct cube_notice *n, struct json_value_s *v,
                                struct cube_buf *cursor)
 {
@@ -27057,7 +27153,11 @@ static void cube_client_notice(struct cube_notice *n, struct json_value_s *v,
         memset(&n->time, 0, sizeof n->time);
 }
 
-/* Hands one line on as a notice; -1: it makes no sense. */
+/*
+ * Hands one line on as a notice; -1: it makes no sense, and then so may the
+ * next ones: the stream is given up, and what follows a reconnection can be
+ * trusted. A record that cannot be read is not skipped for the same reason.
+ */
 static int cube_client_line(struct cube_client_lines *l, const char *line,
                             size_t len)
 {
@@ -27086,7 +27186,9 @@ static int cube_client_line(struct cube_client_lines *l, const char *line,
     return l->err.code == CUBE_OK ? 0 : -1;
 }
 
-/* Takes a piece of the stream: as many whole lines as there are by now. */
+/* Takes a piece of the stream: as many whole lines as there are by now. What
+ * was handed on is dropped at once, so a busy stream needs no more memory
+ * than its longest line and one piece. */
 static bool cube_client_on_lines(void *arg, const char *data, size_t len)
 {
     struct cube_client_lines *l = arg;
@@ -27109,6 +27211,8 @@ static bool cube_client_on_lines(void *arg, const char *data, size_t len)
     return !l->is_enough && l->err.code == CUBE_OK;
 }
 
+/* An event stream has no end of its own, so one that ends was cut: by a
+ * manager that stops in peace as much as by one that was killed. */
 CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
                                 const char *after, cube_client_notice_fn *fn,
                                 void *arg, struct cube_err *err)
