@@ -24528,11 +24528,16 @@ static int cube_member_take_list(struct cube_member *n, const char *body,
 static void cube_member_polled(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
+    struct cube_stats last = n->stats; /* all 0 before the first */
+    double use;
 
     n->call = NULL;
     if (!a->err && a->status == 200 &&
-        cube_stats_parse(a->body, a->body_len, &n->stats, NULL) == 0)
+        cube_stats_parse(a->body, a->body_len, &n->stats, NULL) == 0) {
         n->has_stats = true;
+        use = cube_machine_use(&last.cpu, &n->stats.cpu);
+        n->stats.cpu_use = use < 0 ? last.cpu_use : use;
+    }
     n->dial_ms = CUBE_POLL_MS;
     cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
                    n);
