@@ -23208,8 +23208,8 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
         return;
     }
     if (!u || !u->box || !w->runtime) {
-        cube_http_reply_error(req, 404, "task %s has no container now",
-                              rec->id);
+        cube_http_reply_error(req, 404, "task %s has no container now, so "
+                              "no logs", rec->id);
         return;
     }
     a = cube_asker_new(w, req);
@@ -25778,12 +25778,24 @@ static void cube_manager_events(void *arg, struct cube_http_req *req)
 
 /* ---- Its API: what only the worker knows ---- */
 
+#ifndef CUBE_RELAY_REFUSAL_MAX
+#define CUBE_RELAY_REFUSAL_MAX (64u << 10) /* bytes */
+#endif
+
 /* A request that is passed on to a worker, and its answer back. */
 struct cube_relay {
     struct cube_http_req *req;
     struct cube_http_call *call;
+    int status;              /* of the worker's answer, once its head is here */
+    struct cube_buf refusal; /* what a worker says that has no stream to give */
     bool is_stream;
 };
+
+static void cube_relay_free(struct cube_relay *y)
+{
+    cube_buf_free(&y->refusal);
+    cube_free(y);
+}
 
 /* Who asked went away: so does the question. */
 static void cube_relay_gone(void *arg)
@@ -25791,15 +25803,27 @@ static void cube_relay_gone(void *arg)
     struct cube_relay *y = arg;
 
     cube_http_call_cancel(y->call);
-    cube_free(y);
+    cube_relay_free(y);
+}
+
+static void cube_relay_head(void *arg, const struct cube_http_head *head)
+{
+    struct cube_relay *y = arg;
+
+    y->status = cube_http_head_status(head);
 }
 
 /* The first bytes of a stream begin the answer; an error before them can still
- * have a status of its own. */
+ * have a status of its own, and a refusal is no stream. */
 static void cube_relay_data(void *arg, const char *p, size_t len)
 {
     struct cube_relay *y = arg;
 
+    if (y->status != 200) {
+        if (len <= CUBE_RELAY_REFUSAL_MAX - y->refusal.len)
+            cube_buf_add(&y->refusal, p, len);
+        return;
+    }
     if (!y->is_stream) {
         cube_http_stream(y->req, 200, "text/plain; charset=utf-8");
         y->is_stream = true;
@@ -25819,11 +25843,14 @@ static void cube_relay_done(void *arg, const struct cube_http_answer *a)
         cube_http_stream_end(y->req);
     else if (a->err)
         cube_http_reply_error(y->req, 502, "%s", a->err->text);
+    else if (y->refusal.len)
+        cube_http_reply(y->req, a->status, "application/json",
+                        y->refusal.data, y->refusal.len);
     else
         cube_http_reply(y->req, a->status,
                         a->status == 200 ? "application/json" : NULL, a->body,
                         a->body_len);
-    cube_free(y);
+    cube_relay_free(y);
 }
 
 /* Passes a request on to the task's worker: /tasks/{id} and `tail`. */
@@ -25848,10 +25875,12 @@ static void cube_manager_relay(struct cube_manager *m,
     }
     cube_buf_printf(&target, "/tasks/%s%s", rec->id, tail);
     y = cube_alloc(sizeof *y);
+    memset(y, 0, sizeof *y);
     y->req = req;
     memset(&q, 0, sizeof q);
     q.method = "GET";
     q.target = target.data;
+    q.on_head = is_stream ? cube_relay_head : NULL;
     q.timeout_ms = is_stream ? 0 : CUBE_ORDER_MS;
     q.on_data = is_stream ? cube_relay_data : NULL;
     q.on_done = cube_relay_done;
@@ -26013,7 +26042,7 @@ static void cube_manager_forget(void *arg, struct cube_http_req *req)
     struct cube_record *rec;
 
     if (!n) {
-        cube_http_reply(req, 404, NULL, NULL, 0);
+        cube_http_reply_error(req, 404, "there is no such node");
         return;
     }
     for (size_t at = 0; n->state == CUBE_NODE_UP &&

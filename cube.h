@@ -10,7 +10,8 @@
  *     {
  *         struct cube_err err = {CUBE_OK, ""};
  *         struct cube_loop *l = cube_loop_new(cube_world_real(), &err);
- *         struct cube_worker_options worker = {.data_dir = "data"};
+ *         struct cube_worker_options worker = {.data_dir = "data",
+ *                                              .runtime = "process"};
  *         struct cube_manager_options manager = {.data_dir = "data"};
  *
  *         if (l && cube_worker_new(l, &worker, &err) &&

@@ -217,7 +217,10 @@ static const struct command commands[] = {
      "\n"
      "  cube run --name web -p 8080:80 -e A=b nginx:latest -- nginx -v\n"
      "  cube run -f task.json\n"
-     "  cube run -- sleep 60        (workers with the process runtime)",
+     "  cube run -- sleep 60        (workers with the process runtime)\n"
+     "\n"
+     "A process starts in a directory of its own, so name a command that is\n"
+     "not on the PATH by its full path.",
      0, -1, NULL, run_run, true},
     {"status", "", "List tasks",
      "Lists the tasks of the cluster, and why they are not as they should\n"
@@ -406,6 +409,9 @@ static int unknown_command(const char *word)
     const char *best = NULL;
     int least = 3;
 
+    if (*word == '-')
+        return usage_error(NULL, "no command before the flag %s; flags come "
+                           "after it: cube COMMAND [flags]", word);
     for (size_t i = 0; i < COUNT(commands); i++) {
         int d = distance(word, commands[i].name);
 
@@ -1690,7 +1696,7 @@ static int run_dev(struct app *a)
         say(&s, CUBE_INFO, "dev ends; its tasks go on");
     }
     cube_manager_free(d.manager);
-    for (long i = 0; i < d.count; i++)
+    for (long i = 0; i < DEV_WORKERS_MAX; i++)
         cube_worker_free(d.workers[i]);
     cube_buf_free(&d.addresses);
     free((void *)s.host_names);

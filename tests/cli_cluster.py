@@ -396,6 +396,17 @@ class Life(Case):
         self.assertGreater(int(row[1]), 100)
         self.assertEqual(row[3:6], ["worker", "0", "up"])
 
+    def test_a_task_that_never_started_has_no_logs_and_that_is_an_error(self):
+        c = self.cluster()
+        c.cube("run", "--name", "n", "--restart", "no", "--", "/no/such")
+        for flags in ([], ["-f"]):
+            code, out, err = c.cube("logs", "n", *flags)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("no container", err)
+        code, _, err = c.cube("node", "rm", "nowhere:1")
+        self.assertEqual(code, 1)
+        self.assertIn("there is no such node", err)
+
     def test_logs_follow_until_the_task_ends(self):
         c = self.cluster()
         self.ok(c, "run", "--name", "l", "--restart", "no", "--", "sh", "-c",
