@@ -22020,6 +22020,7 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_JOIN_MS 5000
 #define CUBE_SWEEP_MS 30000
 #define CUBE_RETRY_COMMIT_MS 1000
+#define CUBE_REST_MS 2000                   /* after a step was refused */
 
 struct cube_worker {
     struct cube_loop *loop;
@@ -22067,6 +22068,9 @@ struct cube_unit {
     struct cube_container *stray;  /* of another attempt: to be removed */
     bool is_busy;                  /* a step is under way */
     bool is_starting;              /* and it is a start */
+    int64_t attempt;               /* that the last start was for */
+    bool is_ahead;                 /* of the list that is under way */
+    struct cube_timer rest;        /* after a step that was refused */
     bool is_due;                   /* its time to be started again has come */
     struct cube_timer due;
     struct cube_health health;
@@ -22147,6 +22151,7 @@ static void cube_unit_free(struct cube_unit *u)
     cube_health_stop(&u->health);
     cube_timer_clear(u->worker->loop, &u->due);
     cube_timer_clear(u->worker->loop, &u->progress_timer);
+    cube_timer_clear(u->worker->loop, &u->rest);
     cube_list_remove(&u->dirty);
     cube_box_free(u->box);
     cube_box_free(u->stray);
@@ -22246,22 +22251,53 @@ static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
     cube_version_plan(w, v);
 }
 
-/* The same as a change of the record on its own. */
+/* The same as a change of the record on its own. What has run for long has
+ * earned a new budget, however it came to its end. */
 static void cube_unit_fail(struct cube_unit *u, const char *words)
 {
-    struct cube_ledger *g = u->worker->ledger;
+    struct cube_worker *w = u->worker;
+    struct cube_version *v = cube_record_edit(w->ledger, u->rec);
+    int64_t since = cube_time_to_ns(&v->task->start_time);
 
-    cube_version_fail(u->worker, cube_record_edit(g, u->rec), words);
-    cube_record_stage(g, u->rec);
+    if (v->task->state == CUBE_RUNNING &&
+        w->world->wall_ns(w->world->ctx) - since >=
+            CUBE_LONG_RUN_MS * 1000000LL)
+        v->keep.restarts = 0;
+    cube_version_fail(w, v, words);
+    cube_record_stage(w->ledger, u->rec);
 }
 
 /* ---- Steps: what is done with containers ---- */
 
+/* It may try again what the engine has refused. */
+static void cube_unit_rested(void *arg)
+{
+    struct cube_unit *u = arg;
+
+    u->is_busy = false;
+    cube_unit_touch(u);
+}
+
+/* A stop or removal that the engine refuses, though it is well, is tried
+ * again, but not at once. */
+static void cube_unit_rest(struct cube_unit *u, const struct cube_err *err)
+{
+    cube_log(u->worker->loop, CUBE_WARN, "task %s: %s", u->rec->id, err->text);
+    cube_timer_set(u->worker->loop, &u->rest, CUBE_REST_MS, cube_unit_rested,
+                   u);
+}
+
 /* A step is over: the unit may take the next one. When it ended in trouble,
- * nothing that was observed is believed any more. */
+ * nothing that was observed is believed any more. A list of containers that
+ * is under way may be older than what the step has done. */
 static void cube_unit_step_ends(struct cube_unit *u,
                                 const struct cube_err *err)
 {
+    u->is_ahead = u->worker->is_listing;
+    if (err && !u->is_starting && !cube_runtime_is_trouble(err)) {
+        cube_unit_rest(u, err);
+        return;
+    }
     u->is_busy = u->is_starting = false;
     if (err && cube_runtime_is_trouble(err)) {
         cube_log(u->worker->loop, CUBE_WARN, "task %s: %s", u->rec->id,
@@ -22285,18 +22321,20 @@ static void cube_unit_explain(struct cube_unit *u, const char *words)
 }
 
 /* A start is over. Trouble costs nothing: the task stays Scheduled, and the
- * next look at the engine tells whether the container came to be after all. */
+ * next look at the engine tells whether the container came to be after all.
+ * That the start of an older attempt was refused says nothing of this one. */
 static void cube_unit_started(void *arg, const struct cube_container *box,
                               const struct cube_err *err)
 {
     struct cube_unit *u = arg;
+    const struct cube_task *t = cube_record_latest(u->rec)->task;
 
     cube_timer_clear(u->worker->loop, &u->progress_timer);
     if (box)
         cube_unit_set_box(u, box);
     if (err && cube_runtime_is_trouble(err))
         cube_unit_explain(u, err->text);
-    else if (err && err->code != CUBE_ECANCELED)
+    else if (err && err->code != CUBE_ECANCELED && t->attempt == u->attempt)
         cube_unit_fail(u, err->text);
     cube_unit_step_ends(u, err);
 }
@@ -22338,6 +22376,7 @@ static void cube_unit_start(struct cube_unit *u)
     what.worker = w->uuid;
     what.attempt = v->task->attempt;
     what.progress = cube_unit_progressed;
+    u->attempt = v->task->attempt;
     u->is_busy = u->is_starting = true;
     w->runtime->ops->start(w->runtime, &what, cube_unit_started, u);
 }
@@ -22686,6 +22725,8 @@ static void cube_worker_committed(void *arg, uint64_t commit,
     (void)commit;
     if (!err)
         return;
+    memcpy(w->next_cluster, w->cluster, sizeof w->next_cluster);
+    w->next_epoch = w->epoch;
     cube_log(w->loop, CUBE_ERROR, "commit: %s", err->text);
     cube_timer_set(w->loop, &w->retry, CUBE_RETRY_COMMIT_MS,
                    cube_worker_touch_all, w);
@@ -22775,7 +22816,7 @@ static void cube_worker_seen(void *arg, const struct cube_container *list,
     for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));) {
         struct cube_unit *u = cube_unit_of(w, rec);
 
-        if (u->is_busy) /* its step knows better: look at it again after */
+        if (u->is_busy || u->is_ahead) /* its step knows better */
             continue;
         cube_unit_set_box(u, NULL);
         cube_box_free(u->stray);
@@ -22783,8 +22824,9 @@ static void cube_worker_seen(void *arg, const struct cube_container *list,
     }
     for (size_t i = 0; i < count; i++) {
         struct cube_record *of = cube_ledger_find(w->ledger, list[i].task);
+        struct cube_unit *u = of ? of->owner : NULL;
 
-        if (!of || !of->owner || !((struct cube_unit *)of->owner)->is_busy)
+        if (!u || !(u->is_busy || u->is_ahead))
             cube_worker_assign(w, &list[i]);
     }
     cube_worker_touch_all(w);
@@ -22796,10 +22838,13 @@ static void cube_worker_seen(void *arg, const struct cube_container *list,
 static void cube_worker_look(void *arg)
 {
     struct cube_worker *w = arg;
+    struct cube_record *rec;
 
     if (w->is_listing || !w->runtime)
         return;
     w->is_listing = true;
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
+        cube_unit_of(w, rec)->is_ahead = false;
     w->runtime->ops->list(w->runtime, w->uuid, cube_worker_seen, w);
 }
 
@@ -22882,26 +22927,27 @@ static struct cube_record *cube_ledger_of(struct cube_ledger *g,
 }
 
 /* May this manager give orders? Answers 409 if not, with what the worker
- * knows, so that a manager of an older copy can learn of its age. */
+ * knows, so that a manager of an older copy can learn of its age. An order
+ * that is on its way to the disk counts already: a later one must not
+ * overwrite its epoch with a lower one. The answer waits for it. */
 static bool cube_worker_obeys(struct cube_worker *w, struct cube_http_req *req,
                               const char *cluster, int64_t epoch)
 {
     struct cube_buf body = {0};
 
-    if (!*w->cluster || w->take_over ||
-        (strcmp(cluster, w->cluster) == 0 && epoch >= w->epoch))
+    if (!*w->next_cluster || w->take_over ||
+        (strcmp(cluster, w->next_cluster) == 0 && epoch >= w->next_epoch))
         return true;
     cube_buf_printf(&body, "{\"HTTPStatusCode\":409,\"Message\":\"worker %s "
                     "belongs to cluster %s, epoch %lld: ", w->name,
-                    w->cluster, (long long)w->epoch);
-    if (strcmp(cluster, w->cluster) != 0)
+                    w->next_cluster, (long long)w->next_epoch);
+    if (strcmp(cluster, w->next_cluster) != 0)
         cube_buf_puts(&body, "start it with --take-over to change that");
     else
         cube_buf_printf(&body, "epoch %lld is over", (long long)epoch);
     cube_buf_printf(&body, "\",\"Cluster\":\"%s\",\"Epoch\":%lld}\n",
-                    w->cluster, (long long)w->epoch);
-    cube_http_reply(req, 409, "application/json", body.data, body.len);
-    cube_buf_free(&body);
+                    w->next_cluster, (long long)w->next_epoch);
+    cube_reply_kept(w->commit, req, 409, &body);
     return false;
 }
 
@@ -22928,6 +22974,7 @@ static void cube_worker_note_cluster(struct cube_worker *w,
     (void)snprintf(number, sizeof number, "%lld", (long long)epoch);
     (void)cube_meta_put(w->store, "cluster", cluster, NULL);
     (void)cube_meta_put(w->store, "epoch", number, NULL);
+    cube_ledger_join(w->ledger);
 }
 
 /* Makes a record, new or not, what the event asks for. */
@@ -23463,6 +23510,8 @@ static void cube_worker_identify(struct cube_worker *w)
         if (cube_meta_get(w->store, "epoch", &text) &&
             cube_text_u64(text.data, text.len, INT64_MAX, &epoch) == 0)
             w->epoch = (int64_t)epoch;
+        memcpy(w->next_cluster, w->cluster, sizeof w->next_cluster);
+        w->next_epoch = w->epoch;
     } else {
         cube_worker_derive(w);
         (void)cube_meta_put(w->store, "worker", w->uuid, NULL);

@@ -14,6 +14,8 @@ struct fake_engine {
     int made, starts, stops, removes;
     bool is_down;            /* every call ends in trouble */
     const char *no;          /* every start is refused with these words */
+    const char *no_removal;  /* every removal is refused with these words */
+    int refused;             /* so often */
     int exit_at_once;        /* a start gives a container that ended; -1: no */
     bool hangs;              /* calls are kept and never answered */
     int host_port;           /* where a container's port 80 is; 0: nowhere */
@@ -216,6 +218,10 @@ static void fake_answer(void *arg)
         (void)cube_fail(&err, CUBE_EINVAL, "%s", e->no);
     else if ((k->kind == FAKE_INSPECT || k->kind == FAKE_JSON) && !b)
         (void)cube_fail(&err, CUBE_ENOENT, "no such container");
+    else if (k->kind == FAKE_REMOVE && e->no_removal) {
+        e->refused++;
+        (void)cube_fail(&err, CUBE_EINVAL, "%s", e->no_removal);
+    }
     if (k->kind == FAKE_START && !err.code)
         b = fake_start(k);
     if (k->kind == FAKE_START || k->kind == FAKE_INSPECT)

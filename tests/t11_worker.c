@@ -488,3 +488,135 @@ TEST(three_failed_health_checks_in_a_row_restart_a_task)
     cube_http_close(server);
     cluster_close(&k);
 }
+
+/* Does now what the engine was asked last, with what it thinks by now. */
+static void answer_late(struct cluster *k, enum fake_kind kind)
+{
+    struct fake_runtime *rt = k->runtimes[0];
+    struct cube_list *l;
+
+    for (l = rt->calls.next; l != &rt->calls; l = l->next) {
+        struct fake_call *c = CUBE_OF(l, struct fake_call, link);
+
+        if (c->kind == kind)
+            cube_defer_set(k->loop, &c->defer, fake_answer, c);
+    }
+    cluster_turn(k);
+}
+
+TEST(a_refusal_of_an_older_attempt_does_not_fail_the_newer_one)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    k.engines[0].hangs = true;
+    CHECK_INT(order(&k, C1, 1, 1, ",\"RestartPolicy\":\"no\""), 201);
+    cluster_run(&k, 100);
+    CHECK_INT(order(&k, C1, 1, 2, ",\"RestartPolicy\":\"no\""), 201);
+    k.engines[0].no = "no such image";
+    k.engines[0].hangs = false;
+    answer_late(&k, FAKE_START);
+    k.engines[0].no = NULL;
+    CHECK(await(&k, CUBE_RUNNING, 5000));
+    cluster_close(&k);
+}
+
+TEST(a_list_that_is_older_than_a_start_does_not_undo_it)
+{
+    struct cluster k;
+    struct fake_box *b;
+
+    worker_open(&k);
+    k.engines[0].hangs = true;
+    k.runtimes[0]->on_change(k.runtimes[0]->arg, NULL);
+    cluster_run(&k, 100); /* the list is asked for */
+    k.engines[0].hangs = false;
+    order(&k, C1, 1, 1, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    b = fake_of_task(&k.engines[0], A);
+    cube_list_remove(&b->link); /* the list was made before */
+    answer_late(&k, FAKE_LIST);
+    cube_list_add(&k.engines[0].boxes, &b->link);
+    cluster_run(&k, 5000);
+    CHECK_INT(state(&k), CUBE_RUNNING);
+    CHECK_INT(k.engines[0].made, 1);
+    CHECK_INT(cluster_running(&k), 1);
+    cluster_close(&k);
+}
+
+TEST(a_removal_that_is_refused_is_not_repeated_at_once)
+{
+    struct cluster k;
+    int64_t start;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    k.engines[0].no_removal = "device or resource busy";
+    CHECK_INT(cluster_ask(&k, k.ports[0], "DELETE", "/tasks/" A, NULL), 204);
+    start = k.world.now_ms;
+    for (int i = 0; i < 50; i++)
+        cluster_turn(&k);
+    CHECK(k.engines[0].refused >= 1);
+    CHECK(k.engines[0].refused <= 2 + (k.world.now_ms - start) / 2000);
+    k.engines[0].no_removal = NULL;
+    CHECK(await(&k, CUBE_COMPLETED, 10000));
+    cluster_close(&k);
+}
+
+TEST(ten_minutes_of_running_earn_a_new_budget_also_before_a_removal_by_hand)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    for (int i = 0; i < 6; i++) { /* twice the budget */
+        CHECK(await(&k, CUBE_RUNNING, 20000));
+        cluster_run(&k, 601000);
+        fake_drop(fake_of_task(&k.engines[0], A));
+        k.runtimes[0]->on_change(k.runtimes[0]->arg, A);
+        cluster_run(&k, 500);
+    }
+    CHECK(await(&k, CUBE_RUNNING, 20000));
+    CHECK_INT(k.engines[0].made, 7);
+    cluster_close(&k);
+}
+
+TEST(an_order_that_is_on_its_way_to_the_disk_outdates_an_older_one)
+{
+    static const char *const bodies[] = {
+        "{\"ID\":\"" B "\",\"State\":2,\"Timestamp\":\"2026-01-01T00:00:00Z\","
+        "\"Task\":{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":\"nginx\","
+        "\"Attempt\":1},\"Cluster\":\"" C1 "\",\"Epoch\":4}",
+        "{\"ID\":\"" B "\",\"State\":2,\"Timestamp\":\"2026-01-01T00:00:00Z\","
+        "\"Task\":{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":\"nginx\","
+        "\"Attempt\":2},\"Cluster\":\"" C1 "\",\"Epoch\":3}"};
+    struct cluster k, other;
+    struct cube_http_client *c;
+    struct cube_http_request r;
+    char base[60];
+
+    worker_open(&k);
+    memset(&other, 0, sizeof other);
+    (void)snprintf(base, sizeof base, "http://127.0.0.1:%u", k.ports[0]);
+    c = cube_http_client_new(k.loop, base, NULL, NULL);
+    memset(&r, 0, sizeof r);
+    r.method = "POST";
+    r.target = "/tasks";
+    r.on_done = cluster_answered;
+    for (int i = 0; i < 2; i++) {
+        r.body = bodies[i];
+        r.body_len = strlen(bodies[i]);
+        r.arg = i == 0 ? &k : &other;
+        cube_http_call(c, &r);
+    }
+    k.is_done = false;
+    while (!k.is_done || !other.is_done)
+        cluster_turn(&k);
+    CHECK_INT(k.status, 201);
+    CHECK_INT(other.status, 409);
+    cube_http_client_free(c);
+    cube_buf_free(&other.body);
+    CHECK_INT(order(&k, C1, 3, 3, ""), 409);
+    cluster_close(&k);
+}
