@@ -1529,6 +1529,14 @@ static void manager_options(struct app *a, struct server *s,
     o->lost_after_ms = s->lost_after_ms;
 }
 
+/* Where a server's state is, for the line that it begins with. */
+static const char *state_place(const struct app *a, const struct server *s)
+{
+    const char *kind = flag(&a->line, F_DB);
+
+    return kind && strcmp(kind, "memory") == 0 ? "memory" : s->data;
+}
+
 static int run_manager(struct app *a)
 {
     struct server s = {.keep_ms = 0};
@@ -1548,7 +1556,7 @@ static int run_manager(struct app *a)
     }
     if (m) {
         say(&s, CUBE_INFO, "manager listens on %s, port %d; state in %s",
-            s.host, cube_manager_port(m), s.data);
+            s.host, cube_manager_port(m), state_place(a, &s));
         code = serve(a);
         say(&s, CUBE_INFO, "manager ends; its tasks go on");
     }
@@ -1629,7 +1637,7 @@ static int run_worker(struct app *a)
     }
     if (w) {
         say(&s, CUBE_INFO, "worker %s listens on %s, port %d; state in %s",
-            o.name, s.host, cube_worker_port(w), s.data);
+            o.name, s.host, cube_worker_port(w), state_place(a, &s));
         code = serve(a);
         say(&s, CUBE_INFO, "worker %s ends; its tasks go on", o.name);
     }
@@ -1691,7 +1699,7 @@ static int run_dev(struct app *a)
     if (code == DONE) {
         say(&s, CUBE_INFO, "manager listens on %s, port %d; %ld workers on "
             "%s; state in %s", s.host, cube_manager_port(d.manager), d.count,
-            d.addresses.data, s.data);
+            d.addresses.data, state_place(a, &s));
         code = serve(a);
         say(&s, CUBE_INFO, "dev ends; its tasks go on");
     }
