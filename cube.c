@@ -9335,6 +9335,8 @@ struct cube_commit {
     struct cube_loop_job job;
     uint64_t number;           /* of the commit that fills now */
     bool is_syncing;
+    struct cube_loop_job slice_job; /* the sync of a compaction */
+    bool is_slice_syncing;
 };
 
 /* Group commit for `store`, which stays the caller's. */
@@ -9405,6 +9407,7 @@ static void cube_commit_close(struct cube_commit *c)
         return;
     (void)cube_fail(&err, CUBE_ECANCELED, "shutting down");
     cube_loop_job_cancel(c->loop, &c->job);
+    cube_loop_job_cancel(c->loop, &c->slice_job);
     cube_list_remove(&c->link);
     cube_commit_tell(&c->syncing, &err);
     cube_commit_tell(&c->filling, &err);
@@ -9454,6 +9457,35 @@ static void cube_commit_sync(struct cube_commit *c)
     }
 }
 
+static void cube_commit_slice_synced(void *arg, struct cube_job *job)
+{
+    struct cube_commit *c = arg;
+
+    c->is_slice_syncing = false;
+    cube_store_slice_synced(c->store, job->result);
+}
+
+/* A slice of the store's background work. Where that wants a sync, it is done
+ * beside the loop like that of a commit, and the work waits for it. Returns
+ * whether there is more to do at once. */
+static bool cube_commit_slice(struct cube_commit *c)
+{
+    bool has_more;
+
+    if (c->is_syncing || c->is_slice_syncing)
+        return false;
+    has_more = cube_store_slice(c->store, CUBE_SLICE_MS);
+    if (cube_store_slice_fd(c->store) < 0)
+        return has_more;
+    memset(&c->slice_job.job, 0, sizeof c->slice_job.job);
+    c->slice_job.job.kind = CUBE_JOB_SYNC;
+    c->slice_job.job.fd = cube_store_slice_fd(c->store);
+    c->is_slice_syncing =
+        cube_loop_job_start(c->loop, &c->slice_job, cube_commit_slice_synced,
+                            c) >= 0;
+    return !c->is_slice_syncing; /* no thread to be had: try again */
+}
+
 /* One store at the end of a turn. While a sync is under way nothing new is
  * written: what is staged gathers, and becomes one commit. */
 static void cube_commit_turn(struct cube_commit *c)
@@ -9483,7 +9515,7 @@ static void cube_loop_commit(struct cube_loop *l)
 
         next = link->next;
         cube_commit_turn(c);
-        if (!c->is_syncing && cube_store_slice(c->store, CUBE_SLICE_MS))
+        if (cube_commit_slice(c))
             l->has_slices = true;
     }
 }
@@ -23524,6 +23556,7 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
                                   struct cube_err *err)
 {
     struct cube_buf path = {0};
+    struct cube_store_options options;
     bool is_memory = kind && strcmp(kind, "memory") == 0;
 
     if (kind && !is_memory && strcmp(kind, "persistent") != 0)
@@ -23532,8 +23565,10 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
     if (cube_dir_make(w->world, w->data_dir, err) < 0)
         return -1;
     cube_buf_printf(&path, "%s/worker-%s.cube", w->data_dir, w->name);
-    w->store = cube_store_open(w->world, is_memory ? NULL : path.data, NULL,
-                               err);
+    memset(&options, 0, sizeof options);
+    options.is_sync_split = true;
+    w->store = cube_store_open(w->world, is_memory ? NULL : path.data,
+                               &options, err);
     cube_buf_free(&path);
     if (!w->store)
         return -1;
@@ -26276,6 +26311,7 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
                                    struct cube_err *err)
 {
     bool is_memory = kind && strcmp(kind, "memory") == 0;
+    struct cube_store_options options;
     struct cube_buf path = {0};
 
     if (kind && !is_memory && strcmp(kind, "persistent") != 0)
@@ -26284,8 +26320,10 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     if (cube_dir_make(m->world, m->data_dir, err) < 0)
         return -1;
     cube_buf_printf(&path, "%s/manager.cube", m->data_dir);
-    m->store = cube_store_open(m->world, is_memory ? NULL : path.data, NULL,
-                               err);
+    memset(&options, 0, sizeof options);
+    options.is_sync_split = true;
+    m->store = cube_store_open(m->world, is_memory ? NULL : path.data,
+                               &options, err);
     cube_buf_free(&path);
     if (!m->store || cube_manager_identify(m, is_memory, err) < 0 ||
         cube_manager_load_events(m, err) < 0)

@@ -10,6 +10,7 @@ struct jump_world {
     int64_t now_ms;
     int jobs;                /* under way */
     int full;                /* this errno value ends each write to a file */
+    int sync_fails;          /* so many syncs from now on end with EIO */
 };
 
 #define JUMP_SINCE_NS INT64_C(1750000000000000000)
@@ -49,8 +50,14 @@ static int jump_poll_wait(void *ctx, struct cube_poll *p,
 
     while (n == 0 && w->jobs > 0 && timeout_ms != 0)
         n = cube_world_real()->poll_wait(NULL, p, out, max, 50);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         w->jobs -= out[i].job != NULL;
+        if (out[i].job && out[i].job->kind == CUBE_JOB_SYNC &&
+            w->sync_fails > 0) {
+            w->sync_fails--;
+            out[i].job->result = -EIO;
+        }
+    }
     if (n == 0 && timeout_ms > 0)
         w->now_ms += timeout_ms;
     return n;

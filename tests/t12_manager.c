@@ -532,3 +532,28 @@ TEST(a_listing_is_of_one_commit_however_long)
     }
     cluster_close(&k);
 }
+
+TEST(a_failed_sync_is_an_unknown_outcome_and_then_the_file_is_written_anew)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    cluster_run(&k, 500);
+    k.world.sync_fails = 1;
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 503);
+    CHECK_HAS(k.body.data, "outcome unknown");
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 200); /* reads go on */
+    CHECK_INT(cluster_running(&k), 1);
+    cluster_run(&k, 3000);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 201);
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 5000));
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    cluster_run(&k, 3000);
+    CHECK_INT(cluster_state(&k, A), CUBE_RUNNING);
+    CHECK_INT(cluster_state(&k, B), CUBE_RUNNING);
+    CHECK_INT(k.engines[0].made, 2);
+    cluster_close(&k);
+}
