@@ -210,6 +210,8 @@
 
 /* ---- Clocks, randomness, environment ---- */
 
+/* Milliseconds since boot, time asleep included: a laptop that was shut for an
+ * hour has its timers due, and no change of the date moves them. */
 static int64_t cube_world_now_ms(void *ctx)
 {
     struct timespec t;
@@ -219,6 +221,8 @@ static int64_t cube_world_now_ms(void *ctx)
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
+/* Nanoseconds since 1970, for people and files. It may jump either way, so no
+ * timer is set by it. */
 static int64_t cube_world_wall_ns(void *ctx)
 {
     struct timespec t;
@@ -228,6 +232,9 @@ static int64_t cube_world_wall_ns(void *ctx)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+/* Fills all of `buf` or fails. getrandom gives less than it was asked for when
+ * a signal comes, and waits only until the kernel has its first entropy after
+ * boot. */
 static int cube_world_random(void *ctx, void *buf, size_t len)
 {
     unsigned char *p = buf;
@@ -246,12 +253,15 @@ static int cube_world_random(void *ctx, void *buf, size_t len)
     return 0;
 }
 
+/* Borrowed from the environment, valid until the program changes it; NULL when
+ * there is none of that name. */
 static const char *cube_world_env(void *ctx, const char *name)
 {
     (void)ctx;
     return getenv(name);
 }
 
+/* The effective one: it decides what we may do, not who called us. */
 static unsigned cube_world_uid(void *ctx)
 {
     (void)ctx;
@@ -260,7 +270,9 @@ static unsigned cube_world_uid(void *ctx)
 
 /* ---- Sockets ---- */
 
-/* The kernel's form of an address; returns its length. */
+/* The kernel's form of an address; returns its length. A path that fills its
+ * array to the end is cut by the last byte, so that the kernel always sees a
+ * NUL. */
 static socklen_t cube_world_to_sockaddr(const struct cube_addr *a,
                                         struct sockaddr_storage *out)
 {
@@ -290,6 +302,8 @@ static socklen_t cube_world_to_sockaddr(const struct cube_addr *a,
     return sizeof *s;
 }
 
+/* The other way. The path of a UNIX socket's peer is left out: those who
+ * connect have none, as a rule, and nobody asks. */
 static void cube_world_from_sockaddr(const struct sockaddr_storage *s,
                                      struct cube_addr *out)
 {
@@ -312,6 +326,9 @@ static void cube_world_from_sockaddr(const struct sockaddr_storage *s,
     }
 }
 
+/* A stream socket of the family of the address, not bound to anything; the
+ * caller closes it. The flags go in with the call: set afterwards, a clone in
+ * another thread could inherit the descriptor in between. */
 static int cube_world_socket(const struct cube_addr *a)
 {
     int family = a->kind == CUBE_ADDR_UNIX ? AF_UNIX
@@ -329,6 +346,10 @@ static void cube_world_no_delay(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
+/* A listening socket for `addr` (port 0: any), or a negative errno value, with
+ * nothing left open. An address in TIME_WAIT from our last run is taken over,
+ * and an IPv6 address means IPv6 alone, so that "::" and "0.0.0.0" can be
+ * listened on side by side, whatever /proc/sys/net/ipv6/bindv6only says. */
 static int cube_world_listen(void *ctx, const struct cube_addr *addr)
 {
     struct sockaddr_storage s;
@@ -352,6 +373,9 @@ static int cube_world_listen(void *ctx, const struct cube_addr *addr)
     return fd;
 }
 
+/* One connection, or -EAGAIN when none waits. Who has given up again while it
+ * waited in the queue (ECONNABORTED) is passed over: it would tell the caller
+ * only to call once more. */
 static int cube_world_accept(void *ctx, int fd, struct cube_addr *peer)
 {
     struct sockaddr_storage s;
@@ -372,6 +396,10 @@ static int cube_world_accept(void *ctx, int fd, struct cube_addr *peer)
     return got;
 }
 
+/* Begins a connection and returns its descriptor at once. It is there, or has
+ * failed, when the descriptor is writable; cube_world_connected then says
+ * which. A connect that a signal interrupts goes on in the kernel, and calling
+ * it again would give EALREADY, so EINTR counts as begun. */
 static int cube_world_connect(void *ctx, const struct cube_addr *addr)
 {
     struct sockaddr_storage s;
@@ -393,6 +421,7 @@ static int cube_world_connect(void *ctx, const struct cube_addr *addr)
     return fd;
 }
 
+/* Reading SO_ERROR clears it: ask once. */
 static int cube_world_connected(void *ctx, int fd)
 {
     int e = 0;
@@ -404,6 +433,7 @@ static int cube_world_connected(void *ctx, int fd)
     return -e;
 }
 
+/* Where a listening socket ended up, once it was told port 0. */
 static int cube_world_local_addr(void *ctx, int fd, struct cube_addr *addr)
 {
     struct sockaddr_storage s;
@@ -417,6 +447,8 @@ static int cube_world_local_addr(void *ctx, int fd, struct cube_addr *addr)
     return 0;
 }
 
+/* The number of bytes, 0 at the end of the stream, -EAGAIN when there is
+ * nothing yet. INT_MAX is the most that the result can say. */
 static int cube_world_recv(void *ctx, int fd, void *buf, size_t len)
 {
     ssize_t n;
@@ -428,6 +460,8 @@ static int cube_world_recv(void *ctx, int fd, void *buf, size_t len)
     return n < 0 ? -errno : (int)n;
 }
 
+/* How many bytes the kernel took, often fewer than `len`. A peer that is gone
+ * is -EPIPE and no signal: the program may not have heard of SIGPIPE. */
 static int cube_world_send(void *ctx, int fd, const void *buf, size_t len)
 {
     ssize_t n;
@@ -439,12 +473,16 @@ static int cube_world_send(void *ctx, int fd, const void *buf, size_t len)
     return n < 0 ? -errno : (int)n;
 }
 
+/* Says that no more will be sent; what the peer sends can still be
+ * received. */
 static int cube_world_shut(void *ctx, int fd)
 {
     (void)ctx;
     return shutdown(fd, SHUT_WR) < 0 ? -errno : 0;
 }
 
+/* Never retried: on Linux the descriptor is free even if close says EINTR, and
+ * a second close could hit one that another thread has just got. */
 static int cube_world_close(void *ctx, int fd)
 {
     (void)ctx;
@@ -453,6 +491,9 @@ static int cube_world_close(void *ctx, int fd)
 
 /* ---- Jobs: the two calls that stall ---- */
 
+/* Who owns what here: a job is its starter's, from first to last. While it is
+ * queued, worked on or done, the lists below only link it; job_cancel unlinks
+ * it from wherever it is, and from then on nobody touches it. */
 #define CUBE_JOB_KINDS 2
 
 /* One thread of one kind. `current` is what it works on, NULL when that job
@@ -464,7 +505,18 @@ struct cube_helper {
     bool is_started;
 };
 
-/* What a poll shares with its helpers; freed by whoever leaves last. */
+/*
+ * What a poll shares with its helpers; freed by whoever leaves last.
+ *
+ *      poll open                1 user
+ *      first sync job           2 users: poll, sync helper
+ *      first resolve job        3 users
+ *      poll closed, one helper  1 user: that helper, stuck in fdatasync
+ *      still at work
+ *      fdatasync returns        0 users: freed by the helper
+ *
+ * The lock guards everything but `wake_fd`, which never changes.
+ */
 struct cube_jobs {
     pthread_mutex_t lock;
     struct cube_helper helpers[CUBE_JOB_KINDS];
@@ -479,8 +531,10 @@ struct cube_poll {
     struct cube_jobs *jobs;
 };
 
+/* The token of the wake descriptor itself; callers may use any other. */
 #define CUBE_WAKE_TOKEN UINT64_MAX
 
+/* Makes the poll's wait return. From any thread. */
 static void cube_jobs_ring(struct cube_jobs *jobs)
 {
     uint64_t one = 1;
@@ -505,6 +559,8 @@ static void cube_jobs_leave(struct cube_jobs *jobs)
     free(jobs);
 }
 
+/* getaddrinfo has codes of its own. A name that does not exist and a name
+ * without an address are the same to whoever wants to connect: -ENOENT. */
 static int cube_job_resolve_error(int code)
 {
     switch (code) {
@@ -519,6 +575,9 @@ static int cube_job_resolve_error(int code)
     }
 }
 
+/* Fills `addrs` with at most CUBE_JOB_ADDRS addresses, in the order in which
+ * RFC 6724 has them tried. Ports are 0 in them; SOCK_STREAM is asked for so
+ * that each address comes once and not once per protocol. */
 static void cube_job_resolve(struct cube_job *job)
 {
     struct addrinfo hints, *found = NULL;
@@ -545,6 +604,8 @@ static void cube_job_resolve(struct cube_job *job)
     job->result = job->addr_count > 0 ? 0 : -ENOENT;
 }
 
+/* The stalling call itself, without the lock; the outcome is in
+ * `job->result`. */
 static void cube_job_do(struct cube_job *job)
 {
     int r;
@@ -592,7 +653,9 @@ static void *cube_helper_main(void *arg)
     return NULL;
 }
 
-/* Signals are the program's: a helper takes none. */
+/* Signals are the program's: a helper takes none. Call with the lock held. It
+ * is detached, not joined: a poll must be able to close while a helper hangs
+ * in a dead disk. */
 static int cube_helper_start(struct cube_helper *h)
 {
     pthread_t thread;
@@ -611,6 +674,8 @@ static int cube_helper_start(struct cube_helper *h)
     return 0;
 }
 
+/* Queues a job; its poll reports it once, and not before this has returned. On
+ * failure (no thread to be had) the job was never queued. */
 static int cube_world_job_start(void *ctx, struct cube_poll *p,
                                 struct cube_job *job)
 {
@@ -635,6 +700,7 @@ static int cube_world_job_start(void *ctx, struct cube_poll *p,
     return r;
 }
 
+/* Whether it was in that list. */
 static bool cube_job_unlink(struct cube_job **list, struct cube_job *job)
 {
     for (; *list; list = &(*list)->next) {
@@ -646,6 +712,10 @@ static bool cube_job_unlink(struct cube_job **list, struct cube_job *job)
     return false;
 }
 
+/* After this the job is reported no more, and its memory is the caller's
+ * again. Harmless for one that was reported already. The system call itself
+ * cannot be called back: a helper that is at it loses its `current` and drops
+ * the result. */
 static void cube_world_job_cancel(void *ctx, struct cube_poll *p,
                                   struct cube_job *job)
 {
@@ -665,6 +735,8 @@ static void cube_world_job_cancel(void *ctx, struct cube_poll *p,
 
 /* ---- Readiness ---- */
 
+/* One user, the poll; no thread yet. Helpers start with the first job of their
+ * kind, so a program without a store has no threads. */
 static struct cube_jobs *cube_jobs_new(void)
 {
     struct cube_jobs *jobs = calloc(1, sizeof *jobs);
@@ -685,12 +757,16 @@ static struct cube_jobs *cube_jobs_new(void)
     return jobs;
 }
 
+/* EPOLLRDHUP goes with reading: a peer that has closed is something to read
+ * about. Hangups and errors come unasked. */
 static uint32_t cube_world_epoll_events(unsigned events)
 {
     return (events & CUBE_READ ? (uint32_t)EPOLLIN | EPOLLRDHUP : 0) |
            (events & CUBE_WRITE ? (uint32_t)EPOLLOUT : 0);
 }
 
+/* Level-triggered: what is not dealt with now is reported again, so a turn may
+ * stop reading after its share without losing anything. */
 static int cube_world_epoll_ctl(struct cube_poll *p, int op, int fd,
                                 unsigned events, uint64_t token)
 {
@@ -722,6 +798,8 @@ static int cube_world_poll_remove(void *ctx, struct cube_poll *p, int fd)
     return cube_world_epoll_ctl(p, EPOLL_CTL_DEL, fd, 0, 0);
 }
 
+/* Jobs that are still queued are never reported; helpers are told to leave and
+ * not waited for. */
 static void cube_world_poll_close(void *ctx, struct cube_poll *p)
 {
     (void)ctx;
@@ -736,6 +814,8 @@ static void cube_world_poll_close(void *ctx, struct cube_poll *p)
     free(p);
 }
 
+/* NULL when descriptors or memory ran out. What was opened is closed by
+ * then. */
 static struct cube_poll *cube_world_poll_open(void *ctx)
 {
     struct cube_poll *p = calloc(1, sizeof *p);
@@ -758,12 +838,15 @@ static struct cube_poll *cube_world_poll_open(void *ctx)
     return p;
 }
 
+/* Readable when poll_wait would have something to say: so the loop can be hung
+ * into another one. */
 static int cube_world_poll_fd(void *ctx, struct cube_poll *p)
 {
     (void)ctx;
     return p->epoll_fd;
 }
 
+/* The one function of a poll that any thread may call. */
 static void cube_world_poll_wake(void *ctx, struct cube_poll *p)
 {
     (void)ctx;
@@ -777,6 +860,8 @@ static int cube_jobs_collect(struct cube_jobs *jobs, struct cube_ready *out,
     uint64_t count;
     int n = 0;
 
+    /* Reading sets the counter to 0 before the list is looked at: a job that
+     * is done in between rings again, which costs a turn and loses nothing. */
     if (read(jobs->wake_fd, &count, sizeof count) < 0)
         return 0;
     pthread_mutex_lock(&jobs->lock);
@@ -791,8 +876,14 @@ static int cube_jobs_collect(struct cube_jobs *jobs, struct cube_ready *out,
     return n;
 }
 
+/* Events taken at once. What is beyond is reported by the next wait: epoll
+ * goes round, so that nobody starves. */
 #define CUBE_POLL_MAX 64
 
+/* Waits for at most `timeout_ms` (-1: for ever) and fills `out` with what is
+ * ready, descriptors first, then done jobs (`job` is set, the rest is 0). 0:
+ * the time is over, or a signal came, or somebody woke us; the caller cannot
+ * tell and looks at its clock. */
 static int cube_world_poll_wait(void *ctx, struct cube_poll *p,
                                 struct cube_ready *out, int max,
                                 int timeout_ms)
@@ -827,6 +918,9 @@ static int cube_world_poll_wait(void *ctx, struct cube_poll *p,
 
 /* ---- Files ---- */
 
+/* A descriptor, closed on exec, or a negative errno value. New files are for
+ * their owner alone: they hold tasks, with the secrets in their
+ * environment. */
 static int cube_world_open(void *ctx, const char *path, unsigned flags)
 {
     int mode = (flags & CUBE_OPEN_WRITE ? O_RDWR : O_RDONLY) | O_CLOEXEC |
@@ -842,6 +936,7 @@ static int cube_world_open(void *ctx, const char *path, unsigned flags)
     return fd < 0 ? -errno : fd;
 }
 
+/* As many bytes as there are, up to `len`; 0 beyond the end of the file. */
 static int64_t cube_world_pread(void *ctx, int fd, void *buf, size_t len,
                                 int64_t at)
 {
@@ -854,6 +949,8 @@ static int64_t cube_world_pread(void *ctx, int fd, void *buf, size_t len,
     return n < 0 ? -errno : n;
 }
 
+/* May write less than `len` on a disk that is nearly full; the next call says
+ * -ENOSPC. */
 static int64_t cube_world_pwrite(void *ctx, int fd, const void *buf,
                                  size_t len, int64_t at)
 {
@@ -880,6 +977,10 @@ static int64_t cube_world_size(void *ctx, int fd)
     return fstat(fd, &s) < 0 ? -errno : (int64_t)s.st_size;
 }
 
+/* The job's work, done here and now: for small files at the start of a
+ * program, where there is no loop yet. fdatasync suffices for them: the size
+ * of a file that has grown is synced with it, times are not, and nobody needs
+ * those. */
 static int cube_world_sync(void *ctx, int fd)
 {
     struct cube_job job;
@@ -892,6 +993,8 @@ static int cube_world_sync(void *ctx, int fd)
     return job.result;
 }
 
+/* What makes a new name or a rename survive a power cut: syncing the file
+ * writes its bytes, the name is the directory's. */
 static int cube_world_sync_dir(void *ctx, const char *path)
 {
     int r, fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -907,6 +1010,9 @@ static int cube_world_sync_dir(void *ctx, const char *path)
     return r;
 }
 
+/* Of the open file and not of the process (flock), so that two stores in one
+ * program shut each other out, too. It goes when the last descriptor is
+ * closed, also by a crash. -EBUSY: somebody has it; never waits. */
 static int cube_world_lock(void *ctx, int fd)
 {
     (void)ctx;
@@ -915,6 +1021,8 @@ static int cube_world_lock(void *ctx, int fd)
     return errno == EWOULDBLOCK ? -EBUSY : -errno;
 }
 
+/* Replaces `to` if it is there: whoever opens it finds the old file or the
+ * new. */
 static int cube_world_rename(void *ctx, const char *from, const char *to)
 {
     (void)ctx;
@@ -927,6 +1035,7 @@ static int cube_world_unlink(void *ctx, const char *path)
     return unlink(path) < 0 ? -errno : 0;
 }
 
+/* For its owner alone, as the files in it. */
 static int cube_world_mkdir(void *ctx, const char *path)
 {
     (void)ctx;
@@ -946,6 +1055,9 @@ static int cube_world_by_bytes(const struct dirent **a,
     return strcmp((*a)->d_name, (*b)->d_name);
 }
 
+/* Calls `each` with every name but "." and "..", sorted, so that a run of the
+ * same program on the same files does the same. `name` is valid in the call
+ * only. On failure `each` was not called. */
 static int cube_world_list(void *ctx, const char *dir,
                            void (*each)(void *arg, const char *name),
                            void *arg)
@@ -967,6 +1079,8 @@ static int cube_world_list(void *ctx, const char *dir,
     return 0;
 }
 
+/* Bytes of the file system that `path` is on. `free` includes what is reserved
+ * for root. */
 static int cube_world_space(void *ctx, const char *path,
                             struct cube_space *out)
 {
@@ -1056,6 +1170,16 @@ static int cube_world_space(void *ctx, const char *path,
 #define CUBE_SUP_EXIT 512     /* room for the exit file */
 #define CUBE_SUP_WAIT_MS 10000 /* for the report */
 
+/*
+ * All that a supervisor knows, in memory that the caller took before the
+ * clone: each process has its copy, and nobody frees the supervisor's. Its
+ * descriptors once it runs:
+ *
+ *    0 1 2   /dev/null
+ *    3       the report, a pipe that the caller reads: one int
+ *    4       the task's directory
+ *    5 ..    lock, log, exit.new, signalfd, pipe of the output
+ */
 struct cube_sup {
     const struct cube_spawn *spec;
     int report_fd, dir_fd, exit_fd, log_fd, pipe_fd, signal_fd;
@@ -1077,6 +1201,8 @@ static pid_t cube_sup_clone(int exit_signal)
     return (pid_t)syscall(SYS_clone, exit_signal, NULL, NULL, NULL, NULL);
 }
 
+/* Puts `text` at `at` without a NUL and returns where it ends. The callers
+ * know that it fits; nothing here checks. */
 static size_t cube_sup_put(char *out, size_t at, const char *text)
 {
     size_t len = strlen(text);
@@ -1085,6 +1211,8 @@ static size_t cube_sup_put(char *out, size_t at, const char *text)
     return at + len;
 }
 
+/* The same with a number, which must not be negative. Nineteen digits hold
+ * INT64_MAX. */
 static size_t cube_sup_put_number(char *out, size_t at, int64_t number)
 {
     char digits[20];
@@ -1108,7 +1236,9 @@ static size_t cube_sup_put_line(char *out, size_t at, const char *name,
     return cube_sup_put(out, at, "\n");
 }
 
-/* Closes all from `first` on. */
+/* Closes all from `first` on. close_range is in Linux since 5.9. Before, each
+ * number is tried, of a million at most: with no limit set, trying them all
+ * would take minutes. */
 static void cube_sup_close_from(int first)
 {
     struct rlimit most;
@@ -1122,7 +1252,11 @@ static void cube_sup_close_from(int first)
 }
 
 /* Leaves behind what was the caller's: session, handlers, descriptors,
- * directory. The signals have been blocked before the clone. */
+ * directory. The signals have been blocked before the clone. On return 0, 1
+ * and 2 are /dev/null, 3 is the report, 4 the directory, and no other
+ * descriptor is open: a listening socket that a supervisor inherited would
+ * keep the worker's port taken after the worker is gone. It stands in "/" so
+ * that it keeps no file system from being unmounted. */
 static int cube_sup_shed(struct cube_sup *s)
 {
     struct sigaction standard;
@@ -1153,7 +1287,8 @@ static int cube_sup_shed(struct cube_sup *s)
                : 0;
 }
 
-/* Adds a line to the lock file. */
+/* Adds a line to the lock file. A line at a time with one pwrite, so a reader
+ * sees whole lines. */
 static int cube_sup_note(struct cube_sup *s, const char *name, int64_t number)
 {
     char text[64];
@@ -1165,7 +1300,11 @@ static int cube_sup_note(struct cube_sup *s, const char *name, int64_t number)
     return 0;
 }
 
-/* Takes the lock, for life, and writes the time into its file. */
+/* Takes the lock, for life, and writes the time into its file. -EBUSY: another
+ * supervisor has this directory, and its task; nothing of it was touched. A
+ * POSIX lock and not flock, because F_GETLK tells who holds it. It belongs to
+ * the process, is not inherited by the command, and would go with any close of
+ * this file in the supervisor: so it is opened only here. */
 static int cube_sup_lock(struct cube_sup *s)
 {
     struct flock lock;
@@ -1181,6 +1320,7 @@ static int cube_sup_lock(struct cube_sup *s)
     return cube_sup_note(s, "started", s->started);
 }
 
+/* A log that is there goes on: O_APPEND and its present size. */
 static int cube_sup_open_log(struct cube_sup *s)
 {
     struct stat st;
@@ -1193,6 +1333,10 @@ static int cube_sup_open_log(struct cube_sup *s)
     return 0;
 }
 
+/* Everything that can fail before the command exists: lock, log, the room for
+ * the exit file, and the descriptor through which signals are read. Zeros are
+ * written, not a hole made with ftruncate, since only written blocks are ours
+ * on a full disk. */
 static int cube_sup_prepare(struct cube_sup *s)
 {
     static const char zeros[CUBE_SUP_EXIT];
@@ -1219,8 +1363,15 @@ static int cube_sup_prepare(struct cube_sup *s)
 
 /* ---- Supervised processes: the command's side of the clone ---- */
 
-/* Tries each directory of PATH in turn, as execvp does; returns the errno
- * value that says most: a file that is there but refused beats none. */
+/*
+ * Tries each directory of PATH in turn, as execvp does; returns the errno
+ * value that says most: a file that is there but refused beats none. Returns
+ * only when it failed. The PATH is the command's own, from `env`; an empty
+ * part of it, which would mean the current directory, is passed over.
+ *
+ *    PATH=/a:/b, "web":  /a/web is no file (ENOENT), /b/web not executable
+ *                        (EACCES)   ->  EACCES, which is what to tell
+ */
 static int cube_sup_exec(const struct cube_spawn *spec)
 {
     char *const *argv = (char *const *)(uintptr_t)spec->argv;
@@ -1253,7 +1404,8 @@ static int cube_sup_exec(const struct cube_spawn *spec)
     return best;
 }
 
-/* "0" is whoever writes it. */
+/* Moves the caller of this into a cgroup, and all that it will start: "0" in
+ * cgroup.procs is whoever writes it. Returns a positive errno value or 0. */
 static int cube_sup_join(const char *cgroup)
 {
     int dir = open(cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -1262,6 +1414,9 @@ static int cube_sup_join(const char *cgroup)
     return fd < 0 || write(fd, "0", 1) != 1 ? errno : 0;
 }
 
+/* Into its cgroups, of which there may be none, and under its limit of data.
+ * Returns a positive errno value or 0. Done in the command's process before
+ * the exec, so that it never runs a moment without limits. */
 static int cube_sup_limit(const struct cube_spawn *spec)
 {
     struct rlimit data;
@@ -1278,13 +1433,18 @@ static int cube_sup_limit(const struct cube_spawn *spec)
 }
 
 /* Becomes the command, or tells the errno value through `error_fd`: negative
- * if it was not the command's fault. */
+ * if it was not the command's fault. Never returns. The pipe behind `error_fd`
+ * closes on exec, so that its end without a byte means: it runs. 127 and 126
+ * are a shell's codes for a command that is not there and one that cannot be
+ * executed. */
 static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
                             int error_fd)
 {
     sigset_t none;
     int e = 0;
 
+    /* Both sides do this, here and in cube_sup_start: whoever is first, the
+     * group is there before anybody signals it. */
     (void)setpgid(0, 0);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)
         _exit(127); /* the parent died before it could be noticed */
@@ -1302,7 +1462,10 @@ static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
     _exit(e == ENOENT ? 127 : 126);
 }
 
-/* Clones the command; 0 when it runs or `exec_error` says why it does not. */
+/* Clones the command; 0 when it runs or `exec_error` says why it does not. A
+ * negative errno value when there could not even be a process. Waits for the
+ * exec, which is over in a moment: the read ends with the error or with the
+ * pipe. */
 static int cube_sup_start(struct cube_sup *s)
 {
     int output[2], error[2];
@@ -1336,7 +1499,14 @@ static void cube_sup_log_name(char out[32], int64_t number)
     out[cube_sup_put_number(out, cube_sup_put(out, 0, "log."), number)] = 0;
 }
 
-/* A full log gets its number, and the oldest one goes. */
+/*
+ * A full log gets its number, and the oldest one goes. With three files:
+ *
+ *    log   log.1  log.2          full: log -> log.3, log.1 removed
+ *    log   log.2  log.3          full: log -> log.4, log.2 removed
+ *
+ * Numbers only grow, so a name stands for the same bytes as long as it exists.
+ */
 static void cube_sup_rotate(struct cube_sup *s)
 {
     char name[32];
@@ -1353,7 +1523,9 @@ static void cube_sup_rotate(struct cube_sup *s)
     (void)cube_sup_open_log(s);
 }
 
-/* Says in the log how much of it is missing; false if that fails, too. */
+/* Says in the log how much of it is missing; false if that fails, too. A line
+ * that was written in part is taken back, to be written whole when the disk
+ * has room again. */
 static bool cube_sup_confess(struct cube_sup *s)
 {
     char text[128];
@@ -1373,6 +1545,9 @@ static bool cube_sup_confess(struct cube_sup *s)
     return true;
 }
 
+/* Appends output to the log, rotating first when it would grow beyond its
+ * size. Never waits and never fails: what does not fit on the disk is added to
+ * `lost`. */
 static void cube_sup_log(struct cube_sup *s, const char *p, size_t len)
 {
     if (s->log_fd >= 0 && s->log_size > 0 &&
@@ -1394,7 +1569,9 @@ static void cube_sup_log(struct cube_sup *s, const char *p, size_t len)
     s->lost += (int64_t)len;
 }
 
-/* Copies what output there is; forgets the pipe at its end. */
+/* Copies what output there is; forgets the pipe at its end. One chunk at a
+ * time: between two, signals are looked at, so that a command that never stops
+ * printing can still be stopped. */
 static void cube_sup_copy(struct cube_sup *s)
 {
     ssize_t n = read(s->pipe_fd, s->chunk, sizeof s->chunk);
@@ -1417,6 +1594,8 @@ static bool cube_sup_reap(struct cube_sup *s)
         int status;
 
         info.si_pid = 0;
+        /* WNOWAIT looks without collecting: until waitpid, the PID and with it
+         * the number of the group cannot be given to somebody else. */
         if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
             return errno != ECHILD;
         if (info.si_pid == 0)
@@ -1441,6 +1620,9 @@ static void cube_sup_signal(struct cube_sup *s, int number)
         (void)kill(s->child, number);
 }
 
+/* What the worker wants is said by signals to the supervisor, whose PID the
+ * lock proves: SIGTERM to ask the command to stop, SIGUSR1 to kill it. SIGCHLD
+ * needs no action: it was there to end the poll. */
 static void cube_sup_take_signals(struct cube_sup *s)
 {
     struct signalfd_siginfo got;
@@ -1453,7 +1635,9 @@ static void cube_sup_take_signals(struct cube_sup *s)
     }
 }
 
-/* Until the command has ended. */
+/* Until the command has ended. When cube_sup_reap finds no children at all
+ * before the command was seen to end, this ends too: there is nothing left to
+ * wait for. */
 static void cube_sup_attend(struct cube_sup *s)
 {
     while (cube_sup_reap(s) && !s->has_ended) {
@@ -1472,7 +1656,9 @@ static void cube_sup_attend(struct cube_sup *s)
     }
 }
 
-/* Kills our children. CONFIG_PROC_CHILDREN, which all distributions set. */
+/* Kills our children. CONFIG_PROC_CHILDREN, which all distributions set. Pids
+ * stand there in decimal with a space behind each. Those beyond a chunk are
+ * left to the next sweep. */
 static void cube_sup_kill_children(struct cube_sup *s)
 {
     int fd = open("/proc/thread-self/children", O_RDONLY | O_CLOEXEC);
@@ -1493,7 +1679,9 @@ static void cube_sup_kill_children(struct cube_sup *s)
 }
 
 /* Each killed child hands its own children to us: so until none is left, or
- * one cannot die. */
+ * one cannot die. One that cannot die hangs in the kernel, on a network file
+ * system say. It is given up after CUBE_SUP_SWEEPS times 10 ms; the exit code
+ * of the command is worth more than waiting for it. */
 static void cube_sup_sweep(struct cube_sup *s)
 {
     for (int i = 0; i < CUBE_SUP_SWEEPS && cube_sup_reap(s); i++) {
@@ -1506,7 +1694,10 @@ static void cube_sup_sweep(struct cube_sup *s)
 }
 
 /* Whether the kernel's killer came for memory: "oom_kill N" in a file that is
- * called memory.events in version 2 of cgroups. */
+ * called memory.events in version 2 of cgroups. Version 1 says it in
+ * memory.oom_control. Asked only after a SIGKILL, since the count is of the
+ * whole cgroup: a helper that was killed while the command went on does not
+ * make its later end one for lack of memory. */
 static bool cube_sup_is_oom(struct cube_sup *s)
 {
     for (size_t i = 0; i < 2; i++) {
@@ -1530,6 +1721,9 @@ static bool cube_sup_is_oom(struct cube_sup *s)
     return false;
 }
 
+/* The steps are those of any file that must be whole: bytes, size, sync,
+ * rename, sync of the directory. The blocks were taken in cube_sup_prepare, so
+ * of these only an I/O error can keep the exit code from the disk. */
 static void cube_sup_write_exit(struct cube_sup *s)
 {
     char text[CUBE_SUP_EXIT];
@@ -1554,6 +1748,8 @@ static void cube_sup_write_exit(struct cube_sup *s)
     (void)fsync(s->dir_fd);
 }
 
+/* The caller may be gone, or have given up: then nobody reads it, and SIGPIPE
+ * is blocked. */
 static void cube_sup_report(int fd, int result)
 {
     while (write(fd, &result, sizeof result) < 0 && errno == EINTR)
@@ -1561,6 +1757,8 @@ static void cube_sup_report(int fd, int result)
     close(fd);
 }
 
+/* The order is the promise: who sees `exit` knows that no process of the task
+ * is left and that its log is complete. */
 static void cube_sup_finish(struct cube_sup *s)
 {
     cube_sup_sweep(s);
@@ -1578,7 +1776,8 @@ static void cube_sup_finish(struct cube_sup *s)
     }
 }
 
-/* Whoever gets the report finds the lock free. */
+/* Whoever gets the report of a failure finds the lock free and can try again
+ * in the same directory. 0 was reported already, when the command ran. */
 static void cube_sup_end(struct cube_sup *s, int result)
 {
     close(s->lock_fd);
@@ -1587,7 +1786,9 @@ static void cube_sup_end(struct cube_sup *s, int result)
     _exit(0);
 }
 
-/* The supervisor's life; the descriptor of the report is `report_fd`. */
+/* The supervisor's life; the descriptor of the report is `report_fd`. Never
+ * returns. A failure before the command exists empties the lock file: no
+ * "started" in it means that this attempt has not begun. */
 static void cube_sup_main(struct cube_sup *s)
 {
     int r;
@@ -1614,6 +1815,10 @@ static void cube_sup_main(struct cube_sup *s)
 
 /* ---- Supervised processes: the caller's side ---- */
 
+/* The PID that holds a POSIX lock on the file, or 0 when it is free: so a
+ * worker that was restarted finds its tasks' supervisors again. -ESRCH: held,
+ * but by a process of another PID namespace, which cannot be signalled from
+ * here. */
 static int cube_world_lock_owner(void *ctx, const char *path)
 {
     struct flock lock;
@@ -1631,6 +1836,8 @@ static int cube_world_lock_owner(void *ctx, const char *path)
     return lock.l_pid > 0 ? (int)lock.l_pid : -ESRCH; /* not among our PIDs */
 }
 
+/* A descriptor that means this process and no later one with its number, and
+ * becomes readable when it ends. -ENOSYS before Linux 5.3. */
 static int cube_world_pid_open(void *ctx, int pid)
 {
     long fd = syscall(SYS_pidfd_open, pid, 0);
@@ -1639,6 +1846,7 @@ static int cube_world_pid_open(void *ctx, int pid)
     return fd < 0 ? -errno : (int)fd;
 }
 
+/* -ESRCH when it has ended. */
 static int cube_world_pid_signal(void *ctx, int pid_fd, int signal_number)
 {
     (void)ctx;
@@ -1647,8 +1855,9 @@ static int cube_world_pid_signal(void *ctx, int pid_fd, int signal_number)
                : 0;
 }
 
-/* An orphan's parent is the next subreaper, else process 1, and in a
- * container that can be us. */
+/* Closes the descriptor of a process, and collects it if it ended as our
+ * child. It can be one: an orphan's parent is the next subreaper, else process
+ * 1, and in a container that can be us. */
 static int cube_world_pid_close(void *ctx, int pid_fd)
 {
     siginfo_t info;
@@ -1659,7 +1868,9 @@ static int cube_world_pid_close(void *ctx, int pid_fd)
     return close(pid_fd) < 0 ? -errno : 0;
 }
 
-/* What the supervisor reports; its death without a word is an I/O error. */
+/* What the supervisor reports; its death without a word is an I/O error. 0
+ * when the command runs; a positive errno value when it could not be executed,
+ * a negative one when the supervisor could not do its part. */
 static int cube_world_spawn_report(int fd)
 {
     struct pollfd fds[1] = {{fd, POLLIN, 0}};
@@ -1673,7 +1884,9 @@ static int cube_world_spawn_report(int fd)
     return read(fd, &result, sizeof result) == sizeof result ? result : -EIO;
 }
 
-/* The middle's life: the supervisor must not be the caller's child. */
+/* The middle's life: the supervisor must not be the caller's child. It ends at
+ * once, and so gives its child to process 1 or a subreaper: no worker has to
+ * collect it, none's end takes it along. Never returns. */
 static void cube_world_spawn_middle(struct cube_sup *s)
 {
     pid_t pid = cube_sup_clone(SIGCHLD);
@@ -1685,6 +1898,11 @@ static void cube_world_spawn_middle(struct cube_sup *s)
     _exit(0);
 }
 
+/* Starts a command under a supervisor and waits, 10 seconds at most, until it
+ * runs or cannot. `spec` is read by the copies and not kept. Returns as
+ * cube_world_spawn_report does; whatever is returned, the middle is collected
+ * and no descriptor stays open here. All signals are blocked over the clone,
+ * so that no handler of the program ever runs in a copy of it. */
 static int cube_world_spawn(void *ctx, const struct cube_spawn *spec)
 {
     struct cube_sup *s = calloc(1, sizeof *s);
@@ -1710,6 +1928,7 @@ static int cube_world_spawn(void *ctx, const struct cube_spawn *spec)
         r = -errno;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     close(ends[1]);
+    /* A clone without an exit signal is waited for only with __WALL. */
     while (middle > 0 && waitpid(middle, NULL, __WALL) < 0 && errno == EINTR)
         continue;
     if (r == 0)
@@ -1721,6 +1940,7 @@ static int cube_world_spawn(void *ctx, const struct cube_spawn *spec)
 
 /* ---- The table ---- */
 
+/* Linux itself. `ctx` stays NULL: its functions need none. */
 CUBE_API const struct cube_world *cube_world_real(void)
 {
     static const struct cube_world real = {
