@@ -2055,6 +2055,13 @@ CUBE_API const struct cube_world *cube_world_real(void)
 
 /* ---- Errors ---- */
 
+/*
+ * Explains a failure in `err` (may be NULL) and returns -1, so that a function
+ * can fail in one statement. A text that is too long is cut. An argument may
+ * not be `err->text` itself: it is written while it is read.
+ *
+ *      return cube_fail(err, CUBE_EIO, "open %s: %s", path, why);
+ */
 __attribute__((format(printf, 3, 4))) static int
 cube_fail(struct cube_err *err, enum cube_code code, const char *format, ...)
 {
@@ -2069,13 +2076,16 @@ cube_fail(struct cube_err *err, enum cube_code code, const char *format, ...)
     return -1;
 }
 
-/* The words for a negative errno value, as the World returns them. */
+/* The words for a negative errno value, as the World returns them. Not
+ * thread-safe where strerror is not: only the loop's thread comes here. */
 static const char *cube_errno_text(int64_t negative)
 {
     return strerror((int)-negative);
 }
 
-/* The kind of a negative errno value. */
+/* The kind of a negative errno value. Many values, few kinds: a kind is what a
+ * caller acts upon, the number itself goes into the words. What no caller
+ * tells apart is CUBE_EIO. */
 static enum cube_code cube_errno_code(int64_t negative)
 {
     switch (-negative) {
@@ -2108,6 +2118,7 @@ static enum cube_code cube_errno_code(int64_t negative)
 
 /* ---- Memory ---- */
 
+/* Does not format, since that might allocate. */
 CUBE_UNUSED static void cube_oom(void)
 {
     static const char words[] = "cube: out of memory\n";
@@ -2117,7 +2128,8 @@ CUBE_UNUSED static void cube_oom(void)
     abort();
 }
 
-/* Zeroed memory of the object's lifetime; never NULL. */
+/* Zeroed memory of the object's lifetime; never NULL. 0 bytes are one, so that
+ * the result can be told from a failure. */
 static void *cube_alloc(size_t size)
 {
     void *p = CUBE_MALLOC(size ? size : 1);
@@ -2128,6 +2140,8 @@ static void *cube_alloc(size_t size)
     return p;
 }
 
+/* The bytes beyond the old size are not zeroed; `old` may be NULL. Never
+ * NULL. */
 static void *cube_resize(void *old, size_t size)
 {
     void *p = CUBE_REALLOC(old, size ? size : 1);
@@ -2137,6 +2151,7 @@ static void *cube_resize(void *old, size_t size)
     return p;
 }
 
+/* NULL is fine, as everywhere in Cube. */
 static void cube_free(void *p)
 {
     CUBE_FREE(p);
@@ -2144,6 +2159,8 @@ static void cube_free(void *p)
 
 /* ---- Texts ---- */
 
+/* A copy of `len` bytes with a NUL behind them; the caller frees it. `text`
+ * may be NULL if `len` is 0. */
 static char *cube_text_ndup(const char *text, size_t len)
 {
     char *copy = cube_alloc(len + 1);
@@ -2159,7 +2176,8 @@ static char *cube_text_dup(const char *text)
     return text ? cube_text_ndup(text, strlen(text)) : NULL;
 }
 
-/* Frees what `*slot` holds and puts a copy of `text` (may be NULL) there. */
+/* Frees what `*slot` holds and puts a copy of `text` (may be NULL) there. The
+ * copy is made first: `text` may be a part of what `*slot` holds. */
 static void cube_text_set(char **slot, const char *text)
 {
     char *copy = cube_text_dup(text);
@@ -2174,6 +2192,8 @@ static bool cube_text_is(const char *p, size_t len, const char *text)
     return strlen(text) == len && memcmp(p, text, len) == 0;
 }
 
+/* Not tolower, which follows the program's locale: in a Turkish one, header
+ * names with an I would match no more. */
 static char cube_lower(char c)
 {
     return c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
@@ -2196,7 +2216,13 @@ static bool cube_text_starts(const char *text, const char *prefix)
     return strncmp(text, prefix, strlen(prefix)) == 0;
 }
 
-/* Decimal digits and nothing else, at most `max`. */
+/*
+ * Decimal digits and nothing else, at most `max`. No sign, no space, leading
+ * zeros are fine. -1 leaves `*out` as it was.
+ *
+ * The check comes before the multiplication, since afterwards nothing could be
+ * told: v * 10 + digit <= max is asked as v <= (max - digit) / 10.
+ */
 static int cube_text_u64(const char *p, size_t len, uint64_t max,
                          uint64_t *out)
 {
@@ -2218,7 +2244,15 @@ static int cube_text_u64(const char *p, size_t len, uint64_t max,
 
 /* ---- Buffers ---- */
 
-/* Makes room for `more` bytes and the NUL behind them. */
+/*
+ * Makes room for `more` bytes and the NUL behind them. Capacities are 64, 128,
+ * 256, ...: a buffer that is filled byte by byte copies less than two
+ * bytes for each byte in it, all growths taken together.
+ *
+ *    len 60, cap 64    "add 10"   need 71, so cap 128
+ *    |<------ len ------>|NUL|<-- free -->|
+ *    data                                 data + cap
+ */
 static void cube_buf_reserve(struct cube_buf *b, size_t more)
 {
     size_t need = b->len + more + 1;
@@ -2232,12 +2266,16 @@ static void cube_buf_reserve(struct cube_buf *b, size_t more)
     b->cap = cap;
 }
 
+/* Leaves an empty buffer that can be used again. */
 CUBE_API void cube_buf_free(struct cube_buf *b)
 {
     cube_free(b->data);
     memset(b, 0, sizeof *b);
 }
 
+/* `p` must not point into the buffer, which may move. Whatever the bytes are,
+ * a NUL stands behind them, so that `data` is a C string as soon as there was
+ * one addition. */
 CUBE_API void cube_buf_add(struct cube_buf *b, const void *p, size_t len)
 {
     cube_buf_reserve(b, len);
@@ -2257,6 +2295,9 @@ CUBE_API void cube_buf_puts(struct cube_buf *b, const char *text)
     cube_buf_add(b, text, strlen(text));
 }
 
+/* Formats twice: once to learn the size, once into its place. Shorter than a
+ * guess with a second try, and no text here is long enough to make it
+ * matter. */
 CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
 {
     va_list args, again;
@@ -2273,10 +2314,12 @@ CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
     b->len += (size_t)n;
 }
 
-/* Removes the first `len` bytes. */
+/* Removes the first `len` bytes. Moves the rest to the front: linear. Callers
+ * that consume much at a time keep an offset and call this once. */
 static void cube_buf_drop(struct cube_buf *b, size_t len)
 {
     CUBE_ASSERT(len <= b->len);
+    /* an empty buffer has no data, not even a NUL to move */
     if (len == 0)
         return;
     memmove(b->data, b->data + len, b->len - len + 1);
@@ -2291,7 +2334,8 @@ static void cube_buf_clear(struct cube_buf *b)
         b->data[0] = 0;
 }
 
-/* Gives the bytes away: the caller frees them. Never NULL. */
+/* Gives the bytes away: the caller frees them. Never NULL. The buffer is empty
+ * after this. */
 static char *cube_buf_take(struct cube_buf *b)
 {
     char *data;
@@ -2305,12 +2349,30 @@ static char *cube_buf_take(struct cube_buf *b)
 
 /* ---- Lists ---- */
 
-/* A ring through its head: an empty list is a head that points to itself. */
+/*
+ * A ring through its head: an empty list is a head that points to itself.
+ *
+ *      +--> head <--> web <--> db <--+        first: head.next
+ *      |                             |        last:  head.prev
+ *      +-----------------------------+
+ *
+ * The links stand inside the members, so that adding and removing need neither
+ * memory nor a search, and nothing can fail. A member of two lists has two
+ * links. To remove members during a walk, take `next` before.
+ */
 struct cube_list {
     struct cube_list *next, *prev;
 };
 
-/* The member of type `type` whose field `field` is the link `link`. */
+/*
+ * The member of type `type` whose field `field` is the link `link`. Steps back
+ * from the link to the struct around it:
+ *
+ *      struct x { int a; struct cube_list link; };
+ *               ^        ^
+ *               |        p
+ *               CUBE_OF(p, struct x, link)
+ */
 #define CUBE_OF(link, type, field) \
     ((type *)(void *)((char *)(link) - offsetof(type, field)))
 
@@ -2334,7 +2396,8 @@ static void cube_list_add(struct cube_list *head, struct cube_list *link)
 }
 
 /* Takes it out of the list it is in; harmless for one that is in none, if it
- * was initialised or zeroed. */
+ * was initialised or zeroed. A link that was removed points to itself and can
+ * be removed or added again. */
 static void cube_list_remove(struct cube_list *link)
 {
     if (!link->next)
@@ -2346,13 +2409,28 @@ static void cube_list_remove(struct cube_list *link)
 
 /* ---- Maps ---- */
 
+/* The hash is kept so that growing needs no key, and a search compares texts
+ * only where they are almost certainly equal. */
 struct cube_map_entry {
     char *key; /* NULL: a hole */
     void *value;
     uint64_t hash;
 };
 
-/* From texts to pointers; the keys are copied, the values are borrowed. */
+/*
+ * From texts to pointers; the keys are copied, the values are borrowed.
+ *
+ *                          entries              used  count
+ *      put web, db, cache  web  db  cache        3     3
+ *      remove db           web  -   cache        3     2
+ *      put log             web  -   cache  log   4     3
+ *      growth              web  cache  log       3     3
+ *
+ * A removal clears the key and leaves slot and entry where they are: other
+ * keys were put behind that slot when it was taken, and a search that found
+ * it free would stop before them. When the entries are full, the holes are
+ * closed and all slots are written anew.
+ */
 struct cube_map {
     struct cube_map_entry *entries;
     uint32_t *slots;      /* index into entries + 1; 0 is free */
@@ -2362,11 +2440,14 @@ struct cube_map {
     uint64_t seed;
 };
 
+/* `by` is 1 to 63: a shift by 64 would be undefined. */
 static uint64_t cube_rotl(uint64_t x, int by)
 {
     return x << by | x >> (64 - by);
 }
 
+/* One SipRound: additions, rotations and exclusive ors over the four words of
+ * the state. It has no table, so nothing about the key shows in the time. */
 static void cube_sip_round(uint64_t v[4])
 {
     v[0] += v[1];
@@ -2381,6 +2462,7 @@ static void cube_sip_round(uint64_t v[4])
     v[2] = cube_rotl(v[2], 32);
 }
 
+/* `len` bytes, at most 8, little-endian; the missing high ones are 0. */
 static uint64_t cube_le64(const unsigned char *p, size_t len)
 {
     uint64_t v = 0;
@@ -2390,7 +2472,15 @@ static uint64_t cube_le64(const unsigned char *p, size_t len)
     return v;
 }
 
-/* SipHash-2-4 (Aumasson and Bernstein, 2012) of a text. */
+/*
+ * SipHash-2-4 (Aumasson and Bernstein, 2012) of `len` bytes under the key k0,
+ * k1: two rounds for each word of 8 bytes, four at the end. The last word
+ * holds what is left and, in its highest byte, the length modulo 256:
+ *
+ *      "hello cubes"    "hello cu"  |  'b' 'e' 's' 0 0 0 0 11
+ *
+ * A length that is a multiple of 8 gets a last word, too, with no bytes in it.
+ */
 static uint64_t cube_siphash(uint64_t k0, uint64_t k1, const void *data,
                              size_t len)
 {
@@ -2420,13 +2510,17 @@ static uint64_t cube_siphash(uint64_t k0, uint64_t k1, const void *data,
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-/* A zeroed map is a map with seed 0. */
+/* A zeroed map is a map with seed 0. The seed should be random where keys come
+ * from outside: who can compute the hashes could send keys that all meet in
+ * one slot. */
 static void cube_map_init(struct cube_map *m, uint64_t seed)
 {
     memset(m, 0, sizeof *m);
     m->seed = seed;
 }
 
+/* The values are the caller's, who walks the map before. Ready for use
+ * again. */
 static void cube_map_free(struct cube_map *m)
 {
     for (size_t i = 0; i < m->used; i++)
@@ -2436,6 +2530,8 @@ static void cube_map_free(struct cube_map *m)
     cube_map_init(m, m->seed);
 }
 
+/* Puts the entry's number into the first free slot from its hash on. There is
+ * one: at most half of them are taken. */
 static void cube_map_index(struct cube_map *m, size_t entry)
 {
     size_t mask = m->slot_count - 1;
@@ -2446,7 +2542,10 @@ static void cube_map_index(struct cube_map *m, size_t entry)
     m->slots[i] = (uint32_t)entry + 1;
 }
 
-/* Closes the holes and makes room for as many entries again. */
+/* Closes the holes and makes room for as many entries again. Room for twice as
+ * many as are left without the holes, so a map of which as much is removed as
+ * put keeps its size, and a put costs a constant on average. Entries move:
+ * pointers to them do not survive this. */
 static void cube_map_grow(struct cube_map *m)
 {
     size_t n = 0;
@@ -2466,6 +2565,7 @@ static void cube_map_grow(struct cube_map *m)
         cube_map_index(m, i);
 }
 
+/* Ends at a free slot. A hole is passed: its key is NULL. */
 static struct cube_map_entry *cube_map_find(const struct cube_map *m,
                                             const char *key, size_t len)
 {
@@ -2483,6 +2583,7 @@ static struct cube_map_entry *cube_map_find(const struct cube_map *m,
     return NULL;
 }
 
+/* The value, or NULL; a NULL that was put cannot be told from none. */
 static void *cube_map_getn(const struct cube_map *m, const char *key,
                            size_t len)
 {
@@ -2496,7 +2597,8 @@ static void *cube_map_get(const struct cube_map *m, const char *key)
     return cube_map_getn(m, key, strlen(key));
 }
 
-/* Puts `value` there and returns what was there before, or NULL. */
+/* Puts `value` there and returns what was there before, or NULL. A key that is
+ * there keeps its place in the order. */
 static void *cube_map_put(struct cube_map *m, const char *key, void *value)
 {
     size_t len = strlen(key);
@@ -2519,7 +2621,8 @@ static void *cube_map_put(struct cube_map *m, const char *key, void *value)
     return NULL;
 }
 
-/* Removes it and returns its value, or NULL. Safe during a walk. */
+/* Removes it and returns its value, or NULL. Safe during a walk. What the walk
+ * has not reached yet is still found by it. */
 static void *cube_map_remove(struct cube_map *m, const char *key)
 {
     struct cube_map_entry *e = cube_map_find(m, key, strlen(key));
@@ -2552,6 +2655,7 @@ static bool cube_map_next(const struct cube_map *m, size_t *at,
 
 /* ---- Hex, base64, SHA-256 ---- */
 
+/* 0 to 15; -1 for what is none. Both cases. */
 static int cube_hex_digit(char c)
 {
     if (c >= '0' && c <= '9')
@@ -2575,7 +2679,16 @@ static void cube_hex(const unsigned char *p, size_t len, char *out)
 static const char cube_base64_digits[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-/* RFC 4648 section 4, or with `is_url` section 5, both padded. */
+/*
+ * Adds RFC 4648 section 4, or with `is_url` section 5, both padded. Three
+ * bytes are 24 bits are four digits of 6; what is missing of three is 0 in the
+ * digits and `=` where a digit has no bit of it at all:
+ *
+ *      M        a        n          left  digits
+ *      01001101 01100001 01101110   3     010011 010110 000101 101110   TWFu
+ *      01001101 01100001            2     010011 010110 000100          TWE=
+ *      01001101                     1     010011 010000                 TQ==
+ */
 static void cube_base64_encode(struct cube_buf *out, const void *data,
                                size_t len, bool is_url)
 {
@@ -2597,7 +2710,10 @@ static void cube_base64_encode(struct cube_buf *out, const void *data,
     }
 }
 
-/* Both alphabets, padded or not; -1 for anything else. */
+/* Both alphabets, padded or not; -1 for anything else. The bits wait in `v`
+ * until there are eight of them. One digit alone is less than a byte, so an
+ * end with 6 bits left over cannot have been written by anybody. What was
+ * decoded before an error stays in `out`. */
 static int cube_base64_decode(struct cube_buf *out, const char *text,
                               size_t len)
 {
@@ -2622,6 +2738,8 @@ static int cube_base64_decode(struct cube_buf *out, const char *text,
     return bits == 6 ? -1 : 0;
 }
 
+/* The first 32 bits of the fractional parts of the cube roots of the first 64
+ * primes: numbers that nobody could have chosen for a purpose. */
 static const uint32_t cube_sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
@@ -2640,7 +2758,9 @@ static uint32_t cube_rotr32(uint32_t x, int by)
     return x >> by | x << (32 - by);
 }
 
-/* One block of FIPS 180-4 section 6.2.2. */
+/* One block of FIPS 180-4 section 6.2.2. `v` holds the working variables a ..
+ * h; the shift of all eight, which the standard writes as eight assignments,
+ * is the memmove. */
 static void cube_sha256_block(uint32_t h[8], const unsigned char *p)
 {
     uint32_t w[64], v[8];
@@ -2673,6 +2793,14 @@ static void cube_sha256_block(uint32_t h[8], const unsigned char *p)
         h[i] += v[i];
 }
 
+/*
+ * The last one or two blocks are made here: the rest of the text, a one bit,
+ * zeros, and the length in bits as eight bytes, big-endian. Nine bytes must
+ * fit behind the rest, or there are two blocks:
+ *
+ *      rest 55   [ 55 bytes | 80 | length 8 ]                         64
+ *      rest 56   [ 56 bytes | 80 | 0 ... ] [ 0 ... 0 | length 8 ]     128
+ */
 static void cube_sha256(const void *data, size_t len, unsigned char out[32])
 {
     uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
@@ -2710,6 +2838,8 @@ static bool cube_secret_is(const char *p, size_t len, const char *secret)
 
 /* ---- UUIDs ---- */
 
+/* Five groups of 4, 2, 2, 2 and 6 bytes, in lower case. Everywhere in Cube an
+ * ID has this form, so IDs are compared as texts. */
 static void cube_uuid_write(const unsigned char id[16],
                             char out[CUBE_UUID_TEXT])
 {
@@ -2720,6 +2850,13 @@ static void cube_uuid_write(const unsigned char id[16],
                    hex + 8, hex + 12, hex + 16, hex + 20);
 }
 
+/*
+ * RFC 9562 version 4: 122 random bits, 4 that say the version, 2 the variant.
+ *
+ *      efeadce0-d016-4a39-882a-d2c5196cce1c
+ *                    ^    ^
+ *                    4    8, 9, a or b
+ */
 CUBE_API void cube_uuid_new(const struct cube_world *w,
                             char out[CUBE_UUID_TEXT])
 {
@@ -2733,6 +2870,19 @@ CUBE_API void cube_uuid_new(const struct cube_world *w,
     cube_uuid_write(id, out);
 }
 
+/*
+ * The forms that Go's package reads, since its users' files have them; the
+ * result is always the first. -1 for anything else, with `out` as it was.
+ *
+ *      efeadce0-d016-4a39-882a-d2c5196cce1c             36 characters
+ *      urn:uuid:efeadce0-d016-4a39-882a-d2c5196cce1c    45
+ *      {efeadce0-d016-4a39-882a-d2c5196cce1c}           38
+ *      efeadce0d0164a39882ad2c5196cce1c                 32
+ *
+ * Version and variant are not looked at: other programs' IDs are IDs. In front
+ * of 32 plain digits the other two would have a length that is not listed, so
+ * "{...}" and "urn:uuid:" go with dashes alone.
+ */
 CUBE_API int cube_uuid_parse(const char *text, size_t len,
                              char out[CUBE_UUID_TEXT])
 {
@@ -2769,8 +2919,12 @@ CUBE_API int cube_uuid_parse(const char *text, size_t len,
 
 /* ---- Times ---- */
 
+/* 719162 days from 0001-01-01, where Go's time begins, to 1970-01-01. Counting
+ * from there makes an unset time all zeros, here as in Go. */
 #define CUBE_SEC_TO_1970 62135596800
 
+/* In UTC. C's division rounds towards 0, so before 1970 a second is borrowed:
+ * -1 ns is 23:59:59.999999999. */
 CUBE_API struct cube_time cube_time_from_ns(int64_t unix_ns)
 {
     struct cube_time t = {0, 0, 0};
@@ -2785,6 +2939,8 @@ CUBE_API struct cube_time cube_time_from_ns(int64_t unix_ns)
     return t;
 }
 
+/* 64 bits of nanoseconds reach from 1677 to 2262. Times outside, an unset one
+ * too, give the end they lie beyond, so that comparing still orders them. */
 CUBE_API int64_t cube_time_to_ns(const struct cube_time *t)
 {
     int64_t sec = t->sec - CUBE_SEC_TO_1970;
@@ -2801,8 +2957,20 @@ CUBE_API bool cube_time_is_set(const struct cube_time *t)
     return t->sec != 0 || t->nsec != 0;
 }
 
-/* Days since 0001-01-01 in the Gregorian calendar. March is taken as the
- * first month, so that the leap day is the last of its year. */
+/*
+ * Days since 0001-01-01 in the Gregorian calendar. March is taken as the first
+ * month, so that the leap day is the last of its year and moves nothing behind
+ * it. Then the days before month m are (153 m + 2) / 5, rounded down, since
+ * from March on five months have 153 days, again and again:
+ *
+ *      m       0   1   2   3   4   5   6   7   8   9   10  11
+ *      month   Mar Apr May Jun Jul Aug Sep Oct Nov Dec Jan Feb
+ *      days    31  30  31  30  31  31  30  31  30  31  31  28 or 29
+ *      before  0   31  61  92  122 153 184 214 245 275 306 337
+ *
+ * 2000-03-01: y 2000, m 0, so 730000 + 500 - 20 + 5 + 0 + 1 - 307 = 730179.
+ * January and February belong to the year before; 307 makes 0001-01-01 day 0.
+ */
 static int64_t cube_days_of(int64_t year, int month, int day)
 {
     int64_t y = month <= 2 ? year - 1 : year;
@@ -2817,6 +2985,7 @@ static bool cube_year_is_leap(int64_t y)
     return (y % 4 == 0 && y % 100 != 0) || y % 400 == 0;
 }
 
+/* `month` is 1 to 12. */
 static int cube_days_in(int64_t year, int month)
 {
     static const int days[] = {31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31};
@@ -2824,7 +2993,10 @@ static int cube_days_in(int64_t year, int month)
     return days[month - 1] + (month == 2 && cube_year_is_leap(year));
 }
 
-/* The date of a day number; the year is guessed and corrected. */
+/* The date of a day number, which must not be negative. The year is guessed
+ * from years of 366 days, which is never too late, and corrected by what is
+ * left: a step brings it much nearer, so a few steps do for any year. The
+ * months are counted off. */
 static void cube_date_of(int64_t days, int64_t *year, int *month, int *day)
 {
     int64_t y = days / 366 + 1;
@@ -2848,6 +3020,16 @@ static char *cube_time_put(char *out, int v, int digits)
     return out + digits;
 }
 
+/*
+ * RFC 3339 as Go's RFC3339Nano has it: at the time's own offset, fractions of
+ * a second without the zeros at their end and without the point when there are
+ * none.
+ *
+ *      2025-03-01T10:11:12Z     2025-03-01T12:11:12.5+02:00
+ *
+ * What lies before year 1 at that offset is written as its first instant: four
+ * digits cannot say more.
+ */
 CUBE_API void cube_time_format(const struct cube_time *t,
                                char out[CUBE_TIME_TEXT])
 {
@@ -2885,7 +3067,8 @@ CUBE_API void cube_time_format(const struct cube_time *t,
     *out = 0;
 }
 
-/* Reads exactly `digits` decimal digits; -1 when there are others. */
+/* Reads exactly `digits` decimal digits; -1 when there are others. The caller
+ * knows that so many bytes are there. */
 static int cube_time_digits(const char *p, int digits)
 {
     int v = 0;
@@ -2898,7 +3081,8 @@ static int cube_time_digits(const char *p, int digits)
     return v;
 }
 
-/* The `+02:00` or `Z` at the end. */
+/* The `+02:00` or `Z` at the end. To minutes east of Greenwich. A small z is
+ * refused, as Go does. */
 static int cube_time_parse_zone(const char *p, size_t len, int16_t *out)
 {
     int hours, minutes;
@@ -2916,6 +3100,17 @@ static int cube_time_parse_zone(const char *p, size_t len, int16_t *out)
     return 0;
 }
 
+/*
+ * RFC 3339, and only dates that exist: no 30 February, no second 60, which no
+ * clock here shows. -1 for anything else. The offset is kept, so that a time
+ * is printed as it was written.
+ *
+ *      0    5  8  11 14 17 19
+ *      2025-03-01T10:11:12.25+02:00
+ *
+ * `text` need not end with a NUL, so 20 bytes are asked for before any is
+ * read: 19 and at least the Z.
+ */
 CUBE_API int cube_time_parse(const char *text, size_t len,
                              struct cube_time *out)
 {
@@ -2953,7 +3148,10 @@ CUBE_API int cube_time_parse(const char *text, size_t len,
 
 /* ---- Files ---- */
 
-/* Reads a whole file, /proc included, of at most `cap` bytes. */
+/* Reads a whole file, /proc included, of at most `cap` bytes. What `out` held
+ * is gone; after a failure its content is anything. The size is not asked for:
+ * files in /proc have none and grow while they are read. One that is larger
+ * than `cap` is an error and not cut: half a file means something else. */
 static int cube_file_read(const struct cube_world *w, const char *path,
                           struct cube_buf *out, size_t cap,
                           struct cube_err *err)
@@ -2965,6 +3163,8 @@ static int cube_file_read(const struct cube_world *w, const char *path,
         return cube_fail(err, cube_errno_code(fd), "open %s: %s", path,
                          cube_errno_text(fd));
     cube_buf_clear(out);
+    /* a read beyond the cap is how a file that is too large is told from one
+     * that just fits */
     while (n > 0 && out->len <= cap) {
         cube_buf_reserve(out, 4096);
         n = w->pread(w->ctx, fd, out->data + out->len, 4096,
@@ -2983,7 +3183,8 @@ static int cube_file_read(const struct cube_world *w, const char *path,
     return 0;
 }
 
-/* The directory that `path` is in, "." if it names none. */
+/* The directory that `path` is in, "." if it names none. "/a/b" is in "/a",
+ * "/a" in "/", "a" in ".". */
 static void cube_path_dir(const char *path, struct cube_buf *out)
 {
     const char *slash = strrchr(path, '/');
@@ -2995,7 +3196,8 @@ static void cube_path_dir(const char *path, struct cube_buf *out)
         cube_buf_add(out, path, slash == path ? 1 : (size_t)(slash - path));
 }
 
-/* Writes all of it; a negative errno value when it cannot. */
+/* Writes all of it; a negative errno value when it cannot. Calls until it is
+ * done: a single write may take only a part. */
 static int cube_file_write_all(const struct cube_world *w, int fd,
                                const void *data, size_t len, int64_t at)
 {
@@ -3013,8 +3215,19 @@ static int cube_file_write_all(const struct cube_world *w, int fd,
     return 0;
 }
 
-/* Replaces the file by these bytes, or leaves it as it was: written beside
- * it, synced, renamed, and the directory synced. */
+/*
+ * Replaces the file by these bytes, or leaves it as it was, whenever the power
+ * goes:
+ *
+ *      write PATH.new     old file; a PATH.new of any content
+ *      sync it            old file; PATH.new whole
+ *      rename             old file or new file
+ *      sync directory     new file
+ *
+ * Only after the last step may anybody be told. A PATH.new that a crash has
+ * left is overwritten by the next call. When the last step fails, the new file
+ * may be there already: the caller is told -1 and may try again.
+ */
 static int cube_file_replace(const struct cube_world *w, const char *path,
                              const void *data, size_t len,
                              struct cube_err *err)
@@ -3043,7 +3256,11 @@ static int cube_file_replace(const struct cube_world *w, const char *path,
     return r < 0 ? -1 : 0;
 }
 
-/* Makes a directory and those above it; one that exists is fine. */
+/* Makes a directory and those above it; one that exists is fine. Each prefix
+ * that ends before a slash is made in turn, "/a", "/a/b", "/a/b/c": asking
+ * first whether it is there would be one more call and no safer. A prefix that
+ * is a file shows when the next one is made, or when the directory is used.
+ * What was made stays after a failure. */
 static int cube_dir_make(const struct cube_world *w, const char *path,
                          struct cube_err *err)
 {
