@@ -5245,7 +5245,12 @@ static void cube_store_put64(uint8_t *p, uint64_t v)
 }
 
 /* Little numbers take one byte: 7 bits a byte, the lowest first, the top bit
- * set on all but the last (LEB128). 300 = 0x12c is ac 02. */
+ * set on all but the last (LEB128). 300 = 0x12c is ac 02. A number takes 1 to
+ * 5 bytes:
+ *
+ *     below 128  1      below 2^14  2      below 2^21  3      else 4 or 5
+ *
+ * p has room for 5; the count that was used is returned. */
 static size_t cube_store_put_var(uint8_t *p, uint32_t v)
 {
     size_t n = 0;
@@ -5265,7 +5270,8 @@ static void cube_store_add_var(struct cube_buf *b, uint32_t v)
     cube_buf_add(b, p, cube_store_put_var(p, v));
 }
 
-/* Reads a number that is known to be whole; moves *p behind it. */
+/* Reads a number that is known to be whole; moves *p behind it. Only for pages
+ * that cube_store_page_ok has seen, and for what this chapter built itself. */
 static uint32_t cube_store_get_var(const uint8_t **p)
 {
     uint32_t v = **p & 0x7f;
@@ -5300,7 +5306,9 @@ static uint64_t cube_store_align(uint64_t at)
     return (at + CUBE_STORE_ALIGN - 1) & ~(uint64_t)(CUBE_STORE_ALIGN - 1);
 }
 
-/* The order of keys: as memcmp has it, a prefix first. */
+/* The order of keys: as memcmp has it, a prefix first. Never an equality of
+ * different bytes: what is equal is one key. There is no collation; who wants
+ * numbers in order writes them with the highest byte first. */
 static int cube_store_order(const uint8_t *a, size_t a_len, const uint8_t *b,
                             size_t b_len)
 {
@@ -5309,8 +5317,10 @@ static int cube_store_order(const uint8_t *a, size_t a_len, const uint8_t *b,
     return r ? r : (a_len > b_len) - (a_len < b_len);
 }
 
-/* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005).
- * The tables are a store's own, since nothing here outlives its owner. */
+/* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005). The
+ * tables are a store's own, since nothing here outlives its owner. A checksum
+ * of two pieces is that of the second, begun with that of the first:
+ * crc(crc(0, a), b) = crc(0, ab). "123456789" gives e3069283. */
 struct cube_store_crc {
     uint32_t t[8][256];
 };
@@ -5377,7 +5387,9 @@ struct cube_store_file {
     uint64_t synced;   /* all before this is on disk */
 };
 
-/* Where a page or a value stands, and what it must be. len 0: nowhere. */
+/* Where a page or a value stands, and what it must be. len 0: nowhere. It
+ * vouches for what it leads to, so a tree needs no checksums inside of its
+ * pages. */
 struct cube_store_ref {
     uint64_t at;
     uint32_t len, crc;
@@ -5395,7 +5407,9 @@ static void cube_store_file_drop(struct cube_store_file *f)
     cube_free(f);
 }
 
-/* The words of every complaint about damage: which file, where, what. */
+/* The words of every complaint about damage: which file, where, what. Always
+ * -1, so that a caller can return it. Nothing is repaired and nothing
+ * forgotten here: what was read before stays valid. */
 static int cube_store_corrupt(const struct cube_store_file *f, uint64_t at,
                               const char *what, struct cube_err *err)
 {
@@ -5403,7 +5417,10 @@ static int cube_store_corrupt(const struct cube_store_file *f, uint64_t at,
                      (unsigned long long)at, what);
 }
 
-/* How many of these bytes the file has; a negative errno value. */
+/* How many of these bytes the file has; a negative errno value. Fewer than
+ * asked for means that the file ends there. An interrupted call is repeated, a
+ * short one continued; in memory the bytes are copied too, so that both kinds
+ * have one way of ownership. */
 static int64_t cube_store_pread(const struct cube_store_file *f, uint64_t at,
                                 void *data, size_t len)
 {
@@ -5433,7 +5450,9 @@ static int64_t cube_store_pread(const struct cube_store_file *f, uint64_t at,
     return (int64_t)got;
 }
 
-/* Reads all of it, or fails. */
+/* Reads all of it, or fails. After a failure data is undefined. A file that is
+ * too short is damage, with the offset of the first byte that is missing,
+ * since nobody asks for bytes to which no reference leads. */
 static int cube_store_read(const struct cube_store_file *f, uint64_t at,
                            void *data, size_t len, struct cube_err *err)
 {
@@ -5448,7 +5467,9 @@ static int cube_store_read(const struct cube_store_file *f, uint64_t at,
     return 0;
 }
 
-/* Writes all of it; a negative errno value when it cannot. */
+/* Writes all of it; a negative errno value when it cannot. A failure may leave
+ * any part of it written; the file's end does not move, so the next write goes
+ * over it. In memory a write also cuts off what was behind it. */
 static int cube_store_write(struct cube_store_file *f, uint64_t at,
                             const void *data, size_t len)
 {
@@ -5475,7 +5496,9 @@ static int cube_store_write(struct cube_store_file *f, uint64_t at,
     return 0;
 }
 
-/* Zeros from .. to-1, in pieces that end where the system's pages end. */
+/* Zeros from .. to-1, in pieces that end where the system's pages end. A
+ * failure leaves some of them written, which harms nobody: what is behind the
+ * end is not believed anyway. */
 static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
                                   uint64_t to)
 {
@@ -5494,10 +5517,17 @@ static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
 }
 
 /* Lays out zeros ahead, an eighth of the file within bounds, so that syncing
- * the next records has no new size and no new blocks to record, which costs
- * as much again as the data. Where it cannot, the record itself may still
- * fit. A record larger than an extent is written without: its sync costs more
- * than the new size does. */
+ * the next records has no new size and no new blocks to record, which costs as
+ * much again as the data. Where it cannot, the record itself may still fit. A
+ * record larger than an extent is written without: its sync costs more than
+ * the new size does. It never fails: the room is a favour to later syncs, not
+ * a promise.
+ *
+ *      end                size           to, a multiple of 4096
+ *       |  need  |         |              |
+ *     --+--------+---------+--------------+
+ *       |  record  0 0 0 0 | new zeros    |
+ */
 static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
 {
     uint64_t extent = f->end / 8, to;
@@ -5515,7 +5545,10 @@ static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
         f->size = to;
 }
 
-/* fdatasync, for background work; a commit leaves it to the caller. */
+/* fdatasync, for background work; a commit leaves it to the caller. It blocks
+ * for as long as the disk takes. A failure is final for this file: the system
+ * may have marked the pages clean that it lost, so the caller must not try
+ * again but write a new file. */
 static int cube_store_sync(struct cube_store_file *f, struct cube_err *err)
 {
     int r = f->fd < 0 ? 0 : f->world->sync(f->world->ctx, f->fd);
@@ -5548,8 +5581,9 @@ static void cube_store_file_head(const struct cube_store_file *f,
     cube_store_put32(out + 60, cube_store_crc(f->crc, 0, out, 60));
 }
 
-/* Checks them, and takes the ID over. A file that is too short to hold them
- * is none of ours: ours get their name only when they are whole. */
+/* Checks them, and takes the ID over. A file that is too short to hold them is
+ * none of ours: ours get their name only when they are whole. f->id and
+ * nothing else is changed; every record's checksum depends on it. */
 static int cube_store_file_read_head(struct cube_store_file *f,
                                      struct cube_err *err)
 {
@@ -5591,7 +5625,11 @@ static int cube_store_file_read_head(struct cube_store_file *f,
  *         48   12  zeros
  *         60    4  CRC-32C of the file's ID and the 60 bytes before
  *
- * The body is padded with zeros to a multiple of 16. */
+ * The body is padded with zeros to a multiple of 16.
+ * A record is believed when four things agree: the letters, the place it says
+ * it has, its own checksum, and (when the chain is followed) the checksum of
+ * the one before. The place stops a copy of a record elsewhere, say inside a
+ * value, from passing for one. */
 struct cube_store_rec {
     uint8_t kind;
     uint32_t len;
@@ -5614,7 +5652,9 @@ static uint64_t cube_store_rec_end(const struct cube_store_rec *r)
     return cube_store_align(r->at + CUBE_STORE_HEAD + r->len);
 }
 
-/* Writes the header, and leaves its checksum in r. */
+/* Writes the header, and leaves its checksum in r. p has room for 64 bytes.
+ * The body's checksum is in r already; it is covered by the header's, so that
+ * one number vouches for both. */
 static void cube_store_rec_encode(const struct cube_store_file *f,
                                   struct cube_store_rec *r, uint8_t *p)
 {
@@ -5632,7 +5672,8 @@ static void cube_store_rec_encode(const struct cube_store_file *f,
     cube_store_put32(p + 60, r->crc);
 }
 
-/* Are these 64 bytes, which stand at this offset, a record's header? */
+/* Are these 64 bytes, which stand at this offset, a record's header? Its body
+ * is not looked at. r is changed even where the answer is no. */
 static bool cube_store_rec_decode(const struct cube_store_file *f,
                                   uint64_t at, const uint8_t *p,
                                   struct cube_store_rec *r)
@@ -5663,7 +5704,10 @@ static void cube_store_rec_begin(struct cube_buf *b)
 }
 
 /* Writes a record at the end of the file, not yet synced. After a failure the
- * file ends where it did; what was written of it will be written over. */
+ * file ends where it did; what was written of it will be written over. On
+ * success f->end, f->size and f->last_crc have moved; f->base and f->synced
+ * have not, they only move after a sync. b keeps the record, and the caller
+ * begins it anew. */
 static int cube_store_rec_append(struct cube_store_file *f, uint8_t kind,
                                  struct cube_buf *b, uint64_t commit,
                                  struct cube_err *err)
@@ -5697,7 +5741,8 @@ static int cube_store_rec_append(struct cube_store_file *f, uint8_t kind,
 }
 
 /* Reads the header of the record at this offset: 1, or 0 if there is none, or
- * -1. */
+ * -1. A header that is torn or is no header at all is not a failure: the end
+ * of the log looks like that. */
 static int cube_store_rec_head(const struct cube_store_file *f, uint64_t at,
                                struct cube_store_rec *r, struct cube_err *err)
 {
@@ -5710,7 +5755,10 @@ static int cube_store_rec_head(const struct cube_store_file *f, uint64_t at,
     return n == CUBE_STORE_HEAD && cube_store_rec_decode(f, at, p, r);
 }
 
-/* Reads its body into out: 1, or 0 if it is not whole, or -1. */
+/* Reads its body into out: 1, or 0 if it is not whole, or -1. The buffer is
+ * the caller's; its old content is lost in each case. "Not whole" covers a
+ * body that is cut short and one whose checksum does not match: which of them
+ * is damage depends on where it stands, so the caller judges. */
 static int cube_store_rec_body(const struct cube_store_file *f,
                                const struct cube_store_rec *r,
                                struct cube_buf *out, struct cube_err *err)
@@ -5759,7 +5807,9 @@ static int cube_store_rec_body(const struct cube_store_file *f,
  *
  * Keys stand close together, apart from the values, since a search looks at
  * several keys and at one value: what it touches is a few lines of the
- * processor's cache. */
+ * processor's cache.
+ * Borrowed: all of it leads into a page that must stay pinned as long as the
+ * item is looked at. */
 struct cube_store_item {
     const uint8_t *key, *val; /* val: NULL unless it stands in the page */
     uint32_t key_len, val_len;
@@ -5783,7 +5833,9 @@ static const uint8_t *cube_store_page_key(const uint8_t *page, uint32_t i,
     return p;
 }
 
-/* All of entry i; pointers lead into the page. */
+/* All of entry i; pointers lead into the page. The page has passed
+ * cube_store_page_ok, so nothing is checked again. Which of val and ref is set
+ * says where the value is: val in this page, else ref elsewhere in the file. */
 static void cube_store_page_item(const uint8_t *page, uint32_t i,
                                  struct cube_store_item *out)
 {
@@ -5833,7 +5885,9 @@ static uint32_t cube_store_page_find(const uint8_t *page, const uint8_t *key,
 }
 
 /* The child that a key belongs to: the last one that begins at or before it,
- * else the first. In a branch of a, d, f: 1 for d and for e, 2 for g. */
+ * else the first. In a branch of a, d, f: 1 for d and for e, 2 for g. Keys
+ * before the first one belong to the first child: a tree has no page left of
+ * it, and a new smallest key goes there. */
 static uint32_t cube_store_page_child(const uint8_t *page,
                                       const uint8_t *key, size_t key_len)
 {
@@ -5843,7 +5897,9 @@ static uint32_t cube_store_page_child(const uint8_t *page,
     return is_equal || i == 0 ? i : i - 1;
 }
 
-/* Is this entry whole, within the page? */
+/* Is this entry whole, within the page? It must end before the page does, and
+ * so must a value that stands in the page. References are not followed:
+ * whoever does so checks them (cube_store_load). */
 static bool cube_store_page_entry_ok(const uint8_t *page, size_t len,
                                      uint32_t i)
 {
@@ -5872,7 +5928,10 @@ static bool cube_store_page_entry_ok(const uint8_t *page, size_t len,
 }
 
 /* Can the rest of this chapter trust the shape of these bytes? A checksum
- * tells accidents; a file made up by somebody has right checksums. */
+ * tells accidents; a file made up by somebody has right checksums. It looks at
+ * each entry once, when the page is read; after that every search may rely on
+ * it. Keys must rise strictly, since a binary search over unsorted ones would
+ * find nothing and say so. */
 static bool cube_store_page_ok(const uint8_t *page, size_t len)
 {
     const uint8_t *last = NULL;
@@ -5904,7 +5963,17 @@ static bool cube_store_page_ok(const uint8_t *page, size_t len)
  * Pages and values that were read and found right, by file and offset; a hash
  * table with chains. When it is over its size a hand goes round the table and
  * frees what was not used since it last came by (the clock algorithm). What
- * is pinned stays. */
+ * is pinned stays.
+ * Freed when it is neither pinned nor cached. A pin is a promise to a pointer:
+ * who holds one may read data, and nobody frees or moves it meanwhile.
+ *
+ *                   fetch              shrink, forget
+ *      (on disk) ---------> cached ----------------------> freed
+ *                           |    ^                           ^
+ *                     fetch |    | unpin                     |
+ *                           v    |        forget             | last
+ *                        cached, pinned ---------> pinned ---+ unpin
+ */
 struct cube_store_ext {
     struct cube_store_ext *next;
     uint64_t at;
@@ -5916,6 +5985,8 @@ struct cube_store_ext {
     uint8_t data[];
 };
 
+/* An object's: it belongs to the store and lasts as long. Its bytes count the
+ * table too, so that max_bytes is an honest figure. */
 struct cube_store_cache {
     struct cube_store_ext **slots;
     size_t slot_count, count, hand; /* slot_count: a power of two */
@@ -5961,7 +6032,8 @@ static void cube_store_cache_grow(struct cube_store_cache *c)
     cube_free(old.slots);
 }
 
-/* Takes *at out of its chain; freed now or with its last pin. */
+/* Takes *at out of its chain; freed now or with its last pin. Afterwards *at
+ * leads to the one behind it, so a loop over a chain goes on without a step. */
 static void cube_store_cache_remove(struct cube_store_cache *c,
                                     struct cube_store_ext **at)
 {
@@ -5975,8 +6047,11 @@ static void cube_store_cache_remove(struct cube_store_cache *c,
         cube_free(e);
 }
 
-/* Frees until the cache is within its size, or all that is left is pinned:
- * two rounds of the hand find whatever can go. */
+/* Frees until the cache is within its size, or all that is left is pinned: two
+ * rounds of the hand find whatever can go. The first round takes away the
+ * marks of what was hot, the second takes what nobody has used since. It may
+ * end above the limit: pinned entries stay, and their number is bounded by the
+ * cursors that are open. */
 static void cube_store_cache_shrink(struct cube_store_cache *c)
 {
     for (size_t i = 0; c->bytes > c->max_bytes && c->count > 0 &&
@@ -5995,7 +6070,8 @@ static void cube_store_cache_shrink(struct cube_store_cache *c)
     }
 }
 
-/* Forgets what is of this file; of all files with number 0. */
+/* Forgets what is of this file; of all files with number 0. What is pinned
+ * loses its place in the table only; its holders keep the bytes. */
 static void cube_store_cache_forget(struct cube_store_cache *c,
                                     uint32_t file)
 {
@@ -6020,7 +6096,9 @@ static void cube_store_unpin(struct cube_store_ext *e)
 
 /* Reads what a reference names, past the cache; the caller unpins it. All of
  * it must stand before limit, the place of what referred to it, so that no
- * chain of references can go in a circle. */
+ * chain of references can go in a circle. NULL: the reference leads out of the
+ * file or behind limit, the read failed, or the checksum did not match; err
+ * says which and at what offset. Nothing is kept of it then. */
 static struct cube_store_ext *cube_store_load(
         const struct cube_store_file *f, struct cube_store_ref ref,
         uint64_t limit, struct cube_err *err)
@@ -6051,7 +6129,10 @@ static struct cube_store_ext *cube_store_load(
     return e;
 }
 
-/* The same through the cache. */
+/* The same through the cache. What would take more than a quarter of the cache
+ * is read past it, so that one large value does not push out every page; it is
+ * freed with its pin. A hit is compared by file, place and length, not by
+ * checksum: what stands in the cache was checked when it came in. */
 static struct cube_store_ext *cube_store_fetch(
         struct cube_store_cache *c, const struct cube_store_file *f,
         struct cube_store_ref ref, uint64_t limit, struct cube_err *err)
@@ -6080,7 +6161,10 @@ static struct cube_store_ext *cube_store_fetch(
     return e;
 }
 
-/* A page of this level. Where cache is NULL, past it. */
+/* A page of this level. Where cache is NULL, past it. The shape is checked
+ * once for each time that it is read from the file. A level other than the
+ * parent expects is damage, and it is also what bounds the depth: it sinks by
+ * one at each step. */
 static struct cube_store_ext *cube_store_fetch_page(
         struct cube_store_cache *c, const struct cube_store_file *f,
         struct cube_store_ref ref, uint64_t limit, int level,
@@ -6123,6 +6207,8 @@ static struct cube_store_ext *cube_store_fetch_page(
  * next checkpoint. That is what makes a snapshot free of charge. */
 #define CUBE_STORE_TOWER 12
 
+/* One allocation of the overlay's: the struct, height links, the key. val is a
+ * piece of its own, since a later change of the same commit may replace it. */
 struct cube_store_node {
     uint64_t commit;
     uint64_t place;       /* of the value in the file, or 0 */
@@ -6141,6 +6227,8 @@ struct cube_store_chunk {
     _Alignas(8) uint8_t data[];
 };
 
+/* An object's, counted: the view that is current, each snapshot and cursor,
+ * and a walk that merges it hold it. Nodes are only freed with the whole. */
 struct cube_store_mem {
     int refs;
     struct cube_store_chunk *chunks;
@@ -6224,7 +6312,14 @@ static int cube_store_node_order(unsigned tree, const uint8_t *key,
 }
 
 /* Fills prev with the links that lead past the last node before the place;
- * returns the node at or after it, or NULL. prev may be NULL. */
+ * returns the node at or after it, or NULL. prev may be NULL. A few
+ * comparisons for each fourfold of nodes.
+ *
+ *      find c@9 in the drawing above: level 2 goes to b and sees nil, level
+ *      1 sees c@6, which is behind c@9 (later commits stand first): down to
+ *      level 0, and there c@6 is the answer; prev[0] is b@2's link
+ *
+ * UINT64_MAX as the commit so means "before all versions of the key". */
 static struct cube_store_node *cube_store_mem_find(
         struct cube_store_mem *m, unsigned tree, const uint8_t *key,
         size_t key_len, uint64_t commit, struct cube_store_node ***prev)
@@ -6256,7 +6351,9 @@ static int cube_store_mem_height(struct cube_store_mem *m)
 }
 
 /* Puts a change in, or over what the same commit said of the key before; the
- * bytes are copied. *is_new tells which. */
+ * bytes are copied. *is_new tells which. Never fails (out of memory ends the
+ * program). A node that is in the list keeps its place and its height; only
+ * its value changes. */
 static struct cube_store_node *cube_store_mem_put(
         struct cube_store_mem *m, const struct cube_store_node *what,
         const uint8_t *key, bool *is_new)
@@ -6294,7 +6391,10 @@ static struct cube_store_node *cube_store_mem_put(
     return n;
 }
 
-/* Takes a node out; whoever stands on it can still go on from it. */
+/* Takes a node out; whoever stands on it can still go on from it. Its own
+ * links stay as they are, and its memory lives as long as the overlay. A node
+ * that is not in this list is left alone, so the caller need not know in which
+ * of two overlays it stands. */
 static void cube_store_mem_unlink(struct cube_store_mem *m,
                                   const struct cube_store_node *n)
 {
@@ -6307,8 +6407,9 @@ static void cube_store_mem_unlink(struct cube_store_mem *m,
         *prev[i] = n->next[i];
 }
 
-/* The first node of the tree, at n or after it, that is the version of its
- * key which this commit sees; NULL if none. */
+/* The first node of the tree, at n or after it, that is the version of its key
+ * which this commit sees; NULL if none. A deletion is a version like others:
+ * the caller looks at is_del. */
 static struct cube_store_node *cube_store_mem_visible(
         struct cube_store_node *n, unsigned tree, uint64_t commit)
 {
@@ -6330,8 +6431,11 @@ static struct cube_store_node *cube_store_mem_next(
     return cube_store_mem_visible(m, n->tree, commit);
 }
 
-/* The same for the last key before this one; key NULL: the last of all. A
- * list without links backwards searches once per step. */
+/* The same for the last key before this one; key NULL: the last of all. A list
+ * without links backwards searches once per step. A key all of whose versions
+ * are later than commit is passed over, and the search goes on before it; that
+ * is the loop. Looking for the tree after this one finds the end of this one.
+ */
 static struct cube_store_node *cube_store_mem_prev(
         struct cube_store_mem *m, unsigned tree, const uint8_t *key,
         size_t key_len, uint64_t commit)
@@ -6386,6 +6490,9 @@ struct cube_store_tree {
     uint64_t count, bytes;
 };
 
+/* Held by the view, by snapshots and cursors, and by walks; never changed once
+ * it is in use. It keeps its file open, so a snapshot reads on from a file
+ * that a compaction has replaced and the directory no longer names. */
 struct cube_store_roots {
     int refs;
     struct cube_store_file *file;
@@ -6447,7 +6554,8 @@ static void cube_store_roots_encode(const struct cube_store_roots *r,
 }
 
 /* The counterpart; false: these bytes are no roots. Root pages are not looked
- * at before somebody reads them. */
+ * at before somebody reads them. What is checked is the shape: lengths, the
+ * number of trees, levels. After false r is not to be used. */
 static bool cube_store_roots_decode(struct cube_store_roots *r,
                                     const struct cube_buf *b)
 {
@@ -6504,6 +6612,9 @@ struct cube_store_step {
     uint32_t i; /* the entry of the page that the way goes through */
 };
 
+/* A call's, or a cursor's. It is what makes a position cheap to move: the next
+ * entry mostly is one more in the same page. At most CUBE_STORE_DEPTH pages
+ * are pinned by it. */
 struct cube_store_path {
     struct cube_store_cache *cache; /* NULL: past the cache */
     struct cube_store_roots *roots; /* borrowed */
@@ -6520,7 +6631,9 @@ static void cube_store_path_clear(struct cube_store_path *p)
         cube_store_unpin(p->steps[--p->depth].page);
 }
 
-/* Puts a page below the way so far. */
+/* Puts a page below the way so far. -1 leaves the way as it was; the caller
+ * clears it. The page must stand before the one that leads to it, the root
+ * before its record. */
 static int cube_store_path_push(struct cube_store_path *p,
                                 struct cube_store_ref ref, int level,
                                 struct cube_err *err)
@@ -6538,7 +6651,8 @@ static int cube_store_path_push(struct cube_store_path *p,
 }
 
 /* From the page that was pushed last down to a leaf: to its first or last
- * entry, or to where the key is or would be, which may be behind the last. */
+ * entry, or to where the key is or would be, which may be behind the last.
+ * After -1 the way is shorter than it should be and only good for clearing. */
 static int cube_store_path_down(struct cube_store_path *p,
                                 enum cube_store_aim aim, const uint8_t *key,
                                 size_t key_len, struct cube_err *err)
@@ -6565,7 +6679,9 @@ static int cube_store_path_down(struct cube_store_path *p,
     }
 }
 
-/* From the root down; 1, or 0 for an empty tree. */
+/* From the root down; 1, or 0 for an empty tree. A tree that has no number in
+ * these roots is empty: it was named later. key is only looked at with
+ * CUBE_STORE_SEEK. */
 static int cube_store_path_start(struct cube_store_path *p, int tree,
                                  enum cube_store_aim aim, const uint8_t *key,
                                  size_t key_len, struct cube_err *err)
@@ -6581,7 +6697,13 @@ static int cube_store_path_start(struct cube_store_path *p, int tree,
     return 1;
 }
 
-/* One entry on (by is +1) or back (-1): 1, or 0 and the way is cleared. */
+/* One entry on (by is +1) or back (-1): 1, or 0 and the way is cleared. In a
+ * tree [a e] over [a b] and [e f], standing on b:
+ *
+ *      +1: leaf has no more -> up to the root, entry 0 -> entry 1 -> down
+ *          to the first of [e f]
+ *
+ * Each page is read once when one goes through the whole tree. */
 static int cube_store_path_move(struct cube_store_path *p, int by,
                                 struct cube_err *err)
 {
@@ -6610,7 +6732,10 @@ static int cube_store_path_move(struct cube_store_path *p, int by,
 }
 
 /* To the first entry at or after the key (by +1), or the last one before it
- * (by -1). */
+ * (by -1). 1: it stands on an entry; 0: there is none in that direction, and
+ * nothing is pinned; -1. A seek may end behind the last entry of a leaf, since
+ * the key would belong there; the entry wanted is then the first one of the
+ * next leaf, which a move from the last entry finds. */
 static int cube_store_path_seek(struct cube_store_path *p, int tree,
                                 const uint8_t *key, size_t key_len, int by,
                                 struct cube_err *err)
@@ -6646,7 +6771,10 @@ static uint64_t cube_store_path_at(const struct cube_store_path *p)
 /* ---- Views ----
  *
  * What a reader reads: trees, the overlays on top of them, and the last
- * commit that it sees. */
+ * commit that it sees.
+ * While it is held nothing that it reads is freed, moved or written over,
+ * whatever checkpoints and compactions do. Overlays may grow under it; later
+ * commits have higher numbers than it looks at. */
 struct cube_store_view {
     struct cube_store_roots *roots;
     struct cube_store_mem *mem[2]; /* the newer one first; the other or NULL */
@@ -6673,7 +6801,9 @@ static void cube_store_view_drop(struct cube_store_view *v)
     memset(v, 0, sizeof *v);
 }
 
-/* The node that decides about the key, if an overlay does. */
+/* The node that decides about the key, if an overlay does. The overlay that
+ * fills is asked first: what it says is newer than anything in the frozen one.
+ * A deletion decides as well. */
 static const struct cube_store_node *cube_store_view_node(
         const struct cube_store_view *v, int tree, const uint8_t *key,
         size_t key_len)
@@ -6692,7 +6822,8 @@ static const struct cube_store_node *cube_store_view_node(
     return NULL;
 }
 
-/* The entry of a tree, copied to out: 1, 0, -1. */
+/* The entry of a tree, copied to out: 1, 0, -1. No failure leaves a page
+ * pinned; out may hold part of something after -1. */
 static int cube_store_view_lookup(const struct cube_store_view *v,
                                   struct cube_store_cache *cache, int tree,
                                   const uint8_t *key, size_t key_len,
@@ -6778,13 +6909,24 @@ static int cube_store_view_get(const struct cube_store_view *v,
  * than one page is cut into halves. So keys that come in order fill pages,
  * and no page is made of one left-over entry. A page never takes anything
  * from a neighbour that is not being rewritten, but one that would be small
- * pulls its right neighbour in. */
+ * pulls its right neighbour in.
+ * An object's, of the walk that fills it. Entries lie one behind another with
+ * their values, and at[] says where each begins: what is still to be cut into
+ * pages need not be in a page's order.
+ *
+ *      before:  pack of leaves, over two pages' worth   pack above
+ *               | a b c d e f g h i j k l |             | (empty) |
+ *      after:   | f g h i j k l |                       | a -> page [a..e] |
+ */
 struct cube_store_pack {
     struct cube_buf data; /* entries, each with its value behind it */
     uint32_t count;
     uint16_t at[4096];
 };
 
+/* It runs in steps between which commits go on, and looks at nothing that they
+ * change: from is immutable, ops is frozen, and the file only grows. Freed at
+ * any time, it leaves garbage behind, never damage. */
 struct cube_store_walk {
     struct cube_store_cache *cache;
     struct cube_store_roots *from, *to; /* held; to->file is written */
@@ -6805,7 +6947,9 @@ _Static_assert((2 * CUBE_STORE_PAGE + CUBE_STORE_PAGE) / 5 < 4096,
                "a pack has places for all of its entries");
 
 /* A walk from these trees to new ones in out, with these changes (or NULL).
- * Whoever starts it sets in to: commit, count, names, replay. */
+ * Whoever starts it sets in to: commit, count, names, replay. Takes its own
+ * hold of from, out and ops. A copy reads past the cache: each page is wanted
+ * once, and would push out what readers use. */
 static struct cube_store_walk *cube_store_walk_new(
         struct cube_store_cache *cache, struct cube_store_roots *from,
         struct cube_store_file *out, struct cube_store_mem *ops,
@@ -6865,7 +7009,9 @@ static size_t cube_store_pack_bytes(const struct cube_store_pack *p,
     return CUBE_STORE_PAGE_HEAD + 2 * (size_t)(to - from) + end - start;
 }
 
-/* Where the next byte that is put into the group will stand in the file. */
+/* Where the next byte that is put into the group will stand in the file. Right
+ * only until the group is written, and the group is not written before its
+ * step ends; both are why no batch may be appended in the middle of a step. */
 static uint64_t cube_store_walk_at(const struct cube_store_walk *w)
 {
     return w->to->file->end + w->group.len;
@@ -6888,8 +7034,9 @@ static size_t cube_store_pack_value(const struct cube_store_pack *p,
     return len - *head;
 }
 
-/* Lays a page out at the end of the group: the first n entries of a pack,
- * the table of their places before them and their values behind. */
+/* Lays a page out at the end of the group: the first n entries of a pack, the
+ * table of their places before them and their values behind. Values go behind
+ * all entries, so the keys of a page stand close together. */
 static void cube_store_walk_layout(struct cube_store_walk *w, int level,
                                    uint32_t n)
 {
@@ -6922,7 +7069,8 @@ static void cube_store_walk_layout(struct cube_store_walk *w, int level,
 }
 
 /* Writes the first n entries of a pack as a page; leaves in entry what its
- * parent says of it. Returns the length of that. */
+ * parent says of it. Returns the length of that. n is at least 1. The entries
+ * that remain move to the pack's start, with their places counted anew. */
 static size_t cube_store_walk_emit(struct cube_store_walk *w, int level,
                                    uint32_t n,
                                    uint8_t entry[CUBE_STORE_KEY_MAX + 32])
@@ -6950,7 +7098,9 @@ static size_t cube_store_walk_emit(struct cube_store_walk *w, int level,
 }
 
 /* Adds an entry to the pack of a level. A pack that holds two pages gives one
- * away, whose entry then goes to the level above. */
+ * away, whose entry then goes to the level above. A page that is given away
+ * here is as full as entries let it be; two pages' worth is kept back so that
+ * the rest never makes a page that is nearly empty. */
 static void cube_store_walk_add(struct cube_store_walk *w, int level,
                                 const uint8_t *entry, size_t len)
 {
@@ -6971,7 +7121,8 @@ static void cube_store_walk_add(struct cube_store_walk *w, int level,
     }
 }
 
-/* Empties a pack into one page, or two halves. */
+/* Empties a pack into one page, or two halves. A pack never holds more than
+ * two pages' worth, so halves are legal pages. Afterwards it is empty. */
 static void cube_store_walk_flush(struct cube_store_walk *w, int level)
 {
     struct cube_store_pack *p = cube_store_walk_pack(w, level);
@@ -6991,7 +7142,12 @@ static void cube_store_walk_flush(struct cube_store_walk *w, int level)
 }
 
 /* Adds a key with its value to the leaves. The value stays where it is (at
- * place, if it stands in this file), or goes into the leaf, or before it. */
+ * place, if it stands in this file), or goes into the leaf, or before it.
+ *      value of ..        stands in a batch or page     is in memory only
+ *      up to 64 bytes     copied into the leaf          into the leaf
+ *      up to 1024         stays, by reference           into the leaf
+ *      more               stays, by reference           before the leaf
+ */
 static void cube_store_walk_put(struct cube_store_walk *w,
                                 const uint8_t *key, uint32_t key_len,
                                 const uint8_t *val, uint32_t val_len,
@@ -7023,7 +7179,9 @@ static void cube_store_walk_put(struct cube_store_walk *w,
 }
 
 /* Takes an entry of an old leaf over. In the same file its value stays where
- * it is: the bytes of a page that no tree has any more are still there. */
+ * it is: the bytes of a page that no tree has any more are still there. A copy
+ * reads every value, and so notices damage in any of them before the old file
+ * is given up. -1: such a value could not be read. */
 static int cube_store_walk_keep(struct cube_store_walk *w,
                                 const struct cube_store_ext *page,
                                 const struct cube_store_item *i,
@@ -7059,7 +7217,9 @@ static int cube_store_walk_keep(struct cube_store_walk *w,
     return 0;
 }
 
-/* Applies the next change; old is the entry that it replaces, or NULL. */
+/* Applies the next change; old is the entry that it replaces, or NULL. The
+ * counts of the tree follow each change, so that the roots need no pass of
+ * their own to know them. */
 static void cube_store_walk_change(struct cube_store_walk *w,
                                    const struct cube_store_item *old)
 {
@@ -7110,7 +7270,9 @@ static void cube_store_walk_up(struct cube_store_walk *w)
         w->path.steps[w->path.depth - 1].i++;
 }
 
-/* Merges some entries of the leaf with the changes that fall into it. */
+/* Merges some entries of the leaf with the changes that fall into it. At most
+ * 128 entries, so that a step stays short. It can be left in the middle: the
+ * place in the leaf is the path's, the next change is w->op. */
 static int cube_store_walk_leaf(struct cube_store_walk *w,
                                 struct cube_err *err)
 {
@@ -7145,7 +7307,11 @@ static int cube_store_walk_leaf(struct cube_store_walk *w,
     return 0;
 }
 
-/* Takes children over until one has to be gone into, or none is left. */
+/* Takes children over until one has to be gone into, or none is left. A child
+ * is gone into when a change falls into it, when all is copied, or when what
+ * was packed below is less than a quarter of a page and wants more entries.
+ * Before one is taken over all lower packs are flushed, since their keys stand
+ * before its keys. */
 static int cube_store_walk_branch(struct cube_store_walk *w,
                                   struct cube_err *err)
 {
@@ -7220,8 +7386,10 @@ static int cube_store_walk_top(const struct cube_store_walk *w)
     return top;
 }
 
-/* Writes the packs that are left, from the leaves up, until one entry alone
- * is at the top: that is the root. */
+/* Writes the packs that are left, from the leaves up, until one entry alone is
+ * at the top: that is the root. A branch with a single child is no use, so the
+ * level above the last page of all is the root's reference itself. A tree that
+ * has lost its last key has no levels and no root. */
 static void cube_store_walk_finish(struct cube_store_walk *w)
 {
     struct cube_store_tree *t = &w->to->trees[w->tree];
@@ -7279,7 +7447,9 @@ static int cube_store_walk_unit(struct cube_store_walk *w,
 
 /* Goes on for a while and writes the pages that are full. to->count says how
  * many trees there are. 1: there is more to do; 0: to is complete. After -1
- * the walk can only be freed. */
+ * the walk can only be freed. A step writes at most one 'P' record, and adds
+ * nothing to it beyond about 32 kB; that bounds how long it keeps a commit
+ * waiting. */
 static int cube_store_walk_step(struct cube_store_walk *w,
                                 struct cube_err *err)
 {
@@ -7313,7 +7483,9 @@ enum cube_store_phase {
     CUBE_STORE_SWAP    /* the last records, rename */
 };
 
-/* A compaction on its way: a new file beside the old one. */
+/* A compaction on its way: a new file beside the old one. An object's, at most
+ * one per store. Nothing in it is seen by readers before the swap, so it can
+ * be dropped at any point. */
 struct cube_store_comp {
     enum cube_store_phase phase;
     struct cube_store_file *out;
@@ -7384,7 +7556,9 @@ static int cube_store_tree_find(const struct cube_store *s, const char *name)
     return -1;
 }
 
-/* Gives a tree its name, as of a commit; 0: as of none yet. */
+/* Gives a tree its name, as of a commit; 0: as of none yet. The name is not
+ * checked here: it came from cube_store_may_stage, or out of a batch whose
+ * lengths were. */
 static void cube_store_tree_name(struct cube_store *s, int tree,
                                  const char *name, size_t len,
                                  uint64_t commit)
@@ -7428,7 +7602,10 @@ struct cube_store_change {
     uint32_t key_len, val_len;
 };
 
-/* Reads the change at *p and moves behind it; false if there is none. */
+/* Reads the change at *p and moves behind it; false if there is none. The
+ * pointers lead into the bytes that were read. Every length is checked against
+ * its limit and against what is left, so no file can make it read beyond end.
+ */
 static bool cube_store_change_read(const uint8_t **p, const uint8_t *end,
                                    struct cube_store_change *c)
 {
@@ -7453,7 +7630,9 @@ static bool cube_store_change_read(const uint8_t **p, const uint8_t *end,
 }
 
 /* Applies a batch to an overlay. place is where its body stands in the file
- * that the overlay belongs to, or 0. false: these bytes are no batch. */
+ * that the overlay belongs to, or 0. false: these bytes are no batch. After
+ * false the changes before the bad one are applied, which is why the caller
+ * gives the whole store up. */
 static bool cube_store_batch_apply(struct cube_store *s,
                                    struct cube_store_mem *mem,
                                    const struct cube_buf *body,
@@ -7490,7 +7669,10 @@ static bool cube_store_batch_apply(struct cube_store *s,
     return true;
 }
 
-/* Takes a batch's changes out of the overlays again. */
+/* Takes a batch's changes out of the overlays again. The nodes' memory stays
+ * with the overlay until that is freed; *nodes is NULL afterwards. The freeze
+ * at the end of a begin moves a batch from the first overlay to the second, so
+ * both are searched. */
 static void cube_store_undo(struct cube_store *s,
                             struct cube_store_node **nodes)
 {
@@ -7511,6 +7693,9 @@ static void cube_store_undo_names(struct cube_store *s, uint64_t from_commit)
     }
 }
 
+/* Drops the open batch alone: one that is in flight goes on. Its changes are
+ * seen by nobody after this. Trees that it named keep their numbers, and are
+ * named again by the next batch that uses them. */
 CUBE_API void cube_store_rollback(struct cube_store *s)
 {
     cube_store_undo(s, &s->batch_nodes);
@@ -7535,7 +7720,10 @@ static struct cube_store_file *cube_store_file_new(struct cube_store *s,
     return f;
 }
 
-/* A new file with a new ID, "PATH.new" until it is renamed; or in memory. */
+/* A new file with a new ID, "PATH.new" until it is renamed; or in memory. NULL
+ * after a failure, and then nothing is open; an unfinished PATH.new may be
+ * left, which the next one truncates. The first record will continue the
+ * checksum of the head, so the head is part of the chain. */
 static struct cube_store_file *cube_store_file_create(struct cube_store *s,
                                                       struct cube_err *err)
 {
@@ -7606,7 +7794,8 @@ static int cube_store_file_rename(struct cube_store *s, struct cube_err *err)
 
 /* Writes the record that makes walked trees the ones to open. In a new file
  * (is_first) it is its own base, since that file has no name before all of it
- * is on disk. */
+ * is on disk. It is not synced here. After a failure the file's base is what
+ * it was. */
 static int cube_store_roots_write(struct cube_store_roots *r, bool is_first,
                                   struct cube_err *err)
 {
@@ -7688,7 +7877,11 @@ static void cube_store_checkpoint_abort(struct cube_store *s)
     s->pending = NULL;
 }
 
-/* 1: there is more to do; 0: not now; -1. */
+/* 1: there is more to do; 0: not now; -1. It waits (0) while a batch of the
+ * frozen overlay is not on disk, since a walk must not make changes part of
+ * the trees that may still be undone. After a failure nothing is tried again
+ * before a commit has been written: on a full disk that would only burn time.
+ */
 static int cube_store_checkpoint_step(struct cube_store *s,
                                       struct cube_err *err)
 {
@@ -7720,7 +7913,9 @@ static int cube_store_checkpoint_step(struct cube_store *s,
     return r;
 }
 
-/* After a sync of all before end. */
+/* After a sync of all before end. The moment at which trees are replaced.
+ * Readers who hold the old view keep the old trees and the old overlay; the
+ * others see the same keys in the new ones. */
 static void cube_store_checkpoint_synced(struct cube_store *s, uint64_t end)
 {
     if (s->file->synced < end)
@@ -7736,7 +7931,8 @@ static void cube_store_checkpoint_synced(struct cube_store *s, uint64_t end)
     s->checkpoints++;
 }
 
-/* Freezes the overlay; all of it is in records that end at the file's end. */
+/* Freezes the overlay; all of it is in records that end at the file's end.
+ * Called between two batches only, and only when no frozen one is there. */
 static void cube_store_freeze(struct cube_store *s)
 {
     s->view.mem[0]->upto = s->file->end;
@@ -7848,7 +8044,8 @@ static int cube_store_comp_start(struct cube_store *s, struct cube_err *err)
 }
 
 /* Goes on with the walk; when it is done its trees are the ones so far. The
- * root record is not written yet, so their pages are before the end. */
+ * root record is not written yet, so their pages are before the end. 1 as long
+ * as anything is left to do in the compaction; -1. */
 static int cube_store_comp_walk_step(struct cube_store *s,
                                      struct cube_err *err)
 {
@@ -7871,7 +8068,9 @@ static int cube_store_comp_walk_step(struct cube_store *s,
 }
 
 /* Reads the next batch of the old file into c->buf: 1; 0: there is none that
- * is committed; -1. Moves behind it. */
+ * is committed; -1. Moves behind it. It stops at the end of the last commit
+ * that was acknowledged, so a batch in flight, which may yet fail, never gets
+ * into the new file. */
 static int cube_store_comp_read(struct cube_store *s,
                                 struct cube_store_rec *rec,
                                 struct cube_err *err)
@@ -7897,7 +8096,9 @@ static int cube_store_comp_read(struct cube_store *s,
     return 0;
 }
 
-/* Begins the new file's tail: roots, and an empty overlay over them. */
+/* Begins the new file's tail: roots, and an empty overlay over them. The bite
+ * that is not full is read again and not merged: as records in the tail it
+ * costs less than a walk would. */
 static int cube_store_comp_tail(struct cube_store *s, struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
@@ -7976,7 +8177,9 @@ static void cube_store_add_change(struct cube_buf *b, char kind, int tree,
 }
 
 /* After a failed sync: the committed changes of the overlays as one batch, the
- * older overlay first. */
+ * older overlay first. For each key the newest version alone, which is all
+ * that anybody can still ask for: batches that failed have been taken out by
+ * now. Snapshots have their own hold on the old overlays. */
 static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
@@ -8020,7 +8223,9 @@ static int cube_store_comp_append_next(struct cube_store *s,
 }
 
 /* From here on the new file is the store. Staged changes, which are in no file
- * yet, move to the new overlay; snapshots keep the old file open. */
+ * yet, move to the new overlay; snapshots keep the old file open. Nothing in
+ * it can fail: by now the name leads to the new file. The open batch keeps its
+ * number. */
 static void cube_store_comp_swap(struct cube_store *s)
 {
     struct cube_store_comp *c = s->comp;
@@ -8058,7 +8263,9 @@ static void cube_store_comp_swap(struct cube_store *s)
     s->compactions++;
 }
 
-/* The last step: with nothing in flight. */
+/* The last step: with nothing in flight. 0 while a commit is in flight: its
+ * record may have to come along. When the sync of the directory fails the swap
+ * stands nevertheless, and commits wait until that sync has worked. */
 static int cube_store_comp_finish(struct cube_store *s, struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
@@ -8080,7 +8287,9 @@ static int cube_store_comp_finish(struct cube_store *s, struct cube_err *err)
     return 1;
 }
 
-/* The new file's first sync, here or by the caller. */
+/* The new file's first sync, here or by the caller. 0 with may_wait: a thread
+ * of the caller's syncs cube_store_slice_fd and tells cube_store_slice_synced,
+ * so that no loop stands still for it. */
 static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
                                 struct cube_err *err)
 {
@@ -8117,7 +8326,10 @@ static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
     return 0;
 }
 
-/* Is the garbage worth the copying? */
+/* Is the garbage worth the copying? Yes, when the file is longer than one and
+ * a half times what lives, plus what is normal for a tail and its overlays. A
+ * store whose sync failed always wants one, as soon as the pause since the
+ * last try is over. */
 static bool cube_store_comp_is_due(const struct cube_store *s)
 {
     uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
@@ -8191,7 +8403,10 @@ static int cube_store_work(struct cube_store *s, bool may_wait,
 
 /* Looks for the last whole record, backwards from the end of the file. Leaves
  * its body in body; *used is the end of the last byte that is not zero. 1, 0
- * or -1. */
+ * or -1. Headers can only begin at multiples of 16, so those are looked at,
+ * and a place is a candidate only if its letters, its own offset and its
+ * checksum agree; a user's value can forge the first two, but not the
+ * checksum, which the file's random ID seeds. */
 static int cube_store_scan(const struct cube_store_file *f,
                            struct cube_store_rec *rec, struct cube_buf *body,
                            uint64_t *used, struct cube_err *err)
@@ -8230,7 +8445,8 @@ static int cube_store_scan(const struct cube_store_file *f,
     return r;
 }
 
-/* Reads the roots that the record at this offset has. */
+/* Reads the roots that the record at this offset has. The caller has one hold
+ * of what is returned, NULL after a failure. */
 static struct cube_store_roots *cube_store_roots_read(
         struct cube_store_file *f, uint64_t at, struct cube_err *err)
 {
@@ -8256,7 +8472,9 @@ static struct cube_store_roots *cube_store_roots_read(
 }
 
 /* Applies the record after s->file->end, if a whole one stands there: 1, it
- * did; 0, none; -1. */
+ * did; 0, none; -1. A record that does not continue the one before ends the
+ * replay, even if it is whole in itself: it is left over from a commit that
+ * was cut off at an earlier opening. */
 static int cube_store_replay_next(struct cube_store *s, struct cube_buf *body,
                                   struct cube_err *err)
 {
@@ -8312,7 +8530,9 @@ static int cube_store_repair(struct cube_store *s, uint64_t from,
     return cube_store_sync(f, err);
 }
 
-/* From the bytes of the file to the state after its last whole commit. */
+/* From the bytes of the file to the state after its last whole commit. -1
+ * leaves s to be closed, and the file as it was, unless the repair itself had
+ * begun. The bytes that were cut off are counted in s->dropped. */
 static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
                               struct cube_err *err)
 {
@@ -8353,7 +8573,8 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
     return 0;
 }
 
-/* The store of a file that exists. The caller frees s after a failure. */
+/* The store of a file that exists. The caller frees s after a failure. The
+ * file owns fd from the first line on, also when this fails. */
 static int cube_store_open_file(struct cube_store *s, int fd,
                                 struct cube_err *err)
 {
@@ -8391,7 +8612,9 @@ static int cube_store_open_new(struct cube_store *s, struct cube_err *err)
 }
 
 /* A lock on a file beside, which stays when compaction replaces the store's.
- * The system drops it with the process, however that ends. */
+ * The system drops it with the process, however that ends. The lock file stays
+ * when the store is closed: removing it would let two processes lock two files
+ * of one name. */
 static int cube_store_lock(struct cube_store *s, struct cube_err *err)
 {
     struct cube_buf path = {0};
@@ -8450,7 +8673,9 @@ static void cube_store_set_options(struct cube_store *s,
  * The batch that is staged on top of one that fails goes with it: it was made
  * by somebody who saw the other's changes. */
 
-/* Checks what a caller passes, and gives the tree a number. */
+/* Checks what a caller passes, and gives the tree a number. Returns the tree's
+ * number, or -1 and nothing has changed. A new name gets the next number at
+ * once, but is written with the first change that uses it. */
 static int cube_store_may_stage(struct cube_store *s, const char *tree,
                                 size_t key_len, size_t val_len,
                                 struct cube_err *err)
@@ -8516,6 +8741,7 @@ static int cube_store_stage(struct cube_store *s, const char *tree,
     return 0;
 }
 
+/* A copy of key and value is taken. After -1 the batch is as it was. */
 CUBE_API int cube_store_put(struct cube_store *s, const char *tree,
                             const void *key, size_t key_len,
                             const void *value, size_t value_len,
@@ -8525,6 +8751,8 @@ CUBE_API int cube_store_put(struct cube_store *s, const char *tree,
                             err);
 }
 
+/* Deleting what is not there is no error, and still a change: the tree is not
+ * read to find out. Only a tree that has no name yet is left alone. */
 CUBE_API int cube_store_del(struct cube_store *s, const char *tree,
                             const void *key, size_t key_len,
                             struct cube_err *err)
@@ -8544,7 +8772,10 @@ CUBE_API int cube_store_fd(const struct cube_store *s)
     return s->file->fd;
 }
 
-/* Has background work fallen behind what commits run up? */
+/* Has background work fallen behind what commits run up? True when a commit
+ * must do background work itself before it may go on: both overlays are full,
+ * the debt is too large, or the file has grown beyond twice what lives and a
+ * compaction is due. */
 static bool cube_store_is_behind(const struct cube_store *s, size_t more)
 {
     uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
@@ -8558,7 +8789,11 @@ static bool cube_store_is_behind(const struct cube_store *s, size_t more)
 }
 
 /* Pays with the time of a commit for the background work that nobody did in
- * slices, so that neither the overlay nor the file grows without bound. */
+ * slices, so that neither the overlay nor the file grows without bound. While
+ * such work waits a batch is charged three times its length: it is written
+ * again by a checkpoint, and again by a compaction, along with its neighbours.
+ * When the work fails or has to wait the debt is waived; a commit never fails
+ * because of it. */
 static void cube_store_catch_up(struct cube_store *s)
 {
     if (s->view.mem[1] || s->comp || cube_store_comp_is_due(s))
@@ -8574,7 +8809,8 @@ static void cube_store_catch_up(struct cube_store *s)
 }
 
 /* Drops the batch that could not be written or synced, and what was staged on
- * top of it. */
+ * top of it. Numbers that were given to it are given again: nobody has seen a
+ * state with them, and the record on disk, if any, is written over. */
 static void cube_store_fail_commit(struct cube_store *s)
 {
     cube_store_undo(s, &s->batch_nodes);
@@ -8586,7 +8822,9 @@ static void cube_store_fail_commit(struct cube_store *s)
 }
 
 /* After a failed sync: what it should have put on disk may read well and not
- * be there, and a later sync may succeed without it. */
+ * be there, and a later sync may succeed without it. From here on
+ * cube_store_slice writes a new file from what is known to be good: trees that
+ * were synced earlier and the overlays in memory. */
 static void cube_store_distrust(struct cube_store *s)
 {
     cube_store_checkpoint_abort(s);
@@ -8633,6 +8871,9 @@ static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
     return 0;
 }
 
+/* 1: the caller syncs cube_store_fd and then calls cube_store_commit_end; 0:
+ * there is nothing to wait for. -1 drops the batch, but for CUBE_EBUSY, after
+ * which it is still open and can be begun later. */
 CUBE_API int cube_store_commit_begin(struct cube_store *s,
                                      struct cube_err *err)
 {
@@ -8660,6 +8901,9 @@ CUBE_API int cube_store_commit_begin(struct cube_store *s,
     return 0;
 }
 
+/* sync_result is 0 or an errno value of either sign. After a failure the
+ * changes are gone for all readers here, but may be found after a crash: the
+ * error says "unknown", not "no". */
 CUBE_API int cube_store_commit_end(struct cube_store *s, int sync_result,
                                    struct cube_err *err)
 {
@@ -8691,6 +8935,9 @@ CUBE_API int cube_store_commit(struct cube_store *s, struct cube_err *err)
 
 /* ---- Background work ---- */
 
+/* It may end later than budget_ms by one step, and by a sync where the caller
+ * does not split those off. False: nothing to do now, or a step failed (then
+ * cube_store_last_error says why, and it is tried again later). */
 CUBE_API bool cube_store_slice(struct cube_store *s, int budget_ms)
 {
     int64_t until = s->world->now_ms(s->world->ctx) + budget_ms;
@@ -8727,7 +8974,9 @@ CUBE_API void cube_store_slice_synced(struct cube_store *s, int sync_result)
     cube_store_comp_abort(s);
 }
 
-/* Brings all that is committed into the trees, and those to disk. */
+/* Brings all that is committed into the trees, and those to disk. Twice, since
+ * there can be a frozen overlay when it begins: the first round finishes that,
+ * the second one takes what has been filled since. */
 static int cube_store_settle(struct cube_store *s, struct cube_err *err)
 {
     for (int i = 0; i < 2; i++) {
@@ -8770,7 +9019,9 @@ CUBE_API int cube_store_compact(struct cube_store *s, struct cube_err *err)
 }
 
 /* At the end of a store's life: with a long tail, it is brought into the
- * trees, and marked as synced, so that the next opening is quick. */
+ * trees, and marked as synced, so that the next opening is quick. Failures are
+ * not told: everything acknowledged is on disk already, only the next opening
+ * will be slower. */
 static void cube_store_leave(struct cube_store *s)
 {
     cube_store_rollback(s);
@@ -8785,6 +9036,7 @@ static void cube_store_leave(struct cube_store *s)
         (void)cube_store_sync(s->file, NULL);
 }
 
+/* Staged changes are dropped, the lock is released. */
 CUBE_API void cube_store_close(struct cube_store *s)
 {
     if (!s)
@@ -8803,6 +9055,8 @@ CUBE_API void cube_store_close(struct cube_store *s)
     cube_free(s);
 }
 
+/* A failure is cleaned up by close itself; it is made read-only for that, so
+ * that it writes nothing to a file that it did not understand. */
 CUBE_API struct cube_store *cube_store_open(
         const struct cube_world *world, const char *path,
         const struct cube_store_options *options, struct cube_err *err)
@@ -8861,7 +9115,8 @@ CUBE_API void cube_store_snapshot_close(struct cube_store_snap *snap)
     cube_free(snap);
 }
 
-/* A key that cannot exist is not there. */
+/* A key that cannot exist is not there. 1, 0 or -1; value is cleared in each
+ * case, and the caller's. */
 static int cube_store_get_in(struct cube_store *s,
                              const struct cube_store_view *v,
                              const char *tree, const void *key,
@@ -8972,7 +9227,8 @@ CUBE_API void cube_cursor_close(struct cube_cursor *c)
     cube_free(c);
 }
 
-/* Moves the sources that stand on the cursor's key one on. */
+/* Moves the sources that stand on the cursor's key one on. After it each
+ * source is beyond the key that was shown, in the direction of c->way. */
 static int cube_store_cursor_advance(struct cube_cursor *c,
                                      struct cube_err *err)
 {
@@ -8993,7 +9249,8 @@ static int cube_store_cursor_advance(struct cube_cursor *c,
 }
 
 /* Finds which sources stand on the first key in the direction of the cursor;
- * false: none stands on any. */
+ * false: none stands on any. The order of the three matters: when keys are
+ * equal the first source stays the winner, and the first is the newest. */
 static bool cube_store_cursor_pick(struct cube_cursor *c)
 {
     const uint8_t *best = NULL;
@@ -9033,7 +9290,9 @@ static bool cube_store_cursor_pick(struct cube_cursor *c)
     return best != NULL;
 }
 
-/* Goes on to the first key that is not deleted. */
+/* Goes on to the first key that is not deleted. 1: it stands on a key; 0:
+ * beyond the last one, way is 0; -1. The value that was lent out is given back
+ * first, since a value is promised until the next move only. */
 static int cube_store_cursor_settle(struct cube_cursor *c,
                                     struct cube_err *err)
 {
@@ -9052,7 +9311,8 @@ static int cube_store_cursor_settle(struct cube_cursor *c,
 }
 
 /* Puts every source at the first key at or after this one (way +1), or at the
- * last one before it (-1; of all, with NULL), and goes on from there. */
+ * last one before it (-1; of all, with NULL), and goes on from there. A cursor
+ * over a tree that nobody has named is over an empty one, not an error. */
 static int cube_store_cursor_place(struct cube_cursor *c, int way,
                                    const uint8_t *key, size_t key_len,
                                    struct cube_err *err)
@@ -9115,7 +9375,9 @@ CUBE_API const void *cube_cursor_key(const struct cube_cursor *c,
     return cube_store_node_key(c->nodes[c->winner]);
 }
 
-/* One on, turning round before that if need be. */
+/* One on, turning round before that if need be. Turning backwards, the place
+ * before the key is where the sources already stand after being placed;
+ * turning forwards they stand on the key itself, and one step more is due. */
 static int cube_store_cursor_move(struct cube_cursor *c, int way,
                                   struct cube_err *err)
 {
@@ -9151,6 +9413,9 @@ CUBE_API int cube_cursor_prev(struct cube_cursor *c, struct cube_err *err)
     return cube_store_cursor_move(c, -1, err);
 }
 
+/* The bytes are the store's, and valid until the cursor moves or is closed.
+ * Most values cost nothing here: they stand in the overlay or in the leaf that
+ * is pinned; only one elsewhere in the file is read, once. */
 CUBE_API int cube_cursor_value(struct cube_cursor *c, const void **value,
                                size_t *value_len, struct cube_err *err)
 {
@@ -9185,7 +9450,8 @@ CUBE_API int cube_cursor_value(struct cube_cursor *c, const void **value,
  * as the roots count. That no page is reached twice follows: keys rise. That
  * no way is endless: a child stands before its parent. */
 
-/* Is each page on the way begun by the key that its parent knows it by? */
+/* Is each page on the way begun by the key that its parent knows it by? Asked
+ * at the first entry of a leaf, when the whole way to it is new. */
 static bool cube_store_check_way(const struct cube_store_path *p)
 {
     for (int d = 1; d < p->depth; d++) {
@@ -9201,7 +9467,8 @@ static bool cube_store_check_way(const struct cube_store_path *p)
     return true;
 }
 
-/* One entry of a leaf: its way, its order after the last key, its value. */
+/* One entry of a leaf: its way, its order after the last key, its value.
+ * Values are read past the cache, since the file is what is checked. */
 static int cube_store_check_item(const struct cube_store_path *p,
                                  struct cube_buf *last, uint64_t *bytes,
                                  struct cube_err *err)
@@ -9230,7 +9497,9 @@ static int cube_store_check_item(const struct cube_store_path *p,
     return 0;
 }
 
-/* Walks one tree from the file, past the cache. */
+/* Walks one tree from the file, past the cache. -1 with the offset of the
+ * first page or value that is wrong. It reads the whole tree: for tests and
+ * for tools, not for each opening. */
 static int cube_store_check_tree(struct cube_store_roots *roots, int tree,
                                  struct cube_err *err)
 {
@@ -9259,7 +9528,9 @@ static int cube_store_check_tree(struct cube_store_roots *roots, int tree,
     return r;
 }
 
-/* The records since the last checkpoint, from the file. */
+/* The records since the last checkpoint, from the file. Only up to the last
+ * acknowledged commit; what is behind that may be in the middle of being
+ * written. */
 static int cube_store_check_tail(struct cube_store *s, struct cube_err *err)
 {
     const struct cube_store_file *f = s->file;
