@@ -13851,6 +13851,9 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
  *                          COMPLETED <--- stopped --------------+
  *                     (also from SCHEDULED when stopped, and from RUNNING
  *                      when it ends with 0; nothing leaves COMPLETED)
+ *
+ * A manager asks this of what a worker reports: a step that may not be is not
+ * taken over. Both must be one of the five.
  */
 CUBE_API bool cube_state_may(enum cube_state from, enum cube_state to)
 {
@@ -13866,6 +13869,7 @@ CUBE_API bool cube_state_may(enum cube_state from, enum cube_state to)
     return table[from][to];
 }
 
+/* For people, in static memory; on the wire a state is its number. */
 CUBE_API const char *cube_state_name(enum cube_state state)
 {
     static const char *const names[] = {"Pending", "Scheduled", "Running",
@@ -13876,6 +13880,9 @@ CUBE_API const char *cube_state_name(enum cube_state state)
 
 /* ---- Ports and lists ---- */
 
+/* Reads "80", "80/tcp", "53/udp", "9/sctp": a number from 1 to 65535 and one
+ * of three protocols, tcp when none is said, in lower case. `*protocol` is
+ * static. -1 leaves both as they were. */
 CUBE_API int cube_port_parse(const char *text, int *number,
                              const char **protocol)
 {
@@ -13897,7 +13904,9 @@ CUBE_API int cube_port_parse(const char *text, int *number,
 }
 
 /* How a key of a port map begins, whatever else is in the entry; so that one
- * search serves the three kinds of map. */
+ * search serves the three kinds of map. memcpy, since the list may be of any
+ * of three types, and reading one through a pointer to another is
+ * undefined. */
 static const char *cube_ports_key(const void *list, size_t size, size_t i)
 {
     const char *key;
@@ -13910,6 +13919,13 @@ static const char *cube_ports_key(const void *list, size_t size, size_t i)
  * The entry of `key` in a sorted list of entries of `size` bytes that begin
  * with their key: the one that is there, or a new one of zeros and the key.
  * NULL: the list is full. `list` is the address of the pointer to it.
+ *
+ *      [ 443/tcp | 80/tcp ]     slot of "53/udp": low ends at 1
+ *      [ 443/tcp | 53/udp | 80/tcp ]       bytes decide, not numbers
+ *
+ * The list has exactly the size it needs: a task has few ports, and a capacity
+ * would be one more member in a public struct. The entries move, so a slot is
+ * valid until the next one is asked for.
  */
 static void *cube_ports_slot(void *list, size_t *count, size_t size,
                              const char *key)
@@ -13942,6 +13958,7 @@ static void *cube_ports_slot(void *list, size_t *count, size_t size,
     return entries;
 }
 
+/* The key is all there is of an entry here. */
 static void *cube_texts_slot(struct cube_texts *t, const char *key)
 {
     t->is_null = false;
@@ -13955,12 +13972,16 @@ static struct cube_publish *cube_publishes_slot(struct cube_publishes *p,
     return cube_ports_slot(&p->list, &p->count, sizeof *p->list, key);
 }
 
+/* A map that has an entry is not null: hence a function for each of the three
+ * types, and none of the callers that add calls cube_ports_slot itself. */
 static struct cube_port *cube_port_slot(struct cube_ports *p, const char *key)
 {
     p->is_null = false;
     return cube_ports_slot(&p->list, &p->count, sizeof *p->list, key);
 }
 
+/* Adds where a container's port can be reached; one port can have several, one
+ * for IPv4 and one for IPv6, say. NULL is "". */
 static void cube_port_add(struct cube_port *p, const char *ip,
                           const char *host_port)
 {
@@ -13973,6 +13994,7 @@ static void cube_port_add(struct cube_port *p, const char *ip,
     b->port = cube_text_dup(host_port ? host_port : "");
 }
 
+/* No bindings any more; the key stays. */
 static void cube_port_clear(struct cube_port *p)
 {
     for (size_t i = 0; i < p->count; i++) {
@@ -13991,6 +14013,17 @@ static void cube_port_clear(struct cube_port *p)
  * What can be done with a field. `field` points at it. `read` gets a value
  * that is no null; -1: it is not what `expects` says (a kind without that
  * explains itself). After a failed read the field can still be freed.
+ *
+ *      init     zeroed memory   -> a valid, unset field
+ *      read     a valid field   -> valid, what it held is freed
+ *      copy     plain bytes of `from`, which it must not free -> a field of
+ *               its own
+ *      free     a valid field   -> nothing is owned any more
+ *      print    never fails: a field that is valid can be printed
+ *      is_set   false after init
+ *
+ * Most kinds have no use for `is_strict` or `err`: all reads have one
+ * signature, so that one table can hold them.
  */
 struct cube_kind {
     const char *expects;
@@ -14003,7 +14036,9 @@ struct cube_kind {
     void (*free)(void *field);                   /* NULL: nothing is owned */
 };
 
-/* A string as a C string; NULL when it is none, or has a NUL inside. */
+/* A string as a C string; NULL when it is none, or has a NUL inside. Borrowed
+ * from the tree. A NUL inside would cut the text short for all of C behind us:
+ * "web\u0000.evil" must not be checked as one name and used as another. */
 static const char *cube_kind_text(struct json_value_s *v)
 {
     size_t len;
@@ -14060,6 +14095,8 @@ static const struct cube_kind cube_kind_of_text = {
  * so zeros are none. */
 static const char cube_uuid_zero[] = "00000000-0000-0000-0000-000000000000";
 
+/* Into the form with dashes in lower case, whichever of Go's forms it came
+ * in. */
 static int cube_id_read(void *field, struct json_value_s *v, bool is_strict,
                         struct cube_err *err)
 {
@@ -14075,6 +14112,7 @@ static int cube_id_read(void *field, struct json_value_s *v, bool is_strict,
     return 0;
 }
 
+/* An ID that is not set is written as Go does: zeros. */
 static void cube_id_print(const void *field, struct cube_buf *out)
 {
     cube_json_put_text(out, *(const char *)field ? field : cube_uuid_zero);
@@ -14090,6 +14128,8 @@ static const struct cube_kind cube_kind_of_id = {
 
 /* Integers: int64_t. */
 
+/* A number with a fraction or an exponent is refused, as Go does for an
+ * int. */
 static int cube_i64_read(void *field, struct json_value_s *v, bool is_strict,
                          struct cube_err *err)
 {
@@ -14114,6 +14154,8 @@ static const struct cube_kind cube_kind_of_i64 = {
 
 /* A budget: an integer that is unset at -1. */
 
+/* A manager that lets a worker restart a task says how often. 0 is then a real
+ * answer, so "nothing was said" needs a value of its own. */
 static bool cube_budget_is_set(const void *field)
 {
     return *(const int64_t *)field != -1;
@@ -14154,6 +14196,7 @@ static const struct cube_kind cube_kind_of_f64 = {
 
 /* Times: struct cube_time. */
 
+/* A time in a tree; -1 and `*out` perhaps half written when it is none. */
 static int cube_json_time(struct json_value_s *v, struct cube_time *out)
 {
     size_t len;
@@ -14162,6 +14205,8 @@ static int cube_json_time(struct json_value_s *v, struct cube_time *out)
     return s ? cube_time_parse(s, len, out) : -1;
 }
 
+/* An unset time is Go's zero time, with no offset, and is read as unset
+ * again. */
 static void cube_json_put_time(struct cube_buf *out, const struct cube_time *t)
 {
     char text[CUBE_TIME_TEXT];
@@ -14200,6 +14245,7 @@ static const struct cube_kind cube_kind_of_time = {
 
 /* States: enum cube_state, as integers. */
 
+/* Refused here, since a state is an index into tables from then on. */
 static int cube_state_read(void *field, struct json_value_s *v, bool is_strict,
                            struct cube_err *err)
 {
@@ -14261,6 +14307,8 @@ static const struct cube_kind cube_kind_of_wanted = {
 
 /* The exit code: two members; its field is the whole task. */
 
+/* 0 is an exit code like any other, so whether there is one is a member of its
+ * own. The field's offset is 0: the functions get the task. */
 static int cube_exit_read(void *field, struct json_value_s *v, bool is_strict,
                           struct cube_err *err)
 {
@@ -14290,6 +14338,12 @@ static const struct cube_kind cube_kind_of_exit = {
 
 /* Lists of words: struct cube_texts, an array on the wire. */
 
+/*
+ * Adds a copy of `value` (NULL: "").
+ *
+ *      count   0  1  2  3  4  5  6  7  8
+ *      room    0  1  2  4  4  8  8  8  8     grown before 1, 2, 3, 5, 9
+ */
 CUBE_API void cube_task_add(struct cube_texts *texts, const char *value)
 {
     size_t cap = texts->count;
@@ -14302,11 +14356,15 @@ CUBE_API void cube_task_add(struct cube_texts *texts, const char *value)
     texts->is_null = false;
 }
 
+/* A list that was never given prints nothing (its fields are our own, written
+ * only when set) and equals an empty one. */
 static void cube_words_init(void *field)
 {
     ((struct cube_texts *)field)->is_null = true;
 }
 
+/* To what init makes. Serves sets of ports, too: both own texts in one
+ * list. */
 static void cube_words_free(void *field)
 {
     struct cube_texts *t = field;
@@ -14318,6 +14376,8 @@ static void cube_words_free(void *field)
     t->is_null = true;
 }
 
+/* Replaces what was there. After -1 the words before the bad one are there;
+ * the caller frees the record anyway. */
 static int cube_words_read(void *field, struct json_value_s *v, bool is_strict,
                            struct cube_err *err)
 {
@@ -14355,6 +14415,8 @@ static bool cube_words_is_set(const void *field)
     return ((const struct cube_texts *)field)->count > 0;
 }
 
+/* Made aside and then stored: `field` holds the same pointers as `from`
+ * before. */
 static void cube_words_copy(void *field, const void *from)
 {
     const struct cube_texts *t = from;
@@ -14377,6 +14439,9 @@ static const struct cube_kind cube_kind_of_words = {
 /* Sets of ports: struct cube_texts, an object of empty objects on the wire:
  * {"7777/tcp":{}}. */
 
+/* Go's type is a map to empty structs, so a member's value says nothing. A
+ * strict reader refuses members in it as unknown fields, a null passes. Keys
+ * with a NUL inside are refused, for the reason of cube_kind_text. */
 static int cube_exposed_read(void *field, struct json_value_s *v,
                              bool is_strict, struct cube_err *err)
 {
@@ -14398,6 +14463,8 @@ static int cube_exposed_read(void *field, struct json_value_s *v,
     return 0;
 }
 
+/* Go writes a map that was never made as null and one without entries as {}.
+ * `is_null` remembers which, so that a task goes through us unchanged. */
 static void cube_exposed_print(const void *field, struct cube_buf *out)
 {
     const struct cube_texts *t = field;
@@ -14416,7 +14483,10 @@ static void cube_exposed_print(const void *field, struct cube_buf *out)
     cube_buf_addc(out, '}');
 }
 
-/* Made by cube_texts_slot, which grows differently from cube_task_add. */
+/* Made by cube_texts_slot, which grows differently from cube_task_add. A list
+ * of exactly `count` entries, where the other would keep room by powers of
+ * two: a later slot here would give that away, and a later add there would
+ * write beyond the end. */
 static void cube_exposed_copy(void *field, const void *from)
 {
     const struct cube_texts *t = from;
@@ -14458,6 +14528,8 @@ static void cube_publishes_free(void *field)
     p->is_null = true;
 }
 
+/* A null is an empty text, as Go reads it: any free port of the host. Of equal
+ * keys the last one wins, since they get the same slot. */
 static int cube_publishes_read(void *field, struct json_value_s *v,
                                bool is_strict, struct cube_err *err)
 {
@@ -14507,6 +14579,7 @@ static bool cube_publishes_is_set(const void *field)
     return ((const struct cube_publishes *)field)->count > 0;
 }
 
+/* All entries are new; nothing is shared with `from`. */
 static void cube_publishes_copy(void *field, const void *from)
 {
     const struct cube_publishes *p = from;
@@ -14540,6 +14613,7 @@ static void cube_ports_init(void *field)
     ((struct cube_ports *)field)->is_null = true;
 }
 
+/* To what init makes; for each port the key and its bindings. */
 static void cube_ports_free(void *field)
 {
     struct cube_ports *p = field;
@@ -14553,7 +14627,9 @@ static void cube_ports_free(void *field)
     p->is_null = true;
 }
 
-/* One {"HostIp":...,"HostPort":...}, or null. */
+/* One {"HostIp":...,"HostPort":...}, or null. Keys match without regard to
+ * case, of equal ones the last wins, as for tasks. Both may be left out and
+ * are "" then. Adds a binding, or -1 and adds none. */
 static int cube_binding_read(struct cube_port *port, struct json_value_s *v,
                              bool is_strict)
 {
@@ -14583,6 +14659,9 @@ static int cube_binding_read(struct cube_port *port, struct json_value_s *v,
     return 0;
 }
 
+/* A key that comes twice has the bindings of the second alone, so the slot is
+ * cleared before they are read. `[]` and `null` are told apart, as Docker
+ * writes null for a port that is exposed and not published. */
 static int cube_ports_read(void *field, struct json_value_s *v, bool is_strict,
                            struct cube_err *err)
 {
@@ -14612,6 +14691,7 @@ static int cube_ports_read(void *field, struct json_value_s *v, bool is_strict,
     return 0;
 }
 
+/* With its key, without the comma. */
 static void cube_port_print(const struct cube_port *p, struct cube_buf *out)
 {
     cube_json_put_text(out, p->port);
@@ -14684,6 +14764,17 @@ static const struct cube_kind cube_kind_of_ports = {
 
 /* ---- Records: tables of fields ---- */
 
+/*
+ * A row of a record's table. The rows stand in the order in which Go has the
+ * fields of its struct, which is the order it prints them in.
+ *
+ *      {"ID":"...","ContainerID":"", ...}
+ *       ^         ^
+ *       |         key of row 1: `,"ContainerID":`, whole
+ *       key of row 0 without its comma: the object's first
+ *
+ * is_own: not in the Go implementation; is_spec: the user's own wish.
+ */
 struct cube_field {
     const char *name, *key; /* key: as it is printed, `,"Name":` */
     size_t name_len, key_len;
@@ -14692,6 +14783,9 @@ struct cube_field {
     bool is_own, is_spec;
 };
 
+/* The lengths come from sizeof: `name` with its NUL is one longer than the
+ * name, and the key adds a comma, two quotes and a colon to the name, sizeof +
+ * 3. */
 #define CUBE_FIELD(name, kind, at, is_own, is_spec)                         \
     {                                                                       \
         name, ",\"" name "\":", sizeof name - 1, sizeof name + 3, &kind, at, \
@@ -14743,6 +14837,7 @@ static const struct cube_field cube_task_fields[] = {
     CUBE_TASK_OWN("CreatedTime", cube_kind_of_time, created_time),
 };
 
+/* The record must be zeros. Kinds without an init are right that way. */
 static void cube_record_init(const struct cube_field *fields, size_t count,
                              void *record)
 {
@@ -14752,6 +14847,7 @@ static void cube_record_init(const struct cube_field *fields, size_t count,
     }
 }
 
+/* What its fields own; the record itself is the caller's. */
 static void cube_record_free(const struct cube_field *fields, size_t count,
                              void *record)
 {
@@ -14761,6 +14857,8 @@ static void cube_record_free(const struct cube_field *fields, size_t count,
     }
 }
 
+/* Without white space, as Go's encoder: equal records give equal bytes. Fields
+ * of our own that are not set are left out, the others are always there. */
 static void cube_record_print(const struct cube_field *fields, size_t count,
                               const void *record, struct cube_buf *out)
 {
@@ -14780,7 +14878,16 @@ static void cube_record_print(const struct cube_field *fields, size_t count,
     cube_buf_addc(out, '}');
 }
 
-/* The field of a key, looked for from `*from` on; `*from` moves behind it. */
+/*
+ * The field of a key, looked for from `*from` on; `*from` moves behind it.
+ * Keys in the order of the table, as we and Go write them, are found at the
+ * first look; any other order costs a walk round the table.
+ *
+ *      from 2, "State":    row 2 Name?  row 3 State: found, from 4
+ *      from 4, "ID":       rows 4 .. 30, then row 0: found, from 1
+ *
+ * NULL: there is no such field, and `*from` is as it was.
+ */
 static const struct cube_field *
 cube_record_field(const struct cube_field *fields, size_t count,
                   const struct json_string_s *name, size_t *from)
@@ -14799,7 +14906,8 @@ cube_record_field(const struct cube_field *fields, size_t count,
 }
 
 /* Reads an object into a record that was made empty. `what` names it in
- * errors: "Task". */
+ * errors: "Task". -1 leaves it half read: it can be freed and nothing else.
+ * The error names the field by the table's spelling, not the sender's. */
 static int cube_record_read(const struct cube_field *fields, size_t count,
                             const char *what, void *record,
                             struct json_value_s *v, bool is_strict,
@@ -14830,6 +14938,7 @@ static int cube_record_read(const struct cube_field *fields, size_t count,
 
 /* ---- Tasks ---- */
 
+/* Unset in every field: no ID, Pending, no resources. The caller frees it. */
 CUBE_API struct cube_task *cube_task_new(void)
 {
     struct cube_task *t = cube_alloc(sizeof *t);
@@ -14838,6 +14947,7 @@ CUBE_API struct cube_task *cube_task_new(void)
     return t;
 }
 
+/* NULL is fine. */
 CUBE_API void cube_task_free(struct cube_task *t)
 {
     if (!t)
@@ -14846,6 +14956,8 @@ CUBE_API void cube_task_free(struct cube_task *t)
     cube_free(t);
 }
 
+/* Nothing is shared. The struct is copied first as plain bytes, with pointers
+ * that are `t`'s; each kind that owns memory then replaces its own. */
 CUBE_API struct cube_task *cube_task_copy(const struct cube_task *t)
 {
     struct cube_task *copy = cube_alloc(sizeof *copy);
@@ -14860,12 +14972,14 @@ CUBE_API struct cube_task *cube_task_copy(const struct cube_task *t)
     return copy;
 }
 
+/* Adds the JSON object to `out`, without a newline. */
 CUBE_API void cube_task_print(const struct cube_task *t, struct cube_buf *out)
 {
     cube_record_print(cube_task_fields, CUBE_COUNT(cube_task_fields), t, out);
 }
 
-/* The task in a tree; NULL and an error that names the field. */
+/* The task in a tree; NULL and an error that names the field. The tree may be
+ * freed at once: nothing in the task points into it. */
 static struct cube_task *cube_task_from_json(struct json_value_s *v,
                                              bool is_strict,
                                              struct cube_err *err)
@@ -14879,6 +14993,7 @@ static struct cube_task *cube_task_from_json(struct json_value_s *v,
     return NULL;
 }
 
+/* `*out` is the caller's after 0, NULL after -1. */
 CUBE_API int cube_task_parse(const char *json, size_t len, bool is_strict,
                              struct cube_task **out, struct cube_err *err)
 {
@@ -14889,6 +15004,10 @@ CUBE_API int cube_task_parse(const char *json, size_t len, bool is_strict,
     return *out ? 0 : -1;
 }
 
+/* Did the user ask for the same? Who submits a task again under its ID gets
+ * the answer of the first time if it is the same, and a conflict if not.
+ * Compared as it is printed: one function less for each kind, and what prints
+ * alike is alike for everybody who reads it. */
 CUBE_API bool cube_task_same_spec(const struct cube_task *a,
                                   const struct cube_task *b)
 {
@@ -14915,23 +15034,28 @@ CUBE_API bool cube_task_same_spec(const struct cube_task *a,
     return is_same;
 }
 
+/* A failed task that has a time at which it is restarted is not finished. */
 CUBE_API bool cube_task_is_finished(const struct cube_task *t)
 {
     return t->state == CUBE_COMPLETED ||
            (t->state == CUBE_FAILED && !cube_time_is_set(&t->restart_time));
 }
 
+/* `text` is a member of a task; NULL is "". */
 CUBE_API void cube_task_set(char **text, const char *value)
 {
     cube_text_set(text, value ? value : "");
 }
 
-/* A port with its protocol: "80" is "80/tcp". */
+/* A port with its protocol: "80" is "80/tcp". Only its first 50 bytes
+ * count: no port is so long. */
 static void cube_port_full(const char *port, char out[64])
 {
     (void)snprintf(out, 64, "%.50s%s", port, strchr(port, '/') ? "" : "/tcp");
 }
 
+/* A port that is exposed already stays so. Beyond CUBE_TASK_PORTS_MAX,
+ * nothing. */
 CUBE_API void cube_task_expose(struct cube_task *t, const char *port)
 {
     char full[64];
@@ -14940,6 +15064,7 @@ CUBE_API void cube_task_expose(struct cube_task *t, const char *port)
     (void)cube_texts_slot(&t->exposed_ports, full);
 }
 
+/* Replaces where `port` was published before. NULL or "": any free port. */
 CUBE_API void cube_task_publish(struct cube_task *t, const char *port,
                                 const char *host_port)
 {
@@ -14952,6 +15077,8 @@ CUBE_API void cube_task_publish(struct cube_task *t, const char *port,
         cube_text_set(&slot->host_port, host_port ? host_port : "");
 }
 
+/* Adds what an engine says of a running task. Without an `ip` the port is
+ * listed as one that cannot be reached from outside, null on the wire. */
 CUBE_API void cube_task_bind(struct cube_task *t, const char *port,
                              const char *ip, const char *host_port)
 {
@@ -14967,6 +15094,7 @@ CUBE_API void cube_task_bind(struct cube_task *t, const char *port,
     slot->is_null = slot->count == 0;
 }
 
+/* What is not running has no ports on its host. */
 CUBE_API void cube_task_unbind(struct cube_task *t)
 {
     cube_ports_free(&t->host_ports);
@@ -14974,6 +15102,8 @@ CUBE_API void cube_task_unbind(struct cube_task *t)
 
 /* ---- Events ---- */
 
+/* The error that the task's own reading has written stays: it names the field
+ * inside, "Task: Memory: expected an integer". */
 static int cube_event_task_read(void *field, struct json_value_s *v,
                                 bool is_strict, struct cube_err *err)
 {
@@ -15006,6 +15136,7 @@ static void cube_event_task_free(void *field)
     cube_task_free(*(struct cube_task **)field);
 }
 
+/* No copy: events are read, acted upon and freed, and never copied. */
 static const struct cube_kind cube_kind_of_task = {
     NULL, cube_event_task_read, cube_event_task_print, cube_event_task_is_set,
     NULL, NULL, cube_event_task_free};
@@ -15025,6 +15156,7 @@ static const struct cube_field cube_event_fields[] = {
     CUBE_EVENT_OWN("Budget", cube_kind_of_budget, budget),
 };
 
+/* Without a task (NULL) and a budget of -1. The caller frees it. */
 CUBE_API struct cube_event *cube_event_new(void)
 {
     struct cube_event *e = cube_alloc(sizeof *e);
@@ -15033,6 +15165,7 @@ CUBE_API struct cube_event *cube_event_new(void)
     return e;
 }
 
+/* And its task. Who wants to keep that sets `task` to NULL before. */
 CUBE_API void cube_event_free(struct cube_event *e)
 {
     if (!e)
@@ -15048,6 +15181,8 @@ CUBE_API void cube_event_print(const struct cube_event *e,
                       out);
 }
 
+/* NULL and an error that names the field. An event without a task is valid
+ * here; who needs one says so. */
 static struct cube_event *cube_event_from_json(struct json_value_s *v,
                                                bool is_strict,
                                                struct cube_err *err)
@@ -15071,7 +15206,8 @@ CUBE_API int cube_event_parse(const char *json, size_t len, bool is_strict,
     return *out ? 0 : -1;
 }
 
-/* A bare task as the event that asks to run it. */
+/* A bare task as the event that asks to run it. It has no ID and no time yet:
+ * whoever accepts it gives it both. */
 static struct cube_event *cube_event_of_task(struct json_value_s *v,
                                              bool is_strict,
                                              struct cube_err *err)
@@ -15087,6 +15223,13 @@ static struct cube_event *cube_event_of_task(struct json_value_s *v,
     return e;
 }
 
+/*
+ * Users submit either. Nobody need say which: only an event has a "Task" or a
+ * "Timestamp".
+ *
+ *      {"Image":"nginx"}                      a task, to be run
+ *      {"ID":"...","State":2,"Task":{...}}    an event
+ */
 CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
                                       bool is_strict, struct cube_event **out,
                                       struct cube_err *err)
@@ -15105,13 +15248,15 @@ CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
 
 /* ---- Could it ever run? ---- */
 
+/* Not isalnum, which follows the program's locale. */
 static bool cube_is_alnum(char c)
 {
     return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
            (c >= 'A' && c <= 'Z');
 }
 
-/* Of letters, digits and `others` alone? */
+/* Of letters, digits and `others` alone? strchr finds the NUL at the end of
+ * `others`, too, so that is asked first. */
 static bool cube_text_consists(const char *p, size_t len, const char *others)
 {
     for (size_t i = 0; i < len; i++) {
@@ -15121,8 +15266,15 @@ static bool cube_text_consists(const char *p, size_t len, const char *others)
     return true;
 }
 
-/* One part of an image's path: lower case letters and digits, between them
- * `.`, `_`, `__` or any number of `-`. */
+/*
+ * One part of an image's path: lower case letters and digits, between them
+ * `.`, `_`, `__` or any number of `-`.
+ *      nginx   my-app   a--b   a__b   lib.v2     yes
+ *      -a   a-   a___b   a..b   A                no: alone, at an end, mixed
+ *
+ * Each turn of the loop takes a run of letters and digits and one separator,
+ * so a separator always stands between two runs.
+ */
 static bool cube_image_part_ok(const char *p, size_t len)
 {
     size_t i = 0;
@@ -15149,7 +15301,9 @@ static bool cube_image_part_ok(const char *p, size_t len)
     }
 }
 
-/* Is the part before the first slash a registry's host, not a path? */
+/* Is the part before the first slash a registry's host, not a path?
+ * "docker.io/library/x" has a registry, "library/x" has none: only a dot, a
+ * colon, a capital or the name localhost tells them apart. */
 static bool cube_image_is_host(const char *p, size_t len)
 {
     if (cube_text_is(p, len, "localhost"))
@@ -15161,7 +15315,8 @@ static bool cube_image_is_host(const char *p, size_t len)
     return false;
 }
 
-/* host, host:port, [ipv6]:port */
+/* host, host:port, [ipv6]:port Letters are not checked for being hexadecimal
+ * in brackets: what resolves is the engine's to find out. */
 static bool cube_image_host_ok(const char *p, size_t len)
 {
     const char *bracket = p[0] == '[' ? memchr(p, ']', len) : NULL;
@@ -15184,7 +15339,7 @@ static bool cube_image_host_ok(const char *p, size_t len)
             !cube_text_u64(p + host + 1, len - host - 1, 65535, &port));
 }
 
-/* [host[:port]/]part[/part...] */
+/* [host[:port]/]part[/part...] The host counts towards the length. */
 static bool cube_image_name_ok(const char *p, size_t len)
 {
     const char *slash = memchr(p, '/', len);
@@ -15207,7 +15362,8 @@ static bool cube_image_name_ok(const char *p, size_t len)
     }
 }
 
-/* algorithm:hex, as in sha256:9f86d081... */
+/* algorithm:hex, as in sha256:9f86d081... 32 digits at least: whatever the
+ * algorithm, fewer are no digest. */
 static bool cube_image_digest_ok(const char *p)
 {
     const char *colon = strchr(p, ':');
@@ -15223,7 +15379,16 @@ static bool cube_image_digest_ok(const char *p)
     return true;
 }
 
-/* name[:tag][@digest], the distribution reference grammar. */
+/*
+ * name[:tag][@digest], the distribution reference grammar.
+ *
+ *      registry:5000/team/app:v1@sha256:9f86...
+ *                             ^ ^
+ *                          name len
+ *
+ * A colon behind the last slash begins a tag. The one in registry:5000/app
+ * does not, since a slash comes after it.
+ */
 static bool cube_image_ok(const char *image)
 {
     size_t len = strcspn(image, "@"), name = len;
@@ -15240,6 +15405,10 @@ static bool cube_image_ok(const char *image)
            cube_image_name_ok(image, name - 1);
 }
 
+/* The name becomes a container's, so it has Docker's letters. A task without
+ * an image is a process and must have a Cmd. The path of a health check goes
+ * into a request line as it is: a space or a control character in it would be
+ * a second request. */
 static int cube_task_check_texts(const struct cube_task *t,
                                  struct cube_err *err)
 {
@@ -15280,6 +15449,8 @@ static int cube_task_check_texts(const struct cube_task *t,
     return 0;
 }
 
+/* Cpu is asked the other way round, so that NaN fails, too. 0 means the
+ * default for all of them. */
 static int cube_task_check_numbers(const struct cube_task *t,
                                    struct cube_err *err)
 {
@@ -15309,6 +15480,7 @@ static int cube_task_check_numbers(const struct cube_task *t,
     return 0;
 }
 
+/* An empty host port is any free one, and 0 says the same. */
 static int cube_task_check_ports(const struct cube_task *t,
                                  struct cube_err *err)
 {
@@ -15341,6 +15513,8 @@ static int cube_task_check_ports(const struct cube_task *t,
     return 0;
 }
 
+/* An empty Cmd is the image's own; one that begins with "" could never
+ * start. */
 static int cube_task_check_words(const struct cube_task *t,
                                  struct cube_err *err)
 {
@@ -15355,6 +15529,8 @@ static int cube_task_check_words(const struct cube_task *t,
     return 0;
 }
 
+/* The first thing wrong is told, in the order a user would look: texts,
+ * numbers, ports, words. */
 CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
 {
     if (!t)
@@ -15400,6 +15576,16 @@ struct cube_keep {
     char avoid[CUBE_UUID_TEXT];   /* manager: the worker it failed on */
 };
 
+/*
+ * One state of a record. Of the program's lifetime until it is replaced: the
+ * versions of a record form a chain, `now` apart from it:
+ *
+ *      edit, stage       now A           pending B
+ *      commit 8 syncs    now A           pending B (8)
+ *      edit, stage       now A           pending B (8) -> C (9)
+ *      8 is on disk      now B           pending C (9)     A freed
+ *      9 fails           now B           pending -         C freed
+ */
 struct cube_version {
     struct cube_task *task; /* owned */
     struct cube_keep keep;
@@ -15409,6 +15595,9 @@ struct cube_version {
     struct cube_version *next;
 };
 
+/* A task as its keeper has it, under an ID that never changes. Freed by the
+ * ledger only, after on_change said that it is gone or on_drop that it never
+ * was. What `owner` points to is the keeper's to free, in these two calls. */
 struct cube_record {
     char id[CUBE_UUID_TEXT];
     struct cube_version *now;     /* committed; NULL: not yet */
@@ -15431,6 +15620,9 @@ typedef void cube_ledger_drop_fn(void *arg, struct cube_record *rec);
 
 struct cube_ledger;
 
+/* The ledger's place among those who wait for a commit. Two, chosen by the
+ * lowest bit of the commit's number: at any time one commit syncs and one
+ * fills, and their numbers are neighbours. */
 struct cube_ledger_wait {
     struct cube_commit_wait wait;
     struct cube_ledger *ledger;
@@ -15438,6 +15630,9 @@ struct cube_ledger_wait {
     bool is_waiting;
 };
 
+/* All records of one store. `changed` links those with something pending, so
+ * that the end of a commit looks at them alone. Callbacks may edit and stage
+ * records, not free the ledger. */
 struct cube_ledger {
     struct cube_loop *loop;
     struct cube_store *store;   /* borrowed */
@@ -15452,6 +15647,8 @@ struct cube_ledger {
     void *arg;
 };
 
+/* The two trees of a keeper's store: records by number; names to short texts,
+ * such as the cluster's identity. */
 #define CUBE_TREE_TASKS "tasks"
 #define CUBE_TREE_META "meta"
 #define CUBE_RESTARTS 3                     /* of policy on-failure */
@@ -15472,6 +15669,7 @@ static bool cube_meta_get(struct cube_store *s, const char *key,
     return cube_store_get(s, CUBE_TREE_META, key, strlen(key), out, NULL) > 0;
 }
 
+/* Into the commit that fills: durable when that is. */
 static int cube_meta_put(struct cube_store *s, const char *key,
                          const char *text, struct cube_err *err)
 {
@@ -15479,6 +15677,7 @@ static int cube_meta_put(struct cube_store *s, const char *key,
                           strlen(text), err);
 }
 
+/* NULL is fine. */
 static void cube_version_free(struct cube_version *v)
 {
     if (!v)
@@ -15488,6 +15687,7 @@ static void cube_version_free(struct cube_version *v)
     cube_free(v);
 }
 
+/* Frees the record and all its versions; the map must not know it any more. */
 static void cube_record_drop(struct cube_record *rec)
 {
     cube_version_free(rec->now);
@@ -15523,6 +15723,9 @@ static const struct cube_keep_field {
     {"Moves", offsetof(struct cube_keep, moves)},
 };
 
+/* The keeper's part stands first and the task last: cube_listing_add finds the
+ * task in the bytes without reading the rest, and the whole value ends with
+ * the task's `}` and the record's. */
 static void cube_version_print(const struct cube_version *v,
                                struct cube_buf *out)
 {
@@ -15553,6 +15756,8 @@ static void cube_json_uuid(struct json_value_s *v, char out[CUBE_UUID_TEXT])
         out[0] = 0;
 }
 
+/* Lax: numbers that are not there are 0, so that a store that an older Cube
+ * wrote can be read. Only a task that is none makes it NULL. */
 static struct cube_version *cube_version_parse(const struct cube_buf *text,
                                                struct cube_err *err)
 {
@@ -15585,6 +15790,9 @@ static struct cube_version *cube_version_parse(const struct cube_buf *text,
     return v;
 }
 
+/*
+ *      7   ->  00 00 00 00 00 00 00 07       memcmp orders them as numbers
+ */
 static void cube_number_key(int64_t number, unsigned char key[8])
 {
     for (int i = 0; i < 8; i++)
@@ -15600,13 +15808,16 @@ static int64_t cube_number_of_key(const unsigned char *key, size_t len)
     return (int64_t)n;
 }
 
+/* Also one with nothing committed yet: look at `now` before showing it. */
 static struct cube_record *cube_ledger_find(const struct cube_ledger *g,
                                             const char *id)
 {
     return cube_map_get(&g->records, id);
 }
 
-/* A record without a version; edit and stage it in the same turn. */
+/* A record without a version; edit and stage it in the same turn. `id` must
+ * not be there already. Without a version it has no place in the store, so a
+ * commit's failure would not drop it: hence the same turn. */
 static struct cube_record *cube_ledger_add(struct cube_ledger *g,
                                            const char *id)
 {
@@ -15618,7 +15829,10 @@ static struct cube_record *cube_ledger_add(struct cube_ledger *g,
     return rec;
 }
 
-/* The next record in order of arrival that has a committed version. */
+/* The next record in order of arrival that has a committed version. Start with
+ * `*at` 0; NULL at the end. Records may be removed during a walk and not
+ * added. It walks memory: hidden ones and those that are done are there,
+ * too. */
 static struct cube_record *cube_ledger_next(const struct cube_ledger *g,
                                             size_t *at)
 {
@@ -15633,7 +15847,9 @@ static struct cube_record *cube_ledger_next(const struct cube_ledger *g,
     return NULL;
 }
 
-/* A pending version became the record, which may be its end. */
+/* A pending version became the record, which may be its end. `before` lives
+ * until on_change has returned. A record that was removed and submitted again
+ * before the removal was on disk has a pending version and stays. */
 static void cube_record_promote(struct cube_ledger *g, struct cube_record *rec)
 {
     struct cube_version *before = rec->now;
@@ -15651,7 +15867,9 @@ static void cube_record_promote(struct cube_ledger *g, struct cube_record *rec)
     }
 }
 
-/* Drops what is pending; a record that never was is no more. */
+/* Drops what is pending; a record that never was is no more. All versions,
+ * though only one commit failed: the later one was made from it, and a store
+ * whose commit failed drops what was staged since. */
 static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
 {
     while (rec->pending) {
@@ -15668,6 +15886,9 @@ static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
     }
 }
 
+/* The commit that fills is over: it is on disk, or it failed. A record with
+ * something pending in the other commit alone is passed. The next link is read
+ * first, as either outcome may free the record. */
 static void cube_ledger_committed(void *arg, const struct cube_err *err)
 {
     struct cube_ledger_wait *w = arg;
@@ -15688,7 +15909,9 @@ static void cube_ledger_committed(void *arg, const struct cube_err *err)
 }
 
 /* Makes sure that the ledger hears of the commit that fills, before anybody
- * who waits for it after this call. */
+ * who waits for it after this call. Who waits first is called first. So by the
+ * time that an answer to a request is sent, on_change has run and a question
+ * that comes next sees the new state. */
 static void cube_ledger_join(struct cube_ledger *g)
 {
     uint64_t number = cube_commit_number(g->commit);
@@ -15703,7 +15926,9 @@ static void cube_ledger_join(struct cube_ledger *g)
 }
 
 /* A version to be changed at will and then staged with cube_record_stage. A
- * record without one gets an empty task and the next number. */
+ * record without one gets an empty task and the next number. A second edit in
+ * the same commit gives the same version again: what one commit holds of a
+ * record is its last state. Borrowed, until the commit ends. */
 static struct cube_version *cube_record_edit(struct cube_ledger *g,
                                              struct cube_record *rec)
 {
@@ -15733,7 +15958,9 @@ static struct cube_version *cube_record_edit(struct cube_ledger *g,
     return v;
 }
 
-/* Puts the version that is being edited into the commit that fills. */
+/* Puts the version that is being edited into the commit that fills. Call it
+ * after each edit, in the same turn: otherwise memory would take over at the
+ * commit what the disk has never seen. Never fails by itself. */
 static void cube_record_stage(struct cube_ledger *g, struct cube_record *rec)
 {
     struct cube_version *v = cube_record_latest(rec);
@@ -15757,13 +15984,18 @@ static void cube_record_stage(struct cube_ledger *g, struct cube_record *rec)
         cube_log(g->loop, CUBE_ERROR, "store task %s: %s", rec->id, err.text);
 }
 
-/* Stages the record's removal. */
+/* Stages the record's removal. Gone for everybody when that is on disk; shown
+ * until then. */
 static void cube_record_remove(struct cube_ledger *g, struct cube_record *rec)
 {
     cube_record_edit(g, rec)->is_gone = true;
     cube_record_stage(g, rec);
 }
 
+/* Keys come in the order of submission, so the map's order is that order, and
+ * the last key is the last number. A record that cannot be read stops the
+ * start: a manager that quietly forgot a task would leave it running for
+ * ever. */
 static int cube_ledger_load(struct cube_ledger *g, struct cube_err *err)
 {
     struct cube_cursor *c = cube_cursor_open(g->store, CUBE_TREE_TASKS, err);
@@ -15797,6 +16029,8 @@ static int cube_ledger_load(struct cube_ledger *g, struct cube_err *err)
     return r < 0 ? -1 : 0;
 }
 
+/* Calls nobody: the keeper frees what its owners hold before. Store, commit
+ * and loop are borrowed and stay open. NULL is fine. */
 static void cube_ledger_close(struct cube_ledger *g)
 {
     void *value;
@@ -15811,7 +16045,8 @@ static void cube_ledger_close(struct cube_ledger *g)
     cube_free(g);
 }
 
-/* Reads all records of `store`. NULL when one cannot be read. */
+/* Reads all records of `store`. NULL when one cannot be read. What is in the
+ * store is `now` at once; on_change is not called for it. */
 static struct cube_ledger *
 cube_ledger_open(struct cube_loop *l, struct cube_store *store,
                  struct cube_commit *commit, cube_ledger_fn *on_change,
@@ -15838,7 +16073,19 @@ cube_ledger_open(struct cube_loop *l, struct cube_store *store,
     return g;
 }
 
-/* An answer that waits for the commit that fills. */
+/*
+ * An answer that waits for the commit that fills. It lives until that commit
+ * ends or the request goes, whichever is last:
+ *
+ *      waits --- on disk ---> kept(), answer, freed
+ *        | `--- failed ----> 507, 503 or 500, freed
+ *        |
+ *        client gone: req is NULL --- on disk ---> kept(), freed
+ *                                 `--- failed ----> freed
+ *
+ * The change itself does not depend on who still listens: a client that hangs
+ * up has submitted its task all the same.
+ */
 struct cube_vow {
     struct cube_commit_wait wait;
     struct cube_http_req *req;
@@ -15848,6 +16095,7 @@ struct cube_vow {
     void *kept_arg;
 };
 
+/* The wait is forgotten first: a commit must not call into freed memory. */
 static void cube_vow_free(void *arg)
 {
     struct cube_vow *p = arg;
@@ -15858,7 +16106,9 @@ static void cube_vow_free(void *arg)
 }
 
 /* The words for a commit that failed, and its status: 507 when there was no
- * room, 503 when nobody can say what is on disk. */
+ * room, 503 when nobody can say what is on disk. 507 and 500: nothing was
+ * changed, ask again. 503: it may be on disk or not, and only the next start
+ * can tell. */
 static void cube_reply_unkept(struct cube_http_req *req,
                               const struct cube_err *err)
 {
@@ -15870,6 +16120,8 @@ static void cube_reply_unkept(struct cube_http_req *req,
                           status == 503 ? "outcome unknown: " : "", err->text);
 }
 
+/* Called once, by the commit. The request is told first that nobody waits for
+ * its end any more: answering may end it at once. */
 static void cube_vow_keep(void *arg, const struct cube_err *err)
 {
     struct cube_vow *p = arg;
@@ -15896,7 +16148,9 @@ static void cube_vow_gone(void *arg)
 }
 
 /* Answers `status` with `body` (may be NULL; its bytes are taken over) once
- * all that is staged now is on disk, or with why it is not. */
+ * all that is staged now is on disk, or with why it is not. The vow frees
+ * itself; it is returned so that `kept` can be set. `req` may be NULL, for a
+ * change that nobody is to be told of. */
 static struct cube_vow *cube_reply_kept(struct cube_commit *c,
                                             struct cube_http_req *req,
                                             int status, struct cube_buf *body)
@@ -15917,6 +16171,7 @@ static struct cube_vow *cube_reply_kept(struct cube_commit *c,
 
 /* ---- Answers that both keepers give ---- */
 
+/* With a newline at the end, for those who look with curl. */
 static void cube_reply_task(struct cube_http_req *req, int status,
                             const struct cube_task *t)
 {
@@ -15928,6 +16183,7 @@ static void cube_reply_task(struct cube_http_req *req, int status,
     cube_buf_free(&body);
 }
 
+/* The process turns its loop; more is not promised by it. */
 static void cube_reply_healthy(void *arg, struct cube_http_req *req)
 {
     static const char body[] = "{\"Status\":\"ok\"}\n";
@@ -15936,7 +16192,17 @@ static void cube_reply_healthy(void *arg, struct cube_http_req *req)
     cube_http_reply(req, 200, "application/json", body, sizeof body - 1);
 }
 
-/* A list of all tasks that is being sent, from one commit of the store. */
+/*
+ * A list of all tasks that is being sent, from one commit of the store, so
+ * that it is consistent however long it takes. A cluster may have a hundred
+ * thousand tasks: printed at once, they would stop the loop and fill the
+ * memory.
+ *
+ *      slice: up to 128 records -> stream --- room? --> next turn: slice
+ *                                       `--- full ----> drained: slice
+ *
+ *      ends: at the last record, in a read error, or with the client
+ */
 struct cube_listing {
     struct cube_loop *loop;
     struct cube_http_req *req;
@@ -15948,6 +16214,8 @@ struct cube_listing {
 #define CUBE_LISTING_SLICE 128                /* records a turn */
 #define CUBE_LISTING_BACKLOG (1024 * 1024)    /* bytes that wait to be sent */
 
+/* The open cursor keeps its commit's pages from being used again, so a listing
+ * whose client is gone must not stay. */
 static void cube_listing_free(void *arg)
 {
     struct cube_listing *g = arg;
@@ -15957,8 +16225,17 @@ static void cube_listing_free(void *arg)
     cube_free(g);
 }
 
-/* A record's value ends with its task, printed as it is on the wire. Hidden
- * ones are left out. */
+/*
+ * A record's value ends with its task, printed as it is on the wire, so it is
+ * copied and not parsed. Hidden ones are left out.
+ *
+ *      {"Number":7,...,"Hidden":0,...,"Task":{"ID":...}}
+ *       keeper's part                        |<-------->| copied
+ *
+ * The first `,"Task":` is the right one: what stands before it are numbers and
+ * UUIDs, in which no quote can be. A "Hidden" behind it would be a user's
+ * text.
+ */
 static void cube_listing_add(struct cube_listing *g, const char *value,
                              size_t len, struct cube_buf *out)
 {
@@ -15975,6 +16252,8 @@ static void cube_listing_add(struct cube_listing *g, const char *value,
     cube_buf_add(out, at, (size_t)(value + len - 1 - at));
 }
 
+/* The head was sent with 200 already, so a read error can only cut the answer
+ * short; chunked as it is, its reader notices. */
 static void cube_listing_slice(void *arg)
 {
     struct cube_listing *g = arg;
@@ -16009,6 +16288,7 @@ static void cube_listing_slice(void *arg)
     cube_listing_free(g);
 }
 
+/* Not at once: in its own turn, as everything that may take long. */
 static void cube_listing_drained(void *arg)
 {
     struct cube_listing *g = arg;
@@ -16016,7 +16296,8 @@ static void cube_listing_drained(void *arg)
     cube_defer_set(g->loop, &g->next, cube_listing_slice, g);
 }
 
-/* Answers with all tasks, as one commit has them, in slices. */
+/* Answers with all tasks, as one commit has them, in slices. An empty store is
+ * answered here, so that the slices always have a record. */
 static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
 {
     struct cube_err err;
@@ -16075,6 +16356,10 @@ typedef bool cube_feed_list_fn(void *arg, size_t *at, struct cube_buf *out);
 /* Adds the members of the hello that are the keeper's: `,"Epoch":3`. */
 typedef void cube_feed_hello_fn(void *arg, struct cube_buf *out);
 
+/* One stream of changes, numbered from 1 without gaps. It is a member of its
+ * keeper, which sets `list`, `hello` and `arg` after cube_feed_init. The
+ * ring's lines are `first` to `last`; `first` is `last + 1` while it is
+ * empty. */
 struct cube_feed {
     struct cube_loop *loop;
     char stream[CUBE_UUID_TEXT];
@@ -16088,6 +16373,17 @@ struct cube_feed {
     struct cube_defer pump;
 };
 
+/*
+ * One connection that follows.
+ *
+ *               reset              list at its end
+ *      lines ----------> listing -----------------> lines
+ *        ^  |                                          `next` is what the reset
+ *        +--+ pump: next <= last                       said, plus one
+ *
+ * What changes during the listing has numbers from `next` on and is sent after
+ * it, so a task may be told twice and none is missed.
+ */
 struct cube_follower {
     struct cube_feed *feed;
     struct cube_list link;
@@ -16097,6 +16393,9 @@ struct cube_follower {
     size_t list_at;
 };
 
+/* `stream` names this run of numbers and `last` is where they go on: 0 for a
+ * new one. Nothing before `last` can be resumed from, as the ring starts
+ * empty. */
 static void cube_feed_init(struct cube_feed *f, struct cube_loop *l,
                            const char *stream, uint64_t last)
 {
@@ -16108,6 +16407,7 @@ static void cube_feed_init(struct cube_feed *f, struct cube_loop *l,
     cube_list_init(&f->followers);
 }
 
+/* Not the request, which the server frees. */
 static void cube_follower_free(struct cube_follower *w)
 {
     cube_list_remove(&w->link);
@@ -16119,6 +16419,7 @@ static void cube_follower_gone(void *arg)
     cube_follower_free(arg);
 }
 
+/* Cuts the followers' connections short: they come back to whoever is next. */
 static void cube_feed_close(struct cube_feed *f)
 {
     cube_defer_clear(f->loop, &f->pump);
@@ -16134,6 +16435,7 @@ static void cube_feed_close(struct cube_feed *f)
         cube_free(f->ring[i]);
 }
 
+/* Begins the listing, or begins it anew when the ring overtook a slow one. */
 static void cube_follower_reset(struct cube_follower *w)
 {
     struct cube_buf line = {0};
@@ -16164,13 +16466,14 @@ static void cube_follower_list(struct cube_follower *w)
     cube_buf_free(&out);
 }
 
+/* Has it been sent all there is? */
 static bool cube_follower_is_current(const struct cube_follower *w)
 {
     return !w->is_listing && w->next > w->feed->last;
 }
 
-/* Sends what fits: list, then lines. True when there is more to send and
- * room for it. */
+/* Sends what fits: list, then lines. True when there is more to send and room
+ * for it. A slice of the list a turn; lines until the connection is full. */
 static bool cube_follower_pump(struct cube_follower *w)
 {
     struct cube_feed *f = w->feed;
@@ -16192,6 +16495,8 @@ static bool cube_follower_pump(struct cube_follower *w)
     return false;
 }
 
+/* One deferred call for all followers, however many lines were pushed in a
+ * turn. */
 static void cube_feed_pump(void *arg)
 {
     struct cube_feed *f = arg;
@@ -16207,6 +16512,8 @@ static void cube_feed_pump(void *arg)
         cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
 }
 
+/* All are looked at, which costs little: those who are up to date send
+ * nothing. */
 static void cube_follower_drained(void *arg)
 {
     struct cube_follower *w = arg;
@@ -16214,7 +16521,15 @@ static void cube_follower_drained(void *arg)
     cube_defer_set(w->feed->loop, &w->feed->pump, cube_feed_pump, w->feed);
 }
 
-/* Puts the line with number `last + 1` into the ring; takes it over. */
+/*
+ * Puts the line with number `last + 1` into the ring; takes it over. With a
+ * ring of 4:
+ *
+ *      first 3, last 6    push 7: over line 3    first 4, last 7
+ *      a follower with next 3 gets a reset
+ *
+ * The lines are sent in a later turn, never from inside of this.
+ */
 static void cube_feed_push(struct cube_feed *f, char *line)
 {
     char **slot = &f->ring[++f->last % CUBE_FEED_RING];
@@ -16226,7 +16541,9 @@ static void cube_feed_push(struct cube_feed *f, char *line)
     cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
 }
 
-/* `after` is "stream:number", as the lines have them. */
+/* `after` is "stream:number", as the lines have them. True: all behind that
+ * number is in the ring, or nothing is behind it. A number that is yet to come
+ * is of a stream that was set back, and is refused. */
 static bool cube_feed_can_resume(const struct cube_feed *f, const char *after,
                                  uint64_t *next)
 {
@@ -16241,7 +16558,9 @@ static bool cube_feed_can_resume(const struct cube_feed *f, const char *after,
     return seq <= f->last && seq + 1 >= f->first;
 }
 
-/* Answers GET /events: hello, and from then on all that happens. */
+/* Answers GET /events: hello, and from then on all that happens. The keeper's
+ * list and its ring are this thread's, so nothing changes between the hello
+ * and the first line. */
 static void cube_feed_follow(struct cube_feed *f, struct cube_http_req *req)
 {
     struct cube_follower *w = cube_alloc(sizeof *w);
@@ -16266,7 +16585,9 @@ static void cube_feed_follow(struct cube_feed *f, struct cube_http_req *req)
     cube_defer_set(f->loop, &f->pump, cube_feed_pump, f);
 }
 
-/* A line that is not kept, for those who are up to date: a sign of life. */
+/* A line that is not kept, for those who are up to date: a sign of life. Only
+ * when it is up to date: a beat between two lines would say something newer
+ * than the next line does. */
 static void cube_feed_beat(struct cube_feed *f, const char *line, size_t len)
 {
     struct cube_list *link;
@@ -16280,7 +16601,14 @@ static void cube_feed_beat(struct cube_feed *f, const char *line, size_t len)
     }
 }
 
-/* The line of a task's change, under the number that it will have. */
+/*
+ * The line of a task's change, under the number that it will have.
+ *      {"Type":"task","Stream":"S","Seq":42,"Time":"...","Task":{...}}
+ *      {"Type":"gone","Stream":"S","Seq":43,"Time":"...","ID":"..."}
+ *
+ * With a newline at its end; a line never holds one inside, since JSON escapes
+ * it.
+ */
 static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
                                 const struct cube_task *t, bool is_gone,
                                 struct cube_buf *out)
@@ -16323,7 +16651,15 @@ static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
 /* In words why it is sick; the watch has ended by then. */
 typedef void cube_sick_fn(void *arg, const char *words);
 
-/* The watch over one running task; zeroed is off. */
+/*
+ * The watch over one running task; zeroed is off. A member of its keeper's
+ * record of the task, which stops it before it goes.
+ *
+ *      start --> waits --timer--> asks --2xx, 3xx--> waits, failures 0
+ *                  ^               `---- else ----> failures + 1, if they
+ *                  |                                count yet
+ *                  +------ fewer than retries ---------+--- else: sick, off
+ */
 struct cube_health {
     struct cube_loop *loop;
     struct cube_timer timer;
@@ -16337,11 +16673,14 @@ struct cube_health {
     void *arg;
 };
 
+/* A member of a task at 0 asks for the default. */
 static int64_t cube_or(int64_t value, int64_t otherwise)
 {
     return value > 0 ? value : otherwise;
 }
 
+/* Off, whatever it was doing; on_sick is not called. Harmless when it is
+ * off. */
 static void cube_health_stop(struct cube_health *h)
 {
     if (!h->is_on)
@@ -16354,7 +16693,9 @@ static void cube_health_stop(struct cube_health *h)
     memset(h, 0, sizeof *h);
 }
 
-/* The host port of the lowest container port (TCP); 0: it has none. */
+/* The host port of the lowest container port (TCP); 0: it has none. `*ip` is
+ * borrowed from the task. Ports of other protocols and those without a host
+ * port do not count. */
 static int cube_health_port(const struct cube_task *t, const char **ip)
 {
     int lowest = 65536, found = 0;
@@ -16379,6 +16720,8 @@ static int cube_health_port(const struct cube_task *t, const char **ip)
 
 static void cube_health_check(void *arg); /* mutual recursion */
 
+/* Often until the first success, so that a task that starts quickly is known
+ * to be well quickly. */
 static void cube_health_again(struct cube_health *h)
 {
     bool is_eager = !h->has_succeeded && h->interval_ms > CUBE_HEALTH_EAGER_MS;
@@ -16388,6 +16731,8 @@ static void cube_health_again(struct cube_health *h)
                    cube_health_check, h);
 }
 
+/* The watch is off before `fn` is called, which may free or start it again: so
+ * the words are made before, and `h` is not touched after. */
 static void cube_health_sick(struct cube_health *h, const char *why)
 {
     struct cube_buf words = {0};
@@ -16401,6 +16746,8 @@ static void cube_health_sick(struct cube_health *h, const char *why)
     cube_buf_free(&words);
 }
 
+/* No answer in time is a failure, like any other error. Redirections count as
+ * well: somebody is there who answers. */
 static void cube_health_answered(void *arg, const struct cube_http_answer *a)
 {
     struct cube_health *h = arg;
@@ -16421,6 +16768,7 @@ static void cube_health_answered(void *arg, const struct cube_http_answer *a)
         cube_health_again(h);
 }
 
+/* One question at a time: the next timer is set when this is answered. */
 static void cube_health_check(void *arg)
 {
     struct cube_health *h = arg;
@@ -16435,8 +16783,10 @@ static void cube_health_check(void *arg)
     h->call = cube_http_call(h->client, &r);
 }
 
-/* Watches a running task at `host` (NULL: this machine), if it wants that
- * and has a port; nothing changes when it is watched already. */
+/* Watches a running task at `host` (NULL: this machine), if it wants that and
+ * has a port; nothing changes when it is watched already. The address is the
+ * one that the port was bound to; one that means all of them is reached at
+ * 127.0.0.1. An IPv6 address gets the brackets that a URL wants. */
 static void cube_health_start(struct cube_health *h, struct cube_loop *l,
                               const struct cube_task *t, const char *host,
                               cube_sick_fn *on_sick, void *arg)
