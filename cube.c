@@ -10043,6 +10043,8 @@ struct cube_commit {
     struct cube_loop_job job;
     uint64_t number;           /* of the commit that fills now */
     bool is_syncing;
+    struct cube_err refusal;   /* why that commit must not be made */
+    bool is_refused;
     struct cube_loop_job slice_job; /* the sync of a compaction */
     bool is_slice_syncing;
 };
@@ -10071,6 +10073,17 @@ static void cube_commit_wait(struct cube_commit *c, struct cube_commit_wait *w,
     w->fn = fn;
     w->arg = arg;
     cube_list_add(&c->filling, &w->link);
+}
+
+/* The commit that fills is not to be made: something that belongs to it could
+ * not be staged. All of it is dropped at the end of the turn, and who waits for
+ * it is told why. The first reason counts. */
+static void cube_commit_refuse(struct cube_commit *c,
+                               const struct cube_err *why)
+{
+    if (!c->is_refused)
+        c->refusal = *why;
+    c->is_refused = true;
 }
 
 /* After this `fn` does not run; harmless for one who does not wait. */
@@ -10135,6 +10148,7 @@ static void cube_commit_synced(void *arg, struct cube_job *job)
     cube_commit_tell(&c->syncing, r < 0 ? &err : NULL);
     if (r < 0) { /* what was staged since stands on what is gone */
         cube_store_rollback(c->store);
+        c->is_refused = false;
         c->number++;
         cube_commit_tell(&c->filling, &err);
     }
@@ -10203,7 +10217,14 @@ static void cube_commit_turn(struct cube_commit *c)
 
     if (c->is_syncing)
         return;
-    r = cube_store_commit_begin(c->store, &err);
+    if (c->is_refused) {
+        c->is_refused = false;
+        err = c->refusal;
+        cube_store_rollback(c->store);
+        r = -1;
+    } else {
+        r = cube_store_commit_begin(c->store, &err);
+    }
     c->number++;
     if (r > 0)
         cube_commit_sync(c);
@@ -15978,10 +15999,8 @@ static void cube_record_stage(struct cube_ledger *g, struct cube_record *rec)
                            text.data, text.len, &err);
         cube_buf_free(&text);
     }
-    /* The store refuses a change only when it is read-only after a failed
-     * sync; the commit that fills then fails too, and says why. */
     if (r < 0)
-        cube_log(g->loop, CUBE_ERROR, "store task %s: %s", rec->id, err.text);
+        cube_commit_refuse(g->commit, &err);
 }
 
 /* Stages the record's removal. Gone for everybody when that is on disk; shown
@@ -24055,6 +24074,7 @@ static void cube_worker_belongs(void *arg)
 static void cube_worker_note_cluster(struct cube_worker *w,
                                      const char *cluster, int64_t epoch)
 {
+    struct cube_err err;
     char number[24];
 
     (void)snprintf(w->next_cluster, sizeof w->next_cluster, "%s", cluster);
@@ -24062,8 +24082,9 @@ static void cube_worker_note_cluster(struct cube_worker *w,
     if (strcmp(w->cluster, cluster) == 0 && w->epoch == epoch)
         return;
     (void)snprintf(number, sizeof number, "%lld", (long long)epoch);
-    (void)cube_meta_put(w->store, "cluster", cluster, NULL);
-    (void)cube_meta_put(w->store, "epoch", number, NULL);
+    if (cube_meta_put(w->store, "cluster", cluster, &err) < 0 ||
+        cube_meta_put(w->store, "epoch", number, &err) < 0)
+        cube_commit_refuse(w->commit, &err);
     cube_ledger_join(w->ledger);
 }
 
@@ -25094,10 +25115,12 @@ static void cube_manager_log_event(struct cube_manager *m,
 {
     struct cube_line *line = cube_alloc(sizeof *line);
     unsigned char key[8];
+    struct cube_err err;
 
     cube_number_key((int64_t)++m->staged_seq, key);
-    (void)cube_store_put(m->store, CUBE_TREE_EVENTS, key, sizeof key,
-                         text->data, text->len, NULL);
+    if (cube_store_put(m->store, CUBE_TREE_EVENTS, key, sizeof key,
+                       text->data, text->len, &err) < 0)
+        cube_commit_refuse(m->commit, &err);
     line->commit = cube_commit_number(m->commit);
     line->text = cube_buf_take(text);
     cube_list_add(&m->lines, &line->link);
@@ -25825,13 +25848,15 @@ static int64_t cube_retry_ms(int tries)
 static void cube_member_raise_epoch(struct cube_member *n, int64_t seen)
 {
     struct cube_manager *m = n->manager;
+    struct cube_err err;
     char text[24];
 
     if (seen < m->epoch)
         return;
     m->epoch = seen + 1;
     (void)snprintf(text, sizeof text, "%lld", (long long)m->epoch);
-    (void)cube_meta_put(m->store, "epoch", text, NULL);
+    if (cube_meta_put(m->store, "epoch", text, &err) < 0)
+        cube_commit_refuse(m->commit, &err);
     cube_ledger_join(m->ledger);
     cube_log(m->loop, CUBE_WARN, "node %s has seen epoch %lld: this store is "
              "an older copy; epoch is %lld now", n->name, (long long)seen,
@@ -26478,8 +26503,15 @@ static void cube_manager_changed(void *arg, struct cube_record *rec,
         rec->owner = NULL;
         return;
     }
-    if (!before || before->task->attempt != rec->now->task->attempt)
+    if (!before || before->task->attempt != rec->now->task->attempt ||
+        rec->now->task->state == CUBE_PENDING) {
+        /* An order for what is over: its answer would be taken for one to the
+         * next, and a dead node does not answer at all. */
         cube_timer_clear(m->loop, &c->retry);
+        if (c->order)
+            cube_http_call_cancel(c->order);
+        c->order = NULL;
+    }
     if (cube_task_is_finished(rec->now->task))
         m->has_room = true;
     cube_charge_touch(c);
@@ -27134,16 +27166,17 @@ static void cube_manager_note_node(struct cube_manager *m, const char *name,
                                    const char *uuid, bool is_removal)
 {
     struct cube_joining *j = cube_alloc(sizeof *j);
+    struct cube_err err;
 
     j->manager = m;
     j->name = cube_text_dup(name);
     j->is_removal = is_removal;
-    if (is_removal)
-        (void)cube_store_del(m->store, CUBE_TREE_NODES, name, strlen(name),
-                             NULL);
-    else
-        (void)cube_store_put(m->store, CUBE_TREE_NODES, name, strlen(name),
-                             uuid, strlen(uuid), NULL);
+    if ((is_removal ? cube_store_del(m->store, CUBE_TREE_NODES, name,
+                                     strlen(name), &err)
+                    : cube_store_put(m->store, CUBE_TREE_NODES, name,
+                                     strlen(name), uuid, strlen(uuid),
+                                     &err)) < 0)
+        cube_commit_refuse(m->commit, &err);
     cube_commit_wait(m->commit, &j->wait, cube_manager_joined, j);
 }
 
@@ -27281,6 +27314,7 @@ static int cube_manager_load_events(struct cube_manager *m,
                                     struct cube_err *err)
 {
     struct cube_cursor *c = cube_cursor_open(m->store, CUBE_TREE_EVENTS, err);
+    char stream[CUBE_UUID_TEXT];
     uint64_t last = 0;
     size_t len;
     unsigned char key[8];
@@ -27291,7 +27325,11 @@ static int cube_manager_load_events(struct cube_manager *m,
 
         last = (uint64_t)cube_number_of_key(k, len);
     }
-    cube_feed_init(&m->feed, m->loop, m->cluster,
+    memcpy(stream, m->cluster, sizeof stream);
+    if (cube_store_is_memory(m->store)) /* numbers begin anew: nobody may
+                                           resume by the old ones */
+        cube_uuid_new(m->world, stream);
+    cube_feed_init(&m->feed, m->loop, stream,
                    last > CUBE_FEED_RING ? last - CUBE_FEED_RING : 0);
     cube_number_key((int64_t)m->feed.first, key);
     if (r > 0)
@@ -27338,6 +27376,18 @@ static int cube_manager_load_nodes(struct cube_manager *m,
     return r < 0 ? -1 : 0;
 }
 
+/* A node that has tasks has answered once, whoever named it. */
+static bool cube_manager_has_task_on(struct cube_manager *m, const char *name)
+{
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
+        if (cube_task_holds(rec->now->task, name))
+            return true;
+    }
+    return false;
+}
+
 /* "a:5556,b:5557" */
 static int cube_manager_add_workers(struct cube_manager *m, const char *list,
                                     struct cube_err *err)
@@ -27357,7 +27407,7 @@ static int cube_manager_add_workers(struct cube_manager *m, const char *list,
             r = n ? 0 : -1;
         }
         if (n)
-            n->is_default = !list;
+            n->is_default = !list && !cube_manager_has_task_on(m, name);
         cube_free(name);
         p += len + (p[len] == ',');
     }

@@ -557,3 +557,63 @@ TEST(a_failed_sync_is_an_unknown_outcome_and_then_the_file_is_written_anew)
     CHECK_INT(k.engines[0].made, 2);
     cluster_close(&k);
 }
+
+TEST(events_of_a_store_in_memory_are_another_stream_after_a_restart)
+{
+    struct cluster k;
+    struct follower f;
+    char first[80];
+
+    cluster_open(&k, 1);
+    cluster_manager_down(&k);
+    k.store = "memory";
+    for (int i = 0; i < 2; i++) {
+        cluster_manager_up(&k);
+        cluster_run(&k, 1000);
+        follower_open(&f, &k, k.port, "/events");
+        cluster_run(&k, 1000);
+        CHECK_HAS(f.text.data, "\"hello\",\"Stream\":");
+        if (i == 0)
+            (void)snprintf(first, sizeof first, "%.70s", f.text.data);
+        else
+            CHECK(strncmp(first, f.text.data, 70) != 0);
+        follower_close(&f);
+        cluster_manager_down(&k);
+    }
+    cluster_manager_up(&k);
+    cluster_close(&k);
+}
+
+TEST(a_change_that_cannot_be_stored_takes_all_of_its_commit_along)
+{
+    struct cluster k;
+    struct cube_manager *m;
+    struct cube_record *rec;
+
+    cluster_open(&k, 0);
+    m = k.manager;
+    rec = cube_ledger_add(m->ledger, A);
+    cube_task_set(&cube_record_edit(m->ledger, rec)->task->name, "fine");
+    cube_manager_stage(m, rec);
+    rec = cube_ledger_add(m->ledger, B);
+    {
+        /* Larger than any value that the store takes, and than any body. */
+        char *huge = malloc(CUBE_STORE_VALUE_MAX + 100);
+
+        REQUIRE(huge);
+        memset(huge, 'x', CUBE_STORE_VALUE_MAX + 99);
+        huge[CUBE_STORE_VALUE_MAX + 99] = 0;
+        cube_task_set(&cube_record_edit(m->ledger, rec)->task->name, huge);
+        free(huge);
+    }
+    cube_manager_stage(m, rec);
+    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
+    cluster_run(&k, 500);
+    CHECK(!cube_ledger_find(m->ledger, A));
+    CHECK(!cube_ledger_find(m->ledger, B));
+    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
+    CHECK_STR(k.body.data, "[]\n");
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 200);
+    cluster_close(&k);
+}
