@@ -206,6 +206,9 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Connections that may wait to be accepted. The kernel takes the smaller of
+ * this and /proc/sys/net/core/somaxconn; who comes when it is full tries
+ * again. */
 #define CUBE_LISTEN_BACKLOG 512
 
 /* ---- Clocks, randomness, environment ---- */
@@ -526,6 +529,7 @@ struct cube_jobs {
     bool is_closed;
 };
 
+/* One of each loop. `jobs` may live longer than the poll; see above. */
 struct cube_poll {
     int epoll_fd;
     struct cube_jobs *jobs;
@@ -1164,6 +1168,9 @@ static int cube_world_space(void *ctx, const char *path,
  * ends it early.
  */
 
+/* Where the numbers come from: a pipe holds 64 KiB, so a chunk is a quarter of
+ * one; an exit file has six lines of at most 30 bytes; 10 s is far more than a
+ * clone and an exec take on a machine that is not broken. */
 #define CUBE_SUP_REPORT 3     /* the descriptor of the report in it */
 #define CUBE_SUP_CHUNK 16384  /* output copied at once */
 #define CUBE_SUP_SWEEPS 500   /* of 10 ms: then what is stuck stays */
@@ -1886,7 +1893,8 @@ static int cube_world_spawn_report(int fd)
 
 /* The middle's life: the supervisor must not be the caller's child. It ends at
  * once, and so gives its child to process 1 or a subreaper: no worker has to
- * collect it, none's end takes it along. Never returns. */
+ * collect it, none's end takes it along. Never returns. Between the two clones
+ * nothing is allocated. */
 static void cube_world_spawn_middle(struct cube_sup *s)
 {
     pid_t pid = cube_sup_clone(SIGCHLD);
@@ -14822,6 +14830,15 @@ struct cube_field {
 #define CUBE_TASK_OWN_SPEC(name, kind, member)                             \
     CUBE_FIELD(name, kind, offsetof(struct cube_task, member), true, true)
 
+/*
+ *      of Go's, not the user's     ID, ContainerID, State, HostPorts, ...
+ *      of Go's and the user's      Name, Image, Cpu, Memory, ports, policy, ...
+ *      ours and the user's         Cmd, Env, StopGrace, Health...
+ *      ours, not the user's        ExitCode, Node, Wanted, Attempt, Error, ...
+ *
+ * A field that is added goes to the end: Go's order is what its users' files
+ * and its answers have.
+ */
 static const struct cube_field cube_task_fields[] = {
     CUBE_TASK_GO("ID", cube_kind_of_id, id),
     CUBE_TASK_GO("ContainerID", cube_kind_of_text, container_id),
@@ -15167,6 +15184,9 @@ static const struct cube_kind cube_kind_of_task = {
 #define CUBE_EVENT_OWN(name, kind, member)                                 \
     CUBE_FIELD(name, kind, offsetof(struct cube_event, member), true, false)
 
+/* The first four are Go's. With the others a manager tells a worker whose
+ * assignment it is, of which of the manager's starts, and how many restarts
+ * the worker may do by itself. */
 static const struct cube_field cube_event_fields[] = {
     CUBE_EVENT_GO("ID", cube_kind_of_id, id),
     CUBE_EVENT_GO("State", cube_kind_of_state, state),
@@ -15732,7 +15752,8 @@ static struct cube_version *cube_record_latest(const struct cube_record *rec)
     return v ? v : rec->now;
 }
 
-/* The numbers of a keep, by their names on disk. */
+/* The numbers of a keep, by their names on disk. As in the task's table, one
+ * row serves reading and printing. */
 static const struct cube_keep_field {
     const char *name;
     size_t offset;
@@ -16230,6 +16251,8 @@ struct cube_listing {
     bool has_one;
 };
 
+/* A turn prints this many and lets others go on; a reader that is slower than
+ * the store costs at most so many bytes. */
 #define CUBE_LISTING_SLICE 128                /* records a turn */
 #define CUBE_LISTING_BACKLOG (1024 * 1024)    /* bytes that wait to be sent */
 
@@ -16366,6 +16389,8 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
  * newest statistics, say) are sent to whoever is up to date and are not kept.
  */
 
+/* A follower that was away for fewer lines than the ring has goes on where it
+ * was; for more, it gets the list again. */
 #define CUBE_FEED_RING 4096             /* lines kept for those who come back */
 #define CUBE_FEED_BACKLOG (256 * 1024)  /* bytes waiting in one connection */
 #define CUBE_FEED_SLICE 64              /* records listed at once */
@@ -16698,8 +16723,8 @@ static int64_t cube_or(int64_t value, int64_t otherwise)
     return value > 0 ? value : otherwise;
 }
 
-/* Off, whatever it was doing; on_sick is not called. Harmless when it is
- * off. */
+/* Off, whatever it was doing; on_sick is not called. Harmless when it is off.
+ * The client's open connections go with it. */
 static void cube_health_stop(struct cube_health *h)
 {
     if (!h->is_on)
