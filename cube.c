@@ -5256,7 +5256,7 @@ static void cube_store_put64(uint8_t *p, uint64_t v)
  * set on all but the last (LEB128). 300 = 0x12c is ac 02. A number takes 1 to
  * 5 bytes:
  *
- *     below 128  1      below 2^14  2      below 2^21  3      else 4 or 5
+ *    below 128  1      below 2^14  2      below 2^21  3      else 4 or 5
  *
  * p has room for 5; the count that was used is returned. */
 static size_t cube_store_put_var(uint8_t *p, uint32_t v)
@@ -5325,10 +5325,8 @@ static int cube_store_order(const uint8_t *a, size_t a_len, const uint8_t *b,
     return r ? r : (a_len > b_len) - (a_len < b_len);
 }
 
-/* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005). The
- * tables are a store's own, since nothing here outlives its owner. A checksum
- * of two pieces is that of the second, begun with that of the first:
- * crc(crc(0, a), b) = crc(0, ab). "123456789" gives e3069283. */
+/* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005).
+ * The tables are a store's own, since nothing here outlives its owner. */
 struct cube_store_crc {
     uint32_t t[8][256];
 };
@@ -5354,7 +5352,9 @@ static void cube_store_crc_init(struct cube_store_crc *crc)
     }
 }
 
-/* Continues a checksum; start with 0. */
+/* Continues a checksum; start with 0. A checksum of two pieces is that of the
+ * second, begun with that of the first: crc(crc(0, a), b) = crc(0, ab).
+ * "123456789" gives e3069283. */
 static uint32_t cube_store_crc(const struct cube_store_crc *crc,
                                uint32_t seed, const void *data, size_t len)
 {
@@ -5531,10 +5531,10 @@ static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
  * the new size does. It never fails: the room is a favour to later syncs, not
  * a promise.
  *
- *      end                size           to, a multiple of 4096
- *       |  need  |         |              |
- *     --+--------+---------+--------------+
- *       |  record  0 0 0 0 | new zeros    |
+ *     end                size           to, a multiple of 4096
+ *      |  need  |         |              |
+ *    --+--------+---------+--------------+
+ *      |  record  0 0 0 0 | new zeros    |
  */
 static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
 {
@@ -5975,12 +5975,12 @@ static bool cube_store_page_ok(const uint8_t *page, size_t len)
  * Freed when it is neither pinned nor cached. A pin is a promise to a pointer:
  * who holds one may read data, and nobody frees or moves it meanwhile.
  *
- *                   fetch              shrink, forget
- *      (on disk) ---------> cached ----------------------> freed
- *                           |    ^                           ^
- *                     fetch |    | unpin                     |
- *                           v    |        forget             | last
- *                        cached, pinned ---------> pinned ---+ unpin
+ *                  fetch              shrink, forget
+ *     (on disk) ---------> cached ----------------------> freed
+ *                          |    ^                           ^
+ *                    fetch |    | unpin                     |
+ *                          v    |        forget             | last
+ *                       cached, pinned ---------> pinned ---+ unpin
  */
 struct cube_store_ext {
     struct cube_store_ext *next;
@@ -6323,9 +6323,9 @@ static int cube_store_node_order(unsigned tree, const uint8_t *key,
  * returns the node at or after it, or NULL. prev may be NULL. A few
  * comparisons for each fourfold of nodes.
  *
- *      find c@9 in the drawing above: level 2 goes to b and sees nil, level
- *      1 sees c@6, which is behind c@9 (later commits stand first): down to
- *      level 0, and there c@6 is the answer; prev[0] is b@2's link
+ *     find c@9 in the drawing above: level 2 goes to b and sees nil, level
+ *     1 sees c@6, which is behind c@9 (later commits stand first): down to
+ *     level 0, and there c@6 is the answer; prev[0] is b@2's link
  *
  * UINT64_MAX as the commit so means "before all versions of the key". */
 static struct cube_store_node *cube_store_mem_find(
@@ -6708,8 +6708,8 @@ static int cube_store_path_start(struct cube_store_path *p, int tree,
 /* One entry on (by is +1) or back (-1): 1, or 0 and the way is cleared. In a
  * tree [a e] over [a b] and [e f], standing on b:
  *
- *      +1: leaf has no more -> up to the root, entry 0 -> entry 1 -> down
- *          to the first of [e f]
+ *     +1: leaf has no more -> up to the root, entry 0 -> entry 1 -> down
+ *         to the first of [e f]
  *
  * Each page is read once when one goes through the whole tree. */
 static int cube_store_path_move(struct cube_store_path *p, int by,
@@ -6918,13 +6918,14 @@ static int cube_store_view_get(const struct cube_store_view *v,
  * and no page is made of one left-over entry. A page never takes anything
  * from a neighbour that is not being rewritten, but one that would be small
  * pulls its right neighbour in.
+ *
  * An object's, of the walk that fills it. Entries lie one behind another with
  * their values, and at[] says where each begins: what is still to be cut into
  * pages need not be in a page's order.
  *
- *      before:  pack of leaves, over two pages' worth   pack above
- *               | a b c d e f g h i j k l |             | (empty) |
- *      after:   | f g h i j k l |                       | a -> page [a..e] |
+ *     before:  pack of leaves, over two pages' worth   pack above
+ *              | a b c d e f g h i j k l |             | (empty) |
+ *     after:   | f g h i j k l |                       | a -> page [a..e] |
  */
 struct cube_store_pack {
     struct cube_buf data; /* entries, each with its value behind it */
@@ -7151,10 +7152,11 @@ static void cube_store_walk_flush(struct cube_store_walk *w, int level)
 
 /* Adds a key with its value to the leaves. The value stays where it is (at
  * place, if it stands in this file), or goes into the leaf, or before it.
- *      value of ..        stands in a batch or page     is in memory only
- *      up to 64 bytes     copied into the leaf          into the leaf
- *      up to 1024         stays, by reference           into the leaf
- *      more               stays, by reference           before the leaf
+ *
+ *     value of ..        stands in a batch or page     is in memory only
+ *     up to 64 bytes     copied into the leaf          into the leaf
+ *     up to 1024         stays, by reference           into the leaf
+ *     more               stays, by reference           before the leaf
  */
 static void cube_store_walk_put(struct cube_store_walk *w,
                                 const uint8_t *key, uint32_t key_len,
@@ -17523,7 +17525,9 @@ struct cube_logs {
 };
 
 /* The kinds that say nothing about the container: not reached, no answer in
- * time, an answer that makes no sense, a machine that failed. */
+ * time, an answer that makes no sense, a machine that failed. After trouble
+ * the caller asks again later and reports nothing; after any other error the
+ * answer stands. NULL is no trouble. */
 CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err)
 {
     return err && (err->code == CUBE_ECONN || err->code == CUBE_ETIMEOUT ||
@@ -17572,7 +17576,9 @@ static void cube_container_clear(struct cube_container *c)
  *    chunk 1            chunk 2
  *    {"status":"Pu      lling"}{"status":"}"}
  *                             ^1            ^2   each() at 1 and at 2
- */
+ * An object's, part of what it is fed for. State between two chunks is three
+ * facts: how many braces are open, whether a string is, and whether its last
+ * character was a backslash. */
 struct cube_objects {
     struct cube_buf buf; /* the object that is not complete yet */
     int depth;
@@ -17589,7 +17595,9 @@ static void cube_objects_reset(struct cube_objects *o)
     o->is_string = o->is_escaped = false;
 }
 
-/* Takes one byte; is an object complete with it? */
+/* Takes one byte; is an object complete with it? A bracket needs no counting:
+ * what matters is where the outermost object ends, and it begins with a brace.
+ * A closing brace without an opening one is noise and is passed over. */
 static bool cube_objects_step(struct cube_objects *o, char c)
 {
     if (o->is_string) {
@@ -17608,7 +17616,11 @@ static bool cube_objects_step(struct cube_objects *o, char c)
 }
 
 /* Feeds the next bytes; `each` gets every object that they complete. Objects
- * beyond the limit are cut out, and so are those that are no JSON. */
+ * beyond the limit are cut out, and so are those that are no JSON. The object
+ * is borrowed, and freed when `each` returns, which must not free o. An object
+ * of which more than a megabyte has come loses the piece that was too much;
+ * what remains of it is no JSON then, and is dropped when its last brace
+ * comes. */
 static void cube_objects_feed(struct cube_objects *o, const char *p,
                               size_t len, cube_object_fn *each, void *arg)
 {
@@ -17644,7 +17656,8 @@ static void cube_objects_feed(struct cube_objects *o, const char *p,
  *                                            "HostPort":"32768"}]}}}
  */
 
-/* The text of a key, or "". */
+/* The text of a key, or "". Borrowed from the object; it lives as long as that
+ * does. A key that is missing, null or no text are all the same to us. */
 static const char *cube_docker_text(struct json_value_s *object,
                                     const char *key)
 {
@@ -17683,7 +17696,10 @@ static void cube_docker_read_labels(struct cube_container *c,
     c->restart = cube_docker_number(cube_docker_text(labels, "cube.restart"));
 }
 
-/* An engine has more words than we need: "paused" runs, "dead" does not. */
+/* An engine has more words than we need: "paused" runs, "dead" does not. The
+ * word comes from an inspection, where Running is more to be trusted, or from
+ * a list, where there is only the word. What is unknown counts as exited, so
+ * that nobody waits for it to end. */
 static enum cube_box_state cube_docker_state(const char *status,
                                              bool is_running)
 {
@@ -17725,7 +17741,9 @@ static void cube_docker_read_state(struct cube_container *c,
 }
 
 /* Host ports by container port. A port that is exposed and not published has
- * null, or an empty list. Podman leaves the address of "everywhere" empty. */
+ * null, or an empty list. Podman leaves the address of "everywhere" empty.
+ * c->ports owns what is added. It stops when the task's limit of ports is
+ * reached. */
 static void cube_docker_read_ports(struct cube_container *c,
                                    struct json_value_s *ports)
 {
@@ -17746,7 +17764,10 @@ static void cube_docker_read_ports(struct cube_container *c,
     }
 }
 
-/* Fills an initialised container from an inspection. */
+/* Fills an initialised container from an inspection. -1: the answer is no
+ * JSON, or has no Id; c may be filled in part, and is cleared by the caller
+ * either way. Ports are read only of what runs: an ended one has given them
+ * back, whatever the engine remembers. */
 static int cube_docker_read(struct cube_container *c, const char *json,
                             size_t len, struct cube_err *err)
 {
@@ -17774,7 +17795,13 @@ static int cube_docker_read(struct cube_container *c, const char *json,
 
 /* The container's name for a task's: `web`, then `web-1a2b3c4d` when somebody
  * has that, then "", which lets the engine choose. Engines want two characters
- * at least of [a-zA-Z0-9][a-zA-Z0-9_.-]*. */
+ * at least of [a-zA-Z0-9][a-zA-Z0-9_.-]*.
+ *
+ *     task "web 2", id 1a2b3c4d-...    try 0  web-2
+ *                                      try 1  web-2-1a2b3c4d
+ *                                      try 2  (none: the engine's choice)
+ *
+ * The name is for people only. Nothing here ever looks a container up by it. */
 static void cube_docker_name(const struct cube_task *t, int try,
                              struct cube_buf *out)
 {
@@ -17826,7 +17853,9 @@ static const char *cube_docker_host_port(const struct cube_task *t,
     return NULL;
 }
 
-/* Each port of the task once: those exposed, then those only published. */
+/* Each port of the task once: those exposed, then those only published. A port
+ * that is exposed and published would be a key twice, which some engines
+ * refuse. */
 static void cube_docker_put_exposed(struct cube_buf *out,
                                     const struct cube_task *t)
 {
@@ -17892,7 +17921,9 @@ static void cube_docker_put_host(struct cube_buf *out,
     cube_buf_puts(out, "}}");
 }
 
-/* ,"Labels":{...}: who it is, for whoever finds it. All values are texts. */
+/* ,"Labels":{...}: who it is, for whoever finds it. All values are texts.
+ * cube.spec holds the task as the manager sent it, so that a worker which has
+ * lost its files can adopt the container and report on it. */
 static void cube_docker_put_labels(struct cube_buf *out,
                                    const struct cube_start *what)
 {
@@ -17920,7 +17951,8 @@ static void cube_docker_put_labels(struct cube_buf *out,
  *     "ExposedPorts":{"80/tcp":{}},"HostConfig":{"PublishAllPorts":false,
  *     "Memory":67108864,"NanoCpus":500000000,
  *     "PortBindings":{"80/tcp":[{"HostPort":"8080"}]}}}
- */
+ * out is cleared first. Nothing of the task is checked again: what cannot be
+ * run is refused by the engine, in its own words. */
 static void cube_docker_spec(const struct cube_start *what,
                              struct cube_buf *out)
 {
@@ -17938,7 +17970,15 @@ static void cube_docker_spec(const struct cube_start *what,
 /* ---- Images and credentials ---- */
 
 /* The query that pulls an image: "nginx" is its tag latest, a digest goes
- * where the tag goes. */
+ * where the tag goes.
+ *
+ *     nginx                     fromImage=nginx               tag=latest
+ *     nginx:1.27                fromImage=nginx               tag=1.27
+ *     localhost:5000/a/b        fromImage=localhost:5000/a/b  tag=latest
+ *     nginx@sha256:0f..         fromImage=nginx               tag=sha256:0f..
+ *
+ * Only a colon behind the last slash begins a tag: the others belong to a
+ * port. Shown here as they are before percent-encoding. */
 static void cube_docker_put_image(struct cube_buf *out, const char *image)
 {
     const char *slash = strrchr(image, '/');
@@ -17960,7 +18000,8 @@ static void cube_docker_put_image(struct cube_buf *out, const char *image)
 }
 
 /* The registry of an image: what stands before the first slash, if it looks
- * like a host, else Docker's own. */
+ * like a host, else Docker's own. "nginx" and "library/nginx" are Docker's;
+ * "localhost/x", "a.b/x" and "a:5000/x" name a host. */
 static void cube_registry_of(const char *image, struct cube_buf *out)
 {
     size_t len = strcspn(image, "/");
@@ -17988,7 +18029,8 @@ static bool cube_registry_is(const char *key, const char *registry)
  * The header X-Registry-Auth: base64url of {"username","password",
  * "serveraddress"}, made of an entry of `auths`, which has user and password
  * as base64 of "user:password", or in two fields, or as a token.
- */
+ * Secrets pass through here and nowhere else: they are not logged, and the
+ * buffers live for this call and its request. */
 static void cube_registry_header(struct json_value_s *entry,
                                  const char *registry, struct cube_buf *out)
 {
@@ -18021,7 +18063,9 @@ static void cube_registry_header(struct json_value_s *entry,
 
 /* What the user of this process has told `docker login` about the registry of
  * `image`; leaves `out` empty when that is nothing. Read at each pull: people
- * log in while we run. */
+ * log in while we run. A file that is not there, or no JSON, is nothing:
+ * public images need no login. Credential helpers are not asked, since they
+ * are programs to be run. */
 static void cube_registry_auth(const struct cube_world *w, const char *image,
                                struct cube_buf *out)
 {
@@ -18062,6 +18106,7 @@ struct cube_layer {
     bool is_done;
 };
 
+/* A part of the start that pulls; zeros are a pull that has not begun. */
 struct cube_pull {
     struct cube_objects objects;
     struct cube_layer *layers;
@@ -18081,7 +18126,9 @@ static void cube_pull_clear(struct cube_pull *p)
     memset(p, 0, sizeof *p);
 }
 
-/* Linear search: an image has a dozen layers. */
+/* Linear search: an image has a dozen layers. NULL: there are too many; those
+ * beyond the limit are pulled, but not counted in the words. The pointer is
+ * good until the next call. */
 static struct cube_layer *cube_pull_layer(struct cube_pull *p, const char *id)
 {
     for (size_t i = 0; i < p->count; i++) {
@@ -18127,7 +18174,9 @@ static void cube_pull_line(void *arg, struct json_value_s *line)
 }
 
 /* "pulling nginx:latest: 3 of 5 layers, 12.3 MB": layers that are there, of
- * those heard of so far, and what has come over the wire. */
+ * those heard of so far, and what has come over the wire. Read by people only;
+ * nothing is decided by it. The number of layers may grow while it goes on,
+ * since engines tell of them one by one. */
 static void cube_pull_words(const struct cube_pull *p, const char *image,
                             struct cube_buf *out)
 {
@@ -18162,7 +18211,9 @@ static void cube_pull_words(const struct cube_pull *p, const char *image,
 struct cube_docker;
 struct cube_docker_op;
 
-/* `trouble` set: no (complete) answer came, and nothing else counts. */
+/* `trouble` set: no (complete) answer came, and nothing else counts. A call's:
+ * all of it is gone when the callback returns. body is never NULL and ends
+ * with a zero byte behind len. */
 struct cube_docker_answer {
     int status;
     const char *body;
@@ -18176,7 +18227,10 @@ typedef void cube_docker_answer_fn(struct cube_docker_op *op,
 typedef void cube_docker_piece_fn(struct cube_docker_op *op, const char *p,
                                   size_t len);
 
-/* The first part of each struct below; lives in docker->ops. */
+/* The first part of each struct below; lives in docker->ops. An object's: it
+ * is the first request and the last of one thing that was asked for, and frees
+ * the struct around it at its end. Strings that it asks with are its own;
+ * method is borrowed from a literal. */
 struct cube_docker_op {
     struct cube_list link;
     struct cube_docker *d;
@@ -18194,7 +18248,9 @@ struct cube_docker_op {
     int status;           /* of a streamed answer whose head has come */
 };
 
-/* What is asked of events; one a runtime. */
+/* What is asked of events; one a runtime. The op is the stream of events; the
+ * ping is asked beside it, every 15 seconds, since a dead connection looks
+ * like a quiet one. */
 struct cube_docker_watch {
     struct cube_docker_op op, ping;
     struct cube_timer again, check;
@@ -18206,7 +18262,13 @@ struct cube_docker_watch {
     void *arg;
 };
 
-/* A time in which the engine did not answer, in wall time; zeros: unused. */
+/* A time in which the engine did not answer, in wall time; zeros: unused.
+ *
+ *     ---+---------+----------------------+---------+---> wall time
+ *        |  -3 s   | no answer  . .  again|  +2 s   |
+ *        from_ns   noticed                noticed   to_ns
+ *
+ * While it is away to_ns is the end of time. */
 struct cube_docker_away {
     int64_t from_ns, to_ns;
 };
@@ -18216,6 +18278,8 @@ struct cube_docker_away {
 #define CUBE_DOCKER_AWAY_BEFORE_NS 3000000000
 #define CUBE_DOCKER_AWAY_AFTER_NS 2000000000
 
+/* An object's, made by cube_docker_new and freed with all ops that are under
+ * way, of which none is called back then. */
 struct cube_docker {
     struct cube_runtime rt;
     struct cube_http_client *client;
@@ -18257,7 +18321,8 @@ static void cube_docker_op_init(struct cube_docker *d,
     cube_list_add(&d->ops, &op->link);
 }
 
-/* Gives up what it has asked; no answer comes. */
+/* Gives up what it has asked; no answer comes. The op stays in the list, and
+ * can ask something else. */
 static void cube_docker_op_cancel(struct cube_docker_op *op)
 {
     if (op->call)
@@ -18277,7 +18342,8 @@ static void cube_docker_op_clear(struct cube_docker_op *op)
     cube_buf_free(&op->said);
 }
 
-/* Notes when the engine went away, or (`is_back`) came back. */
+/* Notes when the engine went away, or (`is_back`) came back. The oldest of
+ * four is forgotten: an end that long ago has been judged by now. */
 static void cube_docker_note_away(struct cube_docker *d, bool is_back)
 {
     const struct cube_world *w = cube_loop_world(d->rt.loop);
@@ -18300,7 +18366,9 @@ static void cube_docker_note_away(struct cube_docker *d, bool is_back)
  * killed ends what it finds, before it answers. So: somebody sent a signal, or
  * the end falls into a time when the engine was away. Podman leaves its
  * containers alone.
- */
+ * The worker then starts it again without counting a failure. An error in one
+ * direction costs a start too many, in the other a task that the engine's
+ * restart has ended for good. */
 static bool cube_docker_is_interrupted(const struct cube_docker *d,
                                        const struct cube_container *c)
 {
@@ -18329,7 +18397,9 @@ static int cube_docker_take(const struct cube_docker *d,
     return 0;
 }
 
-/* Says in the log, once each time, that the engine is gone or back. */
+/* Says in the log, once each time, that the engine is gone or back. A 5xx says
+ * nothing: the engine is there, and not well; is_up is false then, but nothing
+ * is logged, since the next answer may be better. */
 static void cube_docker_notice(struct cube_docker *d,
                                const struct cube_docker_answer *a)
 {
@@ -18348,7 +18418,8 @@ static void cube_docker_notice(struct cube_docker *d,
     }
 }
 
-/* "1.41" is 1041; 0 for what is no version. */
+/* "1.41" is 1041; 0 for what is no version. A text like "1.41-rc1" counts up
+ * to its first strange character. */
 static int cube_docker_version(const char *text)
 {
     size_t major = strspn(text, "0123456789");
@@ -18364,9 +18435,10 @@ static int cube_docker_version(const char *text)
     return (int)(a * 1000 + b);
 }
 
-/* Does this 400 refuse our version? Then it may say, in JSON or in plain
- * text, which one the engine wants: "client version 1.12 is too old. Minimum
- * supported API version is 1.44, please upgrade". */
+/* Does this 400 refuse our version? Then it may say, in JSON or in plain text,
+ * which one the engine wants: "client version 1.12 is too old. Minimum
+ * supported API version is 1.44, please upgrade". d->least is changed only
+ * when it does; 0 then stands for "it did not say". */
 static bool cube_docker_is_other_version(struct cube_docker *d,
                                          const struct cube_docker_answer *a)
 {
@@ -18409,7 +18481,10 @@ static void cube_docker_on_data(void *arg, const char *p, size_t len)
 }
 
 /* Whatever keeps an answer from coming is trouble of the engine, a socket that
- * is not there and one that we may not open included. */
+ * is not there and one that we may not open included. It is the one way out of
+ * a request: a version that was refused asks again, once, without the op
+ * noticing; everything else goes to on_answer, which may free the op and start
+ * another one. */
 static void cube_docker_on_done(void *arg, const struct cube_http_answer *from)
 {
     struct cube_docker_op *op = arg;
@@ -18441,7 +18516,9 @@ static void cube_docker_on_done(void *arg, const struct cube_http_answer *from)
 }
 
 /* Sends what the op asks, with the version that is agreed on; the ping that
- * finds one out goes without. */
+ * finds one out goes without. headers and target are copied by the client, so
+ * they may be this call's. An op without on_piece gets its body whole, up to
+ * 64 MB; beyond that it is an error. */
 static void cube_docker_send(struct cube_docker_op *op)
 {
     struct cube_docker *d = op->d;
@@ -18472,8 +18549,10 @@ static void cube_docker_send(struct cube_docker_op *op)
     cube_buf_free(&target);
 }
 
-/* Sends what op->method, target, body and auth say, once the version is
- * known. */
+/* Sends what op->method, target, body and auth say, once the version is known.
+ * timeout_ms bounds the whole, idle_timeout_ms the silence; 0 is no limit.
+ * on_answer runs exactly once, later, unless the op is cancelled; with
+ * on_piece set the pieces of a 200 come before it. */
 static void cube_docker_ask(struct cube_docker_op *op, int timeout_ms,
                             int idle_timeout_ms)
 {
@@ -18489,7 +18568,9 @@ static void cube_docker_ask(struct cube_docker_op *op, int timeout_ms,
     cube_docker_greet(op->d);
 }
 
-/* The plain case: a method, "/containers/%s/json" and the ID. */
+/* The plain case: a method, "/containers/%s/json" and the ID. The ID is
+ * percent-encoded: it may come from a label or a user, and must not become a
+ * part of the path. */
 static void cube_docker_ask_id(struct cube_docker_op *op, const char *method,
                                const char *before, const char *id,
                                const char *after, int timeout_ms)
@@ -18506,8 +18587,9 @@ static void cube_docker_ask_id(struct cube_docker_op *op, const char *method,
 
 /* ---- The engine's words ---- */
 
-/* What an answer that is no success says: `message` of its JSON, else the
- * text itself, else its number. */
+/* What an answer that is no success says: `message` of its JSON, else the text
+ * itself, else its number. out is cleared and never empty: a message without
+ * words would leave people with nothing. */
 static void cube_docker_words(const struct cube_docker_answer *a,
                               struct cube_buf *out)
 {
@@ -18524,7 +18606,14 @@ static void cube_docker_words(const struct cube_docker_answer *a,
 }
 
 /* The error that an answer is: trouble as it came, a 5xx as trouble, else a
- * no of its kind. Always -1. */
+ * no of its kind. Always -1.
+ *
+ *     no answer     as it came     401, 403   CUBE_EACCES
+ *     5xx           CUBE_EIO       404        CUBE_ENOENT
+ *     2xx, 3xx      CUBE_EPROTO    409        CUBE_EBUSY
+ *                                  other 4xx  CUBE_EINVAL
+ *
+ * The left column is trouble, the right one is a no. */
 static int cube_docker_fail(const struct cube_docker_answer *a,
                             const char *what, struct cube_err *err)
 {
@@ -18554,7 +18643,9 @@ static int cube_docker_fail(const struct cube_docker_answer *a,
 /* ---- Greeting: version and name ---- */
 
 /* Lets those go on that waited for the version; `a` set: there is none. Only
- * those that waited before this, since a callback may ask anew. */
+ * those that waited before this, since a callback may ask anew. A round is
+ * numbered so that an op which asks again from its callback, and so waits
+ * again, is not called twice in one sweep. */
 static void cube_docker_wait_over(struct cube_docker *d,
                                   const struct cube_docker_answer *a)
 {
@@ -18578,7 +18669,9 @@ static void cube_docker_wait_over(struct cube_docker *d,
 }
 
 /* GET /info tells who it is; nothing but words depends on it. Podman makes up
- * an ID for each answer, so there its storage on its host is who it is. */
+ * an ID for each answer, so there its storage on its host is who it is. A
+ * failure of it changes nothing that matters: those who wait go on with the
+ * version that the ping has told. */
 static void cube_docker_on_info(struct cube_docker_op *op,
                                 const struct cube_docker_answer *a)
 {
@@ -18607,7 +18700,15 @@ static void cube_docker_on_info(struct cube_docker_op *op,
 }
 
 /* The ping is answered: the version is the smaller of both, unless the engine
- * has said that it takes nothing that old. Then it is asked for its name. */
+ * has said that it takes nothing that old. Then it is asked for its name.
+ * Whatever else the ping answers is trouble for all who wait: nobody is told
+ * "no" by an engine that we cannot talk to.
+ *
+ *     engine says   ours    it takes from   we speak
+ *     1.41          1.44    -               1.41
+ *     1.52          1.44    -               1.44
+ *     1.54          1.44    1.50            1.50
+ */
 static void cube_docker_on_hello(struct cube_docker_op *op,
                                  const struct cube_docker_answer *a)
 {
@@ -18671,7 +18772,7 @@ static const struct cube_docker_verb cube_docker_remove_verb = {
 static const struct cube_docker_verb cube_docker_inspect_verb = {
     "inspect", {0, 0, 0}};
 
-/* One of the callbacks is set. */
+/* One of the callbacks is set. An object's, from the question to its answer. */
 struct cube_docker_plain {
     struct cube_docker_op op;
     const struct cube_docker_verb *verb;
@@ -18682,6 +18783,8 @@ struct cube_docker_plain {
     void *arg;
 };
 
+/* Without a word to anybody: for the end of the runtime, and after the report.
+ */
 static void cube_docker_plain_free(struct cube_docker_op *op)
 {
     struct cube_docker_plain *p = CUBE_OF(op, struct cube_docker_plain, op);
@@ -18691,7 +18794,8 @@ static void cube_docker_plain_free(struct cube_docker_op *op)
     cube_free(p);
 }
 
-/* Reports, and is gone. */
+/* Reports, and is gone. The container is borrowed by the callback. The
+ * callback comes first and may ask the runtime anything, but not free it. */
 static void cube_docker_plain_end(struct cube_docker_plain *p,
                                   const struct cube_docker_answer *a,
                                   const struct cube_err *err)
@@ -18727,8 +18831,10 @@ static bool cube_docker_is_fine(const struct cube_docker_verb *verb,
     return false;
 }
 
-/* After a kill that the engine failed: if the container does not run, it is
- * as well. (Podman answers so, with a 500, for one that has ended.) */
+/* After a kill that the engine failed: if the container does not run, it is as
+ * well. (Podman answers so, with a 500, for one that has ended.) A kill is a
+ * wish for an end, so success is that there is one, whatever the engine said
+ * of the signal. */
 static void cube_docker_on_kill_check(struct cube_docker_op *op,
                                       const struct cube_docker_answer *a)
 {
@@ -18774,6 +18880,7 @@ static void cube_docker_on_plain(struct cube_docker_op *op,
 }
 
 static struct cube_docker_plain *
+/* Asks nothing yet; the caller sets its callback, then asks. */
 cube_docker_plain_new(struct cube_runtime *rt,
                       const struct cube_docker_verb *verb, const char *id,
                       void *arg)
@@ -18788,7 +18895,10 @@ cube_docker_plain_new(struct cube_runtime *rt,
     return p;
 }
 
-/* The engine counts the grace in seconds, and answers when it is over. */
+/* The engine counts the grace in seconds, and answers when it is over. 0 kills
+ * at once; more than a day counts as a day. The request may take as long as
+ * the grace and two minutes more, since the engine answers at the end. Ended
+ * or gone already is success. */
 static void cube_docker_stop(struct cube_runtime *rt, const char *id,
                              int64_t grace_ms, cube_done_fn *fn, void *arg)
 {
@@ -18805,6 +18915,7 @@ static void cube_docker_stop(struct cube_runtime *rt, const char *id,
                        (int)seconds * 1000 + CUBE_DOCKER_DO_MS);
 }
 
+/* SIGKILL. Success says that it does not run, or is gone. */
 static void cube_docker_kill(struct cube_runtime *rt, const char *id,
                              cube_done_fn *fn, void *arg)
 {
@@ -18816,6 +18927,8 @@ static void cube_docker_kill(struct cube_runtime *rt, const char *id,
                        CUBE_DOCKER_DO_MS);
 }
 
+/* Kills it first if it runs (force), and takes its anonymous volumes along
+ * (v). What is gone already has been removed. */
 static void cube_docker_remove(struct cube_runtime *rt, const char *id,
                                cube_done_fn *fn, void *arg)
 {
@@ -18827,6 +18940,7 @@ static void cube_docker_remove(struct cube_runtime *rt, const char *id,
                        CUBE_DOCKER_DO_MS);
 }
 
+/* A container that is not there is an error with CUBE_ENOENT. */
 static void cube_docker_inspect(struct cube_runtime *rt, const char *id,
                                 cube_container_fn *fn, void *arg)
 {
@@ -18838,6 +18952,8 @@ static void cube_docker_inspect(struct cube_runtime *rt, const char *id,
                        CUBE_DOCKER_ASK_MS);
 }
 
+/* The engine's own text, untouched, for people and tools; borrowed by the
+ * callback. */
 static void cube_docker_inspect_json(struct cube_runtime *rt, const char *id,
                                      cube_text_fn *fn, void *arg)
 {
@@ -18853,7 +18969,19 @@ static void cube_docker_inspect_json(struct cube_runtime *rt, const char *id,
  *
  * The steps are drawn at the opening of the chapter. Each has a function that
  * asks and one that takes the answer; the answer's name is the step's.
- */
+ *
+ * An exchange in which the image is missing, as the engine sees it:
+ *
+ *     GET    /containers/json?all=1&filters={"label":["cube.task=ID"]}
+ *                                                    200 []
+ *     POST   /containers/create?name=web             404 no such image
+ *     POST   /images/create?fromImage=nginx&tag=latest
+ *                                                    200 lines, a minute
+ *     POST   /containers/create?name=web             201 {"Id":"4e5f.."}
+ *     POST   /containers/4e5f../start                204
+ *     GET    /containers/4e5f../json                 200 -> fn(arg, c, NULL)
+ *
+ * fn runs exactly once, unless the runtime is freed before. */
 struct cube_docker_start {
     struct cube_docker_op op;
     struct cube_task *task;
@@ -18893,6 +19021,8 @@ static struct cube_docker_start *cube_docker_start_of(struct cube_docker_op *op)
     return CUBE_OF(op, struct cube_docker_start, op);
 }
 
+/* Does not call back. A container that it has made stays where it is: the next
+ * start of the same attempt finds it by its labels. */
 static void cube_docker_start_free(struct cube_docker_op *op)
 {
     struct cube_docker_start *s = cube_docker_start_of(op);
@@ -18909,7 +19039,8 @@ static void cube_docker_start_free(struct cube_docker_op *op)
     cube_free(s);
 }
 
-/* Reports, and is gone. `c` NULL: for the reason in s->why. */
+/* Reports, and is gone. `c` NULL: for the reason in s->why. The container is
+ * borrowed by the callback, the error too. */
 static void cube_docker_start_end(struct cube_docker_start *s,
                                   const struct cube_container *c)
 {
@@ -18926,7 +19057,9 @@ static void cube_docker_start_fail(struct cube_docker_start *s,
     cube_docker_start_end(s, NULL);
 }
 
-/* Asks GET, POST or DELETE of "/containers/{id}..." for one step. */
+/* Asks GET, POST or DELETE of "/containers/{id}..." for one step. s->id must
+ * be set. It cannot be cut short, since what the engine does then would be
+ * unknown. */
 static void cube_docker_step(struct cube_docker_start *s, const char *method,
                              const char *after, int timeout_ms,
                              cube_docker_answer_fn *answer)
@@ -18965,7 +19098,8 @@ static void cube_docker_discarded(struct cube_docker_op *op,
 }
 
 /* Removes what it has made, and then reports s->why. Podman holds the host
- * ports of a failed start until then. */
+ * ports of a failed start until then. Always ends the start, with the reason
+ * in s->why. */
 static void cube_docker_discard(struct cube_docker_start *s)
 {
     cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
@@ -18973,7 +19107,8 @@ static void cube_docker_discard(struct cube_docker_start *s)
 }
 
 /* At the begin of each answer: was it cancelled meanwhile? Then it ends here,
- * and the caller returns at once. */
+ * and the caller returns at once. A container that it has made by then is
+ * removed first. True also says that s may be freed already. */
 static bool cube_docker_is_over(struct cube_docker_start *s)
 {
     if (!s->is_cancelled)
@@ -18987,7 +19122,8 @@ static bool cube_docker_is_over(struct cube_docker_start *s)
     return true;
 }
 
-/* inspect: the end of a start that went well. */
+/* inspect: the end of a start that went well. A container that has ended in
+ * between is a success too: it was started, and its exit code is in c. */
 static void cube_docker_inspected(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
@@ -19015,7 +19151,8 @@ static void cube_docker_inspected(struct cube_docker_op *op,
  * to update the store state of sandbox"). So unless the words are known to be
  * about the container, it is asked again, a little later, before it is
  * believed.
- */
+ * Twice two seconds are enough for an engine on its way down to stop
+ * answering, and then it is trouble. */
 static bool cube_docker_is_doubtful(struct cube_docker_start *s)
 {
     static const char *const known[] = {"already allocated", "already in use",
@@ -19047,7 +19184,12 @@ static void cube_docker_doubt(struct cube_docker_start *s)
                    cube_docker_look_again, s);
 }
 
-/* probe: after a 5xx to create or pull. The engine is well: it was a no. */
+/* probe: after a 5xx to create or pull. The engine is well: it was a no.
+ *
+ *     create: 500        probe: 200   words known     it was a no
+ *                                     not known       doubt, at most twice
+ *                        no answer    trouble, as the 5xx itself says
+ */
 static void cube_docker_probed(struct cube_docker_op *op,
                                const struct cube_docker_answer *a)
 {
@@ -19083,7 +19225,15 @@ static void cube_docker_refused(struct cube_docker_start *s,
 /* check: after a start that failed. Is it there, does it run after all, or
  * did the engine mean its no? One that an earlier try left behind may be half
  * started for good ("task ...: already exists", when the engine was killed
- * over it): that is no fault of the task's, and another one is made. */
+ * over it): that is no fault of the task's, and another one is made.
+ *
+ *     it is ..                         then
+ *     gone (404)                       make another one
+ *     running                          done: the start has worked after all
+ *     found, of an earlier try         remove it, look again
+ *     made by us, words in doubt       wait, look again
+ *     made by us                       remove it, report the no
+ */
 static void cube_docker_checked(struct cube_docker_op *op,
                                 const struct cube_docker_answer *a)
 {
@@ -19148,7 +19298,9 @@ static void cube_docker_run(struct cube_docker_start *s)
                      cube_docker_started);
 }
 
-/* pull: its success is a 200 without an error among its lines. */
+/* pull: its success is a 200 without an error among its lines. A pull whose
+ * stream was cut is trouble, and so is one that the engine gave up while it
+ * stopped; an image that is not there, or may not be had, is a no. */
 static void cube_docker_pulled(struct cube_docker_op *op,
                                const struct cube_docker_answer *a)
 {
@@ -19172,7 +19324,9 @@ static void cube_docker_pulled(struct cube_docker_op *op,
     cube_buf_free(&what);
 }
 
-/* Tells how far it is, when that has changed, and not too often. */
+/* Tells how far it is, when that has changed, and not too often. At most one
+ * call of progress in 300 ms, and none with the words of the one before. The
+ * words are borrowed by it. */
 static void cube_docker_pull_tell(struct cube_docker_start *s)
 {
     int64_t now = cube_loop_now_ms(s->op.d->rt.loop);
@@ -19205,7 +19359,8 @@ static void cube_docker_pull_piece(struct cube_docker_op *op, const char *p,
 
 /* Pulls the image. The engine does the work, and stops when we hang up. No
  * limit on the whole: an image may be large and the line thin; only silence
- * ends it. */
+ * ends it. A pull can come twice, when somebody deletes the image between pull
+ * and create; a third time is not tried. */
 static void cube_docker_pull(struct cube_docker_start *s)
 {
     struct cube_docker_op *op = &s->op;
@@ -19235,7 +19390,9 @@ static bool cube_docker_is_name_taken(const struct cube_docker_answer *a)
             strstr(a->body, "already in use"));
 }
 
-/* make (create): a container, or no image, or no name. */
+/* make (create): a container, or no image, or no name. An answer that has an
+ * Id is kept even if the start was cancelled meanwhile, so that what was made
+ * can be removed. */
 static void cube_docker_made(struct cube_docker_op *op,
                              const struct cube_docker_answer *a)
 {
@@ -19315,7 +19472,13 @@ static void cube_docker_clear(struct cube_docker_start *s)
 
 /* What was found of this task: the container that this very start, or an
  * earlier try of it, has made (1), an older one of ours (-1), or nothing that
- * matters (0). */
+ * matters (0). Only containers of this worker count: two workers on one engine
+ * may each have had the task, and do not clear up after each other.
+ *
+ *     attempt, restart on it, against ours 2, 1:
+ *     2, 1  ours: start or inspect it       2, 0  1, 5  older: clear it
+ *     2, 2  3, 0  newer than we: leave it
+ */
 static int cube_docker_judge(const struct cube_docker_start *s,
                              struct json_value_s *labels)
 {
@@ -19334,7 +19497,9 @@ static int cube_docker_judge(const struct cube_docker_start *s,
     return 1;
 }
 
-/* look: GET /containers/json gives for each `Id`, `Labels`, `State`. */
+/* look: GET /containers/json gives for each `Id`, `Labels`, `State`. More than
+ * eight rounds mean that somebody else makes or removes what we do, and end
+ * the start. */
 static void cube_docker_looked(struct cube_docker_op *op,
                                const struct cube_docker_answer *a)
 {
@@ -19373,7 +19538,9 @@ static void cube_docker_looked(struct cube_docker_op *op,
                          cube_docker_inspected);
 }
 
-/* The query of a list: all containers that carry these labels. */
+/* The query of a list: all containers that carry these labels. target is
+ * cleared first. With b, both labels must match; a label without "=" asks
+ * whether it is there at all. */
 static void cube_docker_put_filter(struct cube_buf *target, const char *a,
                                    const char *b)
 {
@@ -19430,7 +19597,9 @@ static void cube_docker_start_give_up(void *arg)
 }
 
 /* A pull is cut short, which makes the engine drop it too; a create or start
- * on its way is waited for, since its container has to be removed. */
+ * on its way is waited for, since its container has to be removed. Unknown
+ * tasks are fine: it ended a moment ago. The start reports CUBE_ECANCELED,
+ * later, and what it has made by then is removed before. */
 static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
 {
     struct cube_docker *d = cube_docker_of(rt);
@@ -19467,6 +19636,7 @@ struct cube_docker_list {
     void *arg;
 };
 
+/* Calls nobody back. */
 static void cube_docker_list_free(struct cube_docker_op *op)
 {
     struct cube_docker_list *l = CUBE_OF(op, struct cube_docker_list, op);
@@ -19481,7 +19651,8 @@ static void cube_docker_list_free(struct cube_docker_op *op)
     cube_free(l);
 }
 
-/* Reports all, or why not: half a list would look like lost containers. */
+/* Reports all, or why not: half a list would look like lost containers. What
+ * is reported is borrowed by the callback. */
 static void cube_docker_list_end(struct cube_docker_list *l,
                                  const struct cube_err *err)
 {
@@ -19554,6 +19725,8 @@ static void cube_docker_list_listed(struct cube_docker_op *op,
     cube_docker_list_next(l);
 }
 
+/* worker NULL: of all workers, whoever's they are. A list is no instant:
+ * containers are inspected one after another, and may change in between. */
 static void cube_docker_list(struct cube_runtime *rt, const char *worker,
                              cube_containers_fn *fn, void *arg)
 {
@@ -19585,7 +19758,13 @@ static void cube_docker_list(struct cube_runtime *rt, const char *worker,
  *
  * With a terminal there are no frames. Ours have none, but who knows what the
  * container is that somebody wants the log of: so it is inspected first.
- */
+ * The receiver gets payloads only, in the order in which the engine wrote
+ * them, output and errors mixed. Two chunks that carry "out\n" and "e\n":
+ *
+ *     01 00 00 00 00 00 00 04 6f 75 | 74 0a 02 00 00 00 00 00 00 02 65 0a
+ *     head: out, 4 bytes     "ou"  |  "t\n" head: errors, 2 bytes   "e\n"
+ *
+ * on_data is called with "ou", "t\n" and "e\n". */
 struct cube_docker_logs {
     struct cube_logs logs;
     struct cube_docker_op op;
@@ -19608,7 +19787,8 @@ static void cube_docker_logs_free(struct cube_docker_op *op)
     cube_free(l);
 }
 
-/* Takes some of `len` bytes, and says how many. */
+/* Takes some of `len` bytes, and says how many. At least one byte of len, so
+ * that its caller ends. A frame without bytes is passed over. */
 static size_t cube_docker_logs_take(struct cube_docker_logs *l, const char *p,
                                     size_t len)
 {
@@ -19649,6 +19829,8 @@ static void cube_docker_logs_piece(struct cube_docker_op *op, const char *p,
         cube_docker_logs_free(op);
 }
 
+/* on_end is the last that the receiver hears; cancelling from within it is
+ * allowed and does nothing more. */
 static void cube_docker_logs_end(struct cube_docker_logs *l,
                                  const struct cube_err *err)
 {
@@ -19716,6 +19898,8 @@ cube_docker_logs(struct cube_runtime *rt, const char *id,
     return &l->logs;
 }
 
+/* Neither callback runs after it. From within on_data it is allowed: then the
+ * memory goes when that has returned. */
 static void cube_docker_logs_cancel(struct cube_runtime *rt,
                                     struct cube_logs *logs)
 {
@@ -19742,7 +19926,9 @@ static void cube_docker_logs_cancel(struct cube_runtime *rt,
 /* Mutual recursion: what was cut is opened again, and may be cut again. */
 static void cube_docker_watch_open(void *arg);
 
-/* A signal is remembered until the container is gone, or starts again. */
+/* A signal is remembered until the container is gone, or starts again. On
+ * overflow all are forgotten: four thousand containers with a signal and
+ * without an end are an engine that tells of none. */
 static void cube_docker_note_signal(struct cube_docker *d, const char *action,
                                     const char *id)
 {
@@ -19758,7 +19944,8 @@ static void cube_docker_note_signal(struct cube_docker *d, const char *action,
 }
 
 /* One event. What is executed inside a container (health checks of the
- * engine's own) is none of ours, and frequent. */
+ * engine's own) is none of ours, and frequent. It may name a task that is not
+ * ours: the watcher knows its own. */
 static void cube_docker_event(void *arg, struct json_value_s *event)
 {
     struct cube_docker *d = arg;
@@ -19793,7 +19980,11 @@ static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
 }
 
 /* It is cut, or could not be opened: again, after a while. The reason does not
- * matter, and has been logged if it is news. */
+ * matter, and has been logged if it is news.
+ *
+ *     100, 200, 400, 800, 1600, 3200, 5000, 5000 .. ms
+ *
+ * From the beginning again once a stream was open. */
 static void cube_docker_watch_cut(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
@@ -19812,7 +20003,8 @@ static void cube_docker_watch_cut(struct cube_docker_op *op,
 }
 
 /* Opens the stream. The engine is asked for containers only, not for our
- * label: Podman 4.3 finds nothing by a label without its value. */
+ * label: Podman 4.3 finds nothing by a label without its value. The stream has
+ * no time limit: a quiet engine has no events for days. */
 static void cube_docker_watch_open(void *arg)
 {
     struct cube_docker *d = arg;
@@ -19858,6 +20050,9 @@ static void cube_docker_watch_check(void *arg)
     cube_docker_ask(op, CUBE_DOCKER_PING_MS, 0);
 }
 
+/* fn NULL ends it. What was asked before is dropped without a call, so an old
+ * fn never runs again. The first call comes when the stream is open, with
+ * NULL: look at everything. */
 static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
                               void *arg)
 {
@@ -19881,7 +20076,9 @@ static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
 
 /* ---- Docker and Podman: the whole ---- */
 
-/* Gives up all that is under way, without a word, and closes the client. */
+/* Gives up all that is under way, without a word, and closes the client. No
+ * callback runs, in it or afterwards. Containers go on running, which is the
+ * point: a worker that is restarted adopts them. */
 static void cube_docker_free(struct cube_runtime *rt)
 {
     struct cube_docker *d = cube_docker_of(rt);
@@ -19917,6 +20114,8 @@ static const struct cube_runtime_ops cube_docker_ops = {
     .free = cube_docker_free,
 };
 
+/* Nothing is sent yet, and no engine needs to be there: NULL only if `where`
+ * is no address. */
 CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
                                               const char *where,
                                               struct cube_err *err)
@@ -20021,6 +20220,8 @@ struct cube_process_limits {
     char *memory, *cpu;
 };
 
+/* An object's. `boxes` is a copy of what the directories say, refreshed by
+ * each call that needs it; nothing is lost with it. */
 struct cube_process {
     struct cube_runtime rt; /* first */
     const struct cube_world *w;
@@ -20035,7 +20236,8 @@ struct cube_process {
     struct cube_defer spawn_defer;
 };
 
-/* What we know of one directory. */
+/* What we know of one directory. An object's, of the runtime's map. c.id,
+ * c.spec and the other texts belong to it, and are lent to callbacks. */
 struct cube_process_box {
     struct cube_process *p;
     struct cube_container c;
@@ -20047,7 +20249,15 @@ struct cube_process_box {
     bool is_seen;            /* by the present scan */
 };
 
-/* A call that has not been answered yet. */
+/* A call that has not been answered yet. An object's, from the call to its
+ * answer. A call's step never runs within the call itself, so that no caller
+ * is called back before it has what the call returns.
+ *
+ *               turn of the loop            ended, or the timer
+ *     new ---------------------> step -> waiting -------------> step -> end
+ *                                 |                              |
+ *                                 +--------------> end <---------+
+ */
 struct cube_process_op {
     struct cube_list link;
     struct cube_process *p;
@@ -20073,6 +20283,7 @@ struct cube_process_op {
 
 /* ---- Processes: files ---- */
 
+/* The caller frees it. */
 static char *cube_process_path(const char *dir, const char *name)
 {
     struct cube_buf path = {0};
@@ -20081,7 +20292,8 @@ static char *cube_process_path(const char *dir, const char *name)
     return cube_buf_take(&path);
 }
 
-/* CUBE_OK, CUBE_ENOENT, or what else went wrong. */
+/* CUBE_OK, CUBE_ENOENT, or what else went wrong. Read whole, up to 4 MB; out
+ * is the caller's. */
 static enum cube_code cube_process_file(struct cube_process *p,
                                         const char *dir, const char *name,
                                         struct cube_buf *out)
@@ -20094,7 +20306,9 @@ static enum cube_code cube_process_file(struct cube_process *p,
     return err.code;
 }
 
-/* Writes into a file that is there, as those of a cgroup are. */
+/* Writes into a file that is there, as those of a cgroup are. 0 or more: it is
+ * written; else a negative errno value, which is often the answer to "may
+ * we?". */
 static int cube_process_put(struct cube_process *p, const char *dir,
                             const char *name, const char *text)
 {
@@ -20108,7 +20322,9 @@ static int cube_process_put(struct cube_process *p, const char *dir,
     return r;
 }
 
-/* The number in the line "NAME NUMBER"; `none` if there is no such line. */
+/* The number in the line "NAME NUMBER"; `none` if there is no such line. The
+ * files of chapter 1's supervisor are such lines: "code 137\nsignal 9\n". A
+ * number that is none counts as missing. */
 static int64_t cube_process_number(const struct cube_buf *text,
                                    const char *name, int64_t none)
 {
@@ -20126,6 +20342,8 @@ static int64_t cube_process_number(const struct cube_buf *text,
     return none;
 }
 
+/* It becomes the name of a directory, and comes from outside: no path, nothing
+ * that is hidden, nothing too long. */
 static bool cube_process_is_id(const char *id)
 {
     return *id && *id != '.' && !strchr(id, '/') && strlen(id) < 200;
@@ -20133,7 +20351,9 @@ static bool cube_process_is_id(const char *id)
 
 /* ---- Processes: limits ---- */
 
-/* Version 2: our own part of the tree, its controllers passed down to it. */
+/* Version 2: our own part of the tree, its controllers passed down to it. A
+ * controller must be passed down at each level before the one below can use
+ * it. Whether it worked is read back: a write may succeed in part. */
 static void cube_process_probe_2(struct cube_process *p, const char *root)
 {
     struct cube_buf text = {0};
@@ -20155,6 +20375,7 @@ static void cube_process_probe_2(struct cube_process *p, const char *root)
     cube_free(own);
 }
 
+/* The path, the caller's, or NULL where we may make none. */
 static char *cube_process_probe_1(struct cube_process *p, const char *root,
                                   const char *controller)
 {
@@ -20169,7 +20390,9 @@ static char *cube_process_probe_1(struct cube_process *p, const char *root,
     return NULL;
 }
 
-/* Finds out what we may do, and says it. */
+/* Finds out what we may do, and says it. Done once, at opening: rights do not
+ * change under a process. No failure: what cannot be limited is said in
+ * rt.words, which the worker shows. */
 static void cube_process_probe(struct cube_process *p, const char *root)
 {
     char *sign = cube_process_path(root, "cgroup.controllers");
@@ -20198,7 +20421,8 @@ static void cube_process_probe(struct cube_process *p, const char *root)
     p->rt.words = cube_buf_take(&words);
 }
 
-/* A cgroup of its own for `id` in `base`; NULL if that fails. */
+/* A cgroup of its own for `id` in `base`; NULL if that fails. One that is
+ * there already is left over from an earlier try, and is taken. */
 static char *cube_process_cgroup(struct cube_process *p, const char *base,
                                  const char *id)
 {
@@ -20228,6 +20452,8 @@ static bool cube_process_limit_memory(struct cube_process *p, const char *dir,
     return true;
 }
 
+/* A share of each 100 ms: 0.5 cores are 50000 us in 100000. The kernel takes
+ * no quota below 1 ms, so less than a hundredth of a core is one. */
 static bool cube_process_limit_cpu(struct cube_process *p, const char *dir,
                                    double cores)
 {
@@ -20243,7 +20469,9 @@ static bool cube_process_limit_cpu(struct cube_process *p, const char *dir,
            cube_process_put(p, dir, "cpu.cfs_quota_us", text) >= 0;
 }
 
-/* Removes the cgroups of `id`; the supervisor does, unless it was killed. */
+/* Removes the cgroups of `id`; the supervisor does, unless it was killed. A
+ * cgroup with processes in it stays: the kernel refuses. One that is not there
+ * is fine. */
 static void cube_process_unlimit(struct cube_process *p, const char *id)
 {
     const char *bases[2] = {p->limits.memory, p->limits.cpu};
@@ -20258,7 +20486,10 @@ static void cube_process_unlimit(struct cube_process *p, const char *id)
 }
 
 /* Sets up the limits of a task; `words` say by what. The directories in
- * `spawn` are then the caller's to free. */
+ * `spawn` are then the caller's to free. Never fails: a limit that cannot be
+ * set by a cgroup falls back, and is named in the words, which the task's
+ * inspection shows. In version 2 both limits stand in one directory, named
+ * once. */
 static void cube_process_limit(struct cube_process *p, const char *id,
                                const struct cube_task *t,
                                struct cube_spawn *spawn,
@@ -20326,6 +20557,8 @@ static char *cube_process_text(struct json_value_s *object, const char *key)
     return cube_text_ndup(s, s ? len : 0);
 }
 
+/* -1: it is none of ours, or of another shape; the box is then freed by the
+ * caller with whatever was filled. */
 static int cube_process_read_spec(struct cube_process_box *box,
                                   struct json_value_s *root)
 {
@@ -20357,7 +20590,8 @@ static int cube_process_read_spec(struct cube_process_box *box,
 }
 
 /* The box of a directory; NULL if it is none of ours, or half made, and if it
- * cannot be read, which `trouble` then says. */
+ * cannot be read, which `trouble` then says. The state is not looked at yet:
+ * cube_process_refresh does. */
 static struct cube_process_box *cube_process_load(struct cube_process *p,
                                                   const char *dir,
                                                   const char *id,
@@ -20400,6 +20634,8 @@ static void cube_process_exec_words(const char *command, int64_t number,
                        cube_errno_text(-number));
 }
 
+/* A code that is missing counts as 255. Times are nanoseconds since 1970, of
+ * the machine's clock. */
 static void cube_process_read_exit(struct cube_process_box *box,
                                    const struct cube_buf *text)
 {
@@ -20427,6 +20663,8 @@ struct cube_process_sweep {
     const char *id;
 };
 
+/* The bytes are NAME=VALUE, each ended by a zero; a name that only begins like
+ * ours is another one. */
 static bool cube_process_has_env(const struct cube_buf *env, const char *id)
 {
     size_t name = sizeof CUBE_PROCESS_ID - 1;
@@ -20439,7 +20677,9 @@ static bool cube_process_has_env(const struct cube_buf *env, const char *id)
     return false;
 }
 
-/* Opened before it is looked at, so that it cannot be another by then. */
+/* Opened before it is looked at, so that it cannot be another by then. A
+ * process that has overwritten its environment may not be found. Of others'
+ * processes the environment cannot be read, and they are left alone. */
 static void cube_process_sweep_one(void *arg, const char *name)
 {
     struct cube_process_sweep *s = arg;
@@ -20463,7 +20703,10 @@ static void cube_process_sweep_one(void *arg, const char *name)
 }
 
 /* A supervisor was killed: what it left is killed, and its exit file written
- * in its place. */
+ * in its place. The order matters: first the kill, then the file. A worker
+ * that dies in between finds no exit file and does it again. A warning, if the
+ * file cannot be written: the box is known as exited in memory, and the next
+ * worker buries it once more. */
 static void cube_process_bury(struct cube_process_box *box,
                               const struct cube_buf *lock)
 {
@@ -20489,7 +20732,9 @@ static void cube_process_bury(struct cube_process_box *box,
 static void cube_process_ended(void *arg, unsigned events);
 
 /* Watches the supervisor. `owner` was its PID a moment ago: if the lock is
- * still held by that PID once it is open, then it is the one. */
+ * still held by that PID once it is open, then it is the one. A PID alone
+ * could be another process's by the time that it is opened; a lock held by it
+ * cannot. */
 static bool cube_process_watch(struct cube_process_box *box, int owner)
 {
     const struct cube_world *w = box->p->w;
@@ -20532,6 +20777,7 @@ static bool cube_process_read_end(struct cube_process_box *box)
     return is_known;
 }
 
+/* Read once: neither PID nor time of start changes while it runs. */
 static void cube_process_read_lock(struct cube_process_box *box)
 {
     struct cube_buf lock = {0};
@@ -20547,7 +20793,10 @@ static void cube_process_read_lock(struct cube_process_box *box)
 }
 
 /* Brings the box up to date. What has ended stays ended. A supervisor that
- * ends between two looks is seen at the next. */
+ * ends between two looks is seen at the next. Three tries, since the owner may
+ * end, and the lock be free, between the two questions. A running one that
+ * cannot be watched stays "running", and is looked at again by the next call.
+ */
 static void cube_process_refresh(struct cube_process_box *box)
 {
     const struct cube_world *w = box->p->w;
@@ -20570,6 +20819,8 @@ static void cube_process_refresh(struct cube_process_box *box)
 
 /* ---- Processes: calls that are answered later ---- */
 
+/* Without a call: for the end of the runtime, and for those who have called
+ * back by themselves. */
 static void cube_process_op_free(struct cube_process_op *op)
 {
     cube_list_remove(&op->link);
@@ -20590,6 +20841,7 @@ static void cube_process_op_run(void *arg)
     op->step(op);
 }
 
+/* The step sees is_late and decides what that means. */
 static void cube_process_op_late(void *arg)
 {
     struct cube_process_op *op = arg;
@@ -20621,7 +20873,9 @@ static void cube_process_op_wait(struct cube_process_op *op, int64_t ms)
     cube_timer_set(op->p->rt.loop, &op->timer, ms, cube_process_op_late, op);
 }
 
-/* Answers and ends the call. The callback may free the runtime. */
+/* Answers and ends the call. The callback may free the runtime. The op is gone
+ * before the callback runs, and what the callback needs of it lives on the
+ * stack: so the callback may ask anew, or free the runtime. */
 static void cube_process_op_end(struct cube_process_op *op,
                                 const struct cube_container *c)
 {
@@ -20651,7 +20905,8 @@ static void cube_process_op_end(struct cube_process_op *op,
     cube_buf_free(&last.path);
 }
 
-/* Those who wait for the end of `id` go on. */
+/* Those who wait for the end of `id` go on. In a later turn, so that nobody's
+ * step runs inside of another's. */
 static void cube_process_resume(struct cube_process *p, const char *id)
 {
     for (struct cube_list *at = p->ops.next; at != &p->ops; at = at->next) {
@@ -20667,12 +20922,16 @@ static void cube_process_resume(struct cube_process *p, const char *id)
 
 /* ---- Processes: all directories ---- */
 
+/* -1 leaves the map as it was, but for what was found before: half a list
+ * would make running processes look removed. */
 struct cube_process_scan {
     struct cube_process *p;
     const char *dir; /* of one worker */
     int error;
 };
 
+/* A directory that is known is not read again, since a spec never changes;
+ * only its state is looked at. */
 static void cube_process_scan_one(void *arg, const char *id)
 {
     struct cube_process_scan *s = arg;
@@ -20709,6 +20968,8 @@ static void cube_process_scan_worker(void *arg, const char *name)
     cube_free(dir);
 }
 
+/* The memory goes, not the directory. Those who wait for its end run again,
+ * and find that it is not there. */
 static void cube_process_drop(struct cube_process_box *box)
 {
     cube_map_remove(&box->p->boxes, box->c.id);
@@ -20746,7 +21007,9 @@ static int cube_process_scan(struct cube_process *p, struct cube_err *err)
 }
 
 /* The box of `id` as it now is. NULL: there is none, or, if `err` has a code
- * then, it cannot be known. */
+ * then, it cannot be known. The usual case costs one open: a box that is known
+ * and whose spec is there. Only one that is not starts a look at all
+ * directories. */
 static struct cube_process_box *cube_process_find(struct cube_process *p,
                                                   const char *id,
                                                   struct cube_err *err)
@@ -20770,7 +21033,7 @@ static struct cube_process_box *cube_process_find(struct cube_process *p,
 /* ---- Processes: the end of one ---- */
 
 /* The supervisor has ended: those who wait for it go on, then the watcher is
- * told. */
+ * told. The task's ID is copied first: the watcher may have the box removed. */
 static void cube_process_ended(void *arg, unsigned events)
 {
     struct cube_process_box *box = arg;
@@ -20788,6 +21051,8 @@ static void cube_process_ended(void *arg, unsigned events)
         p->change(p->change_arg, task);
 }
 
+/* SIGTERM is passed on by the supervisor; SIGUSR1 tells it to kill all that
+ * the task has. One that is not watched gets none. */
 static void cube_process_signal(struct cube_process_box *box, int number)
 {
     if (box->pid_fd >= 0)
@@ -20805,6 +21070,9 @@ struct cube_process_pass {
     bool is_deeper; /* `path` is now a directory within */
 };
 
+/* The path grows by one name and shrinks again, unless that name is a
+ * directory with something in it; then the next pass goes on in there. So a
+ * tree of any depth needs one path and no recursion. */
 static void cube_process_clean_one(void *arg, const char *name)
 {
     struct cube_process_pass *c = arg;
@@ -20828,7 +21096,13 @@ static void cube_process_clean_one(void *arg, const char *name)
     c->path->data[len] = 0;
 }
 
-/* One pass: 1 when all is gone, 0 to go on, or a negative errno value. */
+/* One pass: 1 when all is gone, 0 to go on, or a negative errno value.
+ *
+ *     path          listing                   after the pass
+ *     .gone-x       log, work/ (not empty)    .gone-x/work
+ *     .gone-x/work  a, b                      .gone-x   (work removed)
+ *     .gone-x       spec                      1: all gone
+ */
 static int cube_process_clean_pass(struct cube_process_op *op)
 {
     struct cube_process_pass c = {op->p, &op->path, 256, 0, false};
@@ -20851,7 +21125,8 @@ static int cube_process_clean_pass(struct cube_process_op *op)
     return 0;
 }
 
-/* Removes the tree in slices. */
+/* Removes the tree in slices. A failure leaves the rest under its .gone name,
+ * and the next opening of the runtime tries again. */
 static void cube_process_clean_step(struct cube_process_op *op)
 {
     struct cube_loop *l = op->p->rt.loop;
@@ -20881,7 +21156,8 @@ static void cube_process_clean(struct cube_process *p, const char *dir)
 }
 
 /* Takes the box away under another name, and turns `op` into the removal of
- * its files. */
+ * its files. The rename is the removal: after it no ID leads there, however
+ * long the files take. When it fails the box stays, and op->err says why. */
 static void cube_process_discard(struct cube_process_box *box,
                                  struct cube_process_op *op)
 {
@@ -20903,6 +21179,8 @@ static void cube_process_discard(struct cube_process_box *box,
         cube_process_drop(box);
 }
 
+/* Success when it is gone, by whomever. The answer comes when its files are
+ * removed too. */
 static void cube_process_remove_step(struct cube_process_op *op)
 {
     struct cube_process_box *box =
@@ -20962,7 +21240,9 @@ static void cube_process_clean_worker(void *arg, const char *name)
 /* ---- Processes: ports ---- */
 
 /* The ports of one start: what is chosen, and the listeners that keep others
- * from choosing the same until all are. */
+ * from choosing the same until all are. A call's. As long as the listeners are
+ * open nobody else can take what was chosen; they are closed before the
+ * process is spawned, since that has to bind the ports itself. */
 struct cube_process_ports {
     struct cube_process *p;
     struct cube_ports *chosen;
@@ -20993,7 +21273,8 @@ static bool cube_process_is_promised(struct cube_process *p, const char *port)
 }
 
 /* Listens on all addresses of one kind; keeps the descriptor. A machine
- * without IPv6 has no port of it that could be taken. */
+ * without IPv6 has no port of it that could be taken. The port, or a negative
+ * errno value; 0 stands for "nothing to hold". */
 static int cube_process_listen(struct cube_process_ports *s,
                                enum cube_addr_kind kind, uint16_t port)
 {
@@ -21014,7 +21295,9 @@ static int cube_process_listen(struct cube_process_ports *s,
     return addr.port;
 }
 
-/* A port that is free now; a negative errno value when there is none. */
+/* A port that is free now; a negative errno value when there is none. The
+ * kernel chooses; one that was promised is kept open, so that the next try
+ * gets another. */
 static int cube_process_free_port(struct cube_process_ports *s)
 {
     for (int i = 0; i < 100; i++) {
@@ -21031,6 +21314,8 @@ static int cube_process_free_port(struct cube_process_ports *s)
     return -EADDRINUSE;
 }
 
+/* The words are Docker's, so that whoever reads them need not know which
+ * runtime it was. -1: CUBE_EBUSY if it is taken. */
 static int cube_process_port(struct cube_process_ports *s, const char *port,
                              const char *wanted, struct cube_err *err)
 {
@@ -21062,7 +21347,8 @@ static int cube_process_port(struct cube_process_ports *s, const char *port,
     return 0;
 }
 
-/* Chooses all ports of a task: those it asks for, free ones for the rest. */
+/* Chooses all ports of a task: those it asks for, free ones for the rest. All
+ * or none: after -1 nothing is held. `out` is the caller's in each case. */
 static int cube_process_choose(struct cube_process *p,
                                const struct cube_task *t,
                                struct cube_ports *out, struct cube_err *err)
@@ -21120,7 +21406,14 @@ cube_process_env(struct cube_texts *env, const char *format, ...)
 }
 
 /* From the weakest to the strongest: what we have, what the task says, what
- * it cannot know. */
+ * it cannot know.
+ *
+ *     weakest   PATH of ours, then PATH, HOME, LANG of the worker
+ *               PORT
+ *               what the task's Env says
+ *     strongest CUBE_PORT_..., CUBE_TASK_..., CUBE_CONTAINER_ID
+ *
+ * Nothing else is inherited: a worker's secrets are none of the task's. */
 static void cube_process_environment(struct cube_process *p, const char *id,
                                      const struct cube_task *t,
                                      const struct cube_ports *ports,
@@ -21187,7 +21480,8 @@ static void cube_process_print_spec(const struct cube_process_op *op,
 }
 
 /* Writes the spec whole or not at all. Not synced: a process does not outlive
- * a machine that falls. */
+ * a machine that falls. spec.new may be left after a failure; it is written
+ * over by the next start. */
 static int cube_process_write_spec(struct cube_process *p, const char *dir,
                                    const struct cube_buf *text,
                                    struct cube_err *err)
@@ -21211,7 +21505,8 @@ static int cube_process_write_spec(struct cube_process *p, const char *dir,
     return r < 0 ? -1 : 0;
 }
 
-/* What `spawn` answered, as an error. */
+/* What `spawn` answered, as an error. 127 and 126 are what a shell would say.
+ * r > 0 is the errno of the exec, r < 0 that of the supervisor. */
 static int cube_process_spawn_error(int r, const char *command,
                                     struct cube_err *err)
 {
@@ -21239,7 +21534,8 @@ static const char **cube_process_vector(const struct cube_texts *texts)
     return out;
 }
 
-/* Spawns the command in its directory, which is there. */
+/* Spawns the command in its directory, which is there. The spec is written
+ * before the process runs: whoever finds a process finds out whose it is. */
 static int cube_process_spawn(struct cube_process_op *op, const char *dir,
                               const struct cube_ports *ports,
                               struct cube_err *err)
@@ -21280,6 +21576,7 @@ static int cube_process_spawn(struct cube_process_op *op, const char *dir,
     return cube_process_spawn_error(r, op->task->cmd.list[0], err);
 }
 
+/* Also after -1 *dir is set, and the caller's to free. */
 static int cube_process_make_dirs(struct cube_process_op *op, char **dir)
 {
     struct cube_buf path = {0};
@@ -21310,7 +21607,8 @@ static bool cube_process_is_older(const struct cube_process_box *box,
 }
 
 /* Removes older ones. Those that run are killed: `*running` is one of them,
- * which must end first, since it may hold the ports. */
+ * which must end first, since it may hold the ports. The ones that have ended
+ * are taken away at once, and their files later. */
 static void cube_process_clear_older(struct cube_process_op *op,
                                      struct cube_process_box **running)
 {
@@ -21335,7 +21633,9 @@ static void cube_process_clear_older(struct cube_process_op *op,
     }
 }
 
-/* Makes the directory and starts the command; the box, or NULL. */
+/* Makes the directory and starts the command; the box, or NULL. After a
+ * failure op->err says why; a directory without a spec is removed here, one
+ * with a spec is a box, and the caller's business. */
 static struct cube_process_box *cube_process_make(struct cube_process_op *op)
 {
     struct cube_process *p = op->p;
@@ -21368,7 +21668,8 @@ static struct cube_process_box *cube_process_make(struct cube_process_op *op)
     return r == 0 ? box : NULL;
 }
 
-/* After a `no` nothing is left of the start. */
+/* After a `no` nothing is left of the start. After trouble the box stays, so
+ * that the repeated start finds it. */
 static void cube_process_start_failed(struct cube_process_op *op)
 {
     struct cube_process_box *box = cube_map_get(&op->p->boxes, op->id);
@@ -21393,7 +21694,9 @@ static void cube_process_start_id(struct cube_process_op *op)
     cube_text_set(&op->id, id);
 }
 
-/* Is the way free? Else it waits, or there is an error. */
+/* Is the way free? Else it waits, or there is an error. False and
+ * op->is_waiting: the step runs again later. False otherwise: op->err is set.
+ */
 static bool cube_process_start_clear(struct cube_process_op *op)
 {
     struct cube_process_box *running;
@@ -21419,8 +21722,11 @@ static void cube_process_next_spawn(void *arg)
     p->has_spawned = false;
 }
 
-/* A spawn waits for its supervisor's report, some milliseconds: one a turn,
- * so that many starts at once do not stop the loop. */
+/* A spawn waits for its supervisor's report, some milliseconds: one a turn, so
+ * that many starts at once do not stop the loop. It can run several times:
+ * once for each older process that must end first, and while others spawn.
+ * Each time it begins from what the directories say, so a start that was
+ * repeated finds what the first one did. */
 static void cube_process_start_step(struct cube_process_op *op)
 {
     struct cube_process *p = op->p;
@@ -21454,6 +21760,8 @@ static void cube_process_start_step(struct cube_process_op *op)
         cube_process_start_failed(op);
 }
 
+/* Everything in `what` is copied. fn runs once, later; the container that it
+ * gets is borrowed. */
 static void cube_process_start(struct cube_runtime *rt,
                                const struct cube_start *what,
                                cube_container_fn *fn, void *arg)
@@ -21469,7 +21777,9 @@ static void cube_process_start(struct cube_runtime *rt,
     op->attempt = what->attempt;
 }
 
-/* A start takes one turn, unless it waits for an older one to end. */
+/* A start takes one turn, unless it waits for an older one to end. The step
+ * runs once more and reports CUBE_ECANCELED. One that has spawned has reported
+ * already. */
 static void cube_process_start_cancel(struct cube_runtime *rt,
                                       const char *task)
 {
@@ -21490,6 +21800,8 @@ static void cube_process_start_cancel(struct cube_runtime *rt,
 
 /* ---- Processes: stopping ---- */
 
+/* An ID that nobody knows has ended. phase: 0 nothing sent, 1 asked to end, 2
+ * killed. */
 static void cube_process_stop_step(struct cube_process_op *op)
 {
     struct cube_process_box *box =
@@ -21533,6 +21845,8 @@ static void cube_process_kill(struct cube_runtime *rt, const char *id,
 
 /* ---- Processes: asking ---- */
 
+/* The array is this call's; its texts are the boxes', and neither may be kept
+ * by the callback. */
 static void cube_process_list_step(struct cube_process_op *op)
 {
     struct cube_process *p = op->p;
@@ -21568,6 +21882,7 @@ static void cube_process_list(struct cube_runtime *rt, const char *worker,
     op->worker = worker ? cube_text_dup(worker) : NULL;
 }
 
+/* NULL, and op->err says whether it is not there or cannot be known. */
 static struct cube_process_box *cube_process_need(struct cube_process_op *op)
 {
     struct cube_process_box *box =
@@ -21748,7 +22063,9 @@ static void cube_process_inspect_json(struct cube_runtime *rt, const char *id,
  *
  * "So many last lines" are found backwards from the end, in slices; then the
  * reader reads forwards.
- */
+ * An object's, from the call to on_end or the cancelling of it. Removed files
+ * are passed over: of a log that has rotated beyond its three files the reader
+ * gets what there still is. */
 struct cube_process_logs {
     struct cube_list link;
     struct cube_process *p;
@@ -21769,7 +22086,8 @@ struct cube_process_logs {
 
 #define CUBE_PROCESS_BLOCK 65536 /* read at once, 4 to 16 times a turn */
 
-/* The smallest and largest number of a full log; 0: there is none. */
+/* The smallest and largest number of a full log; 0: there is none. Read anew
+ * each time, since the supervisor, another process, renames them. */
 struct cube_process_range {
     int64_t first, last;
 };
@@ -21805,7 +22123,9 @@ static void cube_process_logs_close(struct cube_process_logs *l)
 }
 
 /* Opens file `number`, or the oldest that there still is. `log` can get its
- * number between two steps: then it is tried again. */
+ * number between two steps: then it is tried again. After the open it looks
+ * again whether `log` got its number in between: then what it has may be the
+ * next file, and is closed. */
 static int cube_process_logs_open(struct cube_process_logs *l)
 {
     const struct cube_world *w = l->p->w;
@@ -21854,6 +22174,7 @@ static void cube_process_logs_end(struct cube_process_logs *l,
     cube_process_logs_free(l);
 }
 
+/* In doubt it runs, so that a reader who follows does not leave too early. */
 static bool cube_process_is_running(struct cube_process *p, const char *id)
 {
     struct cube_err err = {CUBE_OK, ""};
@@ -21872,7 +22193,15 @@ static void cube_process_logs_later(struct cube_process_logs *l)
 }
 
 /* At the end of a file. What is known to be full, or over, was known before
- * the read that found the end, so nothing is missed. False: it has ended. */
+ * the read that found the end, so nothing is missed. False: it has ended.
+ *
+ *     at the end of ..               then
+ *     a full file                    on to the next one
+ *     a file that has become full    read it once more, then the next
+ *     `log`, and not following       over
+ *     `log`, and the process ended   read it once more, then over
+ *     `log`, following               look again in 100 ms
+ */
 static bool cube_process_logs_turn(struct cube_process_logs *l)
 {
     if (l->is_full) {
@@ -21897,7 +22226,9 @@ static bool cube_process_logs_turn(struct cube_process_logs *l)
     return false;
 }
 
-/* Hands out what there is. */
+/* Hands out what there is. At most 256 kB a turn, so that a large log does not
+ * stop the loop. on_data may cancel; then nothing more is touched but the
+ * memory. */
 static void cube_process_logs_forward(void *arg)
 {
     struct cube_process_logs *l = arg;
@@ -21932,7 +22263,9 @@ static void cube_process_logs_forward(void *arg)
 }
 
 /* Counts lines backwards in one block; true when the place is found. A line
- * feed at the very end ends the last line, and begins none. */
+ * feed at the very end ends the last line, and begins none. With tail 2,
+ * backwards over "a\nb\nc\n": the last line feed is the end of c, the next
+ * ends b (tail 1), the next ends a (tail 0): the place is before b. */
 static bool cube_process_logs_count(struct cube_process_logs *l,
                                     const char *block, int64_t len)
 {
@@ -21947,7 +22280,8 @@ static bool cube_process_logs_count(struct cube_process_logs *l,
     return false;
 }
 
-/* Goes backwards to where the last `tail` lines begin. */
+/* Goes backwards to where the last `tail` lines begin. A place that is not
+ * found is the begin of the oldest file. At most a megabyte a turn. */
 static void cube_process_logs_backward(void *arg)
 {
     struct cube_process_logs *l = arg;
@@ -21980,6 +22314,8 @@ static void cube_process_logs_backward(void *arg)
                        l);
 }
 
+/* tail below 0 reads all there is, from the oldest file on; 0 only what comes
+ * from now on. */
 static void cube_process_logs_begin(void *arg)
 {
     struct cube_process_logs *l = arg;
@@ -22026,6 +22362,7 @@ cube_process_logs(struct cube_runtime *rt, const char *id,
     return (struct cube_logs *)(void *)l;
 }
 
+/* No callback after it; from within on_data it is allowed. */
 static void cube_process_logs_cancel(struct cube_runtime *rt,
                                      struct cube_logs *logs)
 {
@@ -22040,6 +22377,8 @@ static void cube_process_logs_cancel(struct cube_runtime *rt,
 
 /* ---- Processes: the runtime ---- */
 
+/* What it does once after the watcher is set: everything may have changed
+ * before. */
 static void cube_process_report(void *arg)
 {
     struct cube_process *p = arg;
@@ -22062,6 +22401,8 @@ static void cube_process_on_change(struct cube_runtime *rt,
         cube_defer_clear(rt->loop, &p->change_defer);
 }
 
+/* No callback runs. Processes and their supervisors go on; the cgroups above
+ * them are removed only if they are empty, which the kernel sees to. */
 static void cube_process_free(struct cube_runtime *rt)
 {
     struct cube_process *p = (struct cube_process *)rt;
@@ -22122,7 +22463,9 @@ static int cube_process_can_watch(struct cube_process *p, struct cube_err *err)
     return 0;
 }
 
-/* `cgroups` is where they are mounted. */
+/* `cgroups` is where they are mounted. NULL: the kernel cannot tell the end of
+ * a process, or the directory cannot be made. Processes of an earlier runtime
+ * are found by the first call that scans. */
 static struct cube_runtime *cube_process_open(struct cube_loop *l,
                                               const char *dir,
                                               const char *cgroups,
@@ -22164,7 +22507,9 @@ CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
 
 #define CUBE_SEARCH_MAX 4 /* places to look at */
 
-/* A search: each place is greeted, one after the other. */
+/* A search: each place is greeted, one after the other. An object's, until it
+ * has reported or is cancelled. Only one place is greeted at a time, since the
+ * first that answers wins and the order is a promise. */
 struct cube_runtime_search {
     struct cube_loop *loop;
     char *which, *dir;
@@ -22190,7 +22535,14 @@ static void cube_search_add(struct cube_runtime_search *s, const char *scheme,
     s->places[s->count++] = cube_buf_take(&place);
 }
 
-/* Where engines listen when nobody says anything else. */
+/* Where engines listen when nobody says anything else.
+ *
+ *     which      places, in this order
+ *     auto       Docker's, then Podman's
+ *     docker     DOCKER_HOST, else /var/run/docker.sock
+ *     podman     CONTAINER_HOST, else our own user's socket, then the system's
+ *     process    none
+ */
 static void cube_search_places(struct cube_runtime_search *s)
 {
     const struct cube_world *w = cube_loop_world(s->loop);
@@ -22228,7 +22580,8 @@ static void cube_search_free(struct cube_runtime_search *s)
     cube_free(s);
 }
 
-/* Reports, and is gone. */
+/* Reports, and is gone. rt is the callback's from here on; the words say why
+ * it is this one, and are borrowed. */
 static void cube_search_end(struct cube_runtime_search *s,
                             struct cube_runtime *rt,
                             const struct cube_err *err)
@@ -22327,6 +22680,7 @@ static void cube_search_next(void *arg)
 }
 
 CUBE_API struct cube_runtime_search *
+/* fn runs exactly once, in a later turn, unless the search is cancelled. */
 cube_runtime_find(struct cube_loop *l, const char *which, const char *dir,
                   cube_runtime_fn *fn, void *arg)
 {
@@ -22342,6 +22696,8 @@ cube_runtime_find(struct cube_loop *l, const char *which, const char *dir,
     return s;
 }
 
+/* NULL is allowed. fn does not run any more, and the engine that was being
+ * greeted is freed. */
 CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *s)
 {
     if (!s)
