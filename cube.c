@@ -8196,24 +8196,29 @@ static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
 
     cube_buf_clear(&c->buf);
     for (int i = 0; i < s->name_count; i++) {
-        if (s->named[i] > 0)
+        if (s->named[i] > 0 && s->named[i] <= s->view.commit)
             cube_store_add_change(&c->buf, 'T', i, s->names[i],
                                   strlen(s->names[i]), NULL, 0);
     }
     for (int i = 1; i >= 0; i--) {
         const struct cube_store_mem *m = s->view.mem[i];
 
-        for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;) {
-            unsigned tree = n->tree;
-            const struct cube_store_node *next;
+        const struct cube_store_node *last = NULL;
 
+        /* Versions of a key stand together, the newest first: the first one
+         * that is committed counts, what is only staged does not. */
+        for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;
+             n = n->next[0]) {
+            if (n->commit > s->view.commit ||
+                (last && last->tree == n->tree &&
+                 last->key_len == n->key_len &&
+                 memcmp(cube_store_node_key(last), cube_store_node_key(n),
+                        n->key_len) == 0))
+                continue;
             cube_store_add_change(&c->buf, n->is_del ? 'D' : 'P', n->tree,
                                   cube_store_node_key(n), n->key_len, n->val,
                                   n->val_len);
-            next = cube_store_mem_next(n, UINT64_MAX);
-            while (n && !next && n->tree == tree)
-                n = n->next[0];
-            n = next ? next : n;
+            last = n;
         }
     }
     return cube_store_comp_append(s, s->view.commit, err);

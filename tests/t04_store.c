@@ -1237,6 +1237,41 @@ TEST(idle_store_writes_nothing)
     disk_free(&d);
 }
 
+/* The rescue once wrote out what was only staged, as if it were committed. */
+TEST(what_is_staged_while_the_file_is_written_anew_is_not_committed_by_that)
+{
+    static struct disk d;
+    struct cube_store *s;
+    struct cube_buf got = {0};
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    put(s, "a", "1");
+    commit(s);
+    put(s, "a", "2");
+    commit(s);
+    put(s, "b", "1");
+    CHECK_INT(cube_store_commit_begin(s, NULL), 1);
+    CHECK_INT(cube_store_commit_end(s, -EIO, NULL), -1);
+    (void)cube_store_put(s, "t", "staged", 6, "x", 1, NULL);
+    (void)cube_store_put(s, "u", "staged", 6, "x", 1, NULL);
+    for (int i = 0; i < 1000 && cube_store_slice(s, 5); i++)
+        ;
+    cube_store_rollback(s);
+    for (int round = 0; round < 2; round++) {
+        CHECK_INT(cube_store_get(s, "t", "staged", 6, &got, NULL), 0);
+        CHECK_INT(cube_store_get(s, "u", "staged", 6, &got, NULL), 0);
+        CHECK_INT(cube_store_get(s, "t", "a", 1, &got, NULL), 1);
+        CHECK_STR(got.data, "2");
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        cube_store_close(s);
+        s = must_open(&d.world, "t");
+    }
+    cube_store_close(s);
+    cube_buf_free(&got);
+    disk_free(&d);
+}
+
 /* ---- The real disk ---- */
 
 /* Puts n, n + 1, ... into commits of their own, and says so after each. */
