@@ -2445,6 +2445,7 @@ struct cube_map {
     size_t used, cap;     /* of entries, holes included */
     size_t count;         /* without holes */
     size_t slot_count;    /* a power of two, at least twice `cap` */
+    size_t moved;         /* how often holes were closed, and places changed */
     uint64_t seed;
 };
 
@@ -2562,6 +2563,8 @@ static void cube_map_grow(struct cube_map *m)
         if (m->entries[i].key)
             m->entries[n++] = m->entries[i];
     }
+    if (n < m->used)
+        m->moved++;
     m->used = n;
     m->cap = n < 4 ? 8 : n * 2;
     m->entries = cube_resize(m->entries, m->cap * sizeof *m->entries);
@@ -16419,6 +16422,7 @@ struct cube_feed {
     char *ring[CUBE_FEED_RING];    /* by number modulo its size */
     struct cube_list followers;
     cube_feed_list_fn *list;
+    const size_t *moved; /* changes when places of the list do */
     cube_feed_hello_fn *hello;
     void *arg;
     struct cube_defer pump;
@@ -16442,6 +16446,7 @@ struct cube_follower {
     uint64_t next;      /* the number of the line to send next */
     bool is_listing;
     size_t list_at;
+    size_t moved;       /* of the list, when it was begun */
 };
 
 /* `stream` names this run of numbers and `last` is where they go on: 0 for a
@@ -16493,6 +16498,7 @@ static void cube_follower_reset(struct cube_follower *w)
 
     w->is_listing = true;
     w->list_at = 0;
+    w->moved = *w->feed->moved;
     w->next = w->feed->last + 1;
     cube_buf_printf(&line, "{\"Type\":\"reset\",\"Stream\":\"%s\","
                     "\"Seq\":%llu}\n", w->feed->stream,
@@ -16531,8 +16537,8 @@ static bool cube_follower_pump(struct cube_follower *w)
 
     if (cube_http_stream_backlog(w->req) >= CUBE_FEED_BACKLOG)
         return false; /* its drain callback goes on */
-    if (w->next < f->first)
-        cube_follower_reset(w);
+    if (w->next < f->first || (w->is_listing && w->moved != *f->moved))
+        cube_follower_reset(w); /* also a list that moved under its reader */
     if (w->is_listing) {
         cube_follower_list(w);
         return true;
@@ -23511,6 +23517,7 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_BEAT_MS 1000
 #define CUBE_FIRST_BEAT_MS 20               /* to who begins to follow */
 #define CUBE_LOOK_MAX_MS 10000              /* between two tries to list */
+#define CUBE_LOOK_SOON_MS 50
 #define CUBE_LOOK_SLOW_MS 60000             /* a look without cause */
 #define CUBE_JOIN_MS 5000
 #define CUBE_SWEEP_MS 30000
@@ -23542,6 +23549,7 @@ struct cube_worker {
     struct cube_runtime *runtime; /* NULL until one is found */
     bool is_listed;               /* what is observed can be believed */
     bool is_listing;
+    bool look_again;              /* something stirred while it was listed */
     int look_tries;               /* in vain, since the last that worked */
     struct cube_timer look;
 
@@ -23563,6 +23571,7 @@ struct cube_unit {
     struct cube_container *stray;  /* of another attempt: to be removed */
     bool is_busy;                  /* a step is under way */
     bool is_starting;              /* and it is a start */
+    bool is_stirred;               /* the engine spoke of it meanwhile */
     int64_t attempt;               /* that the last start was for */
     bool is_ahead;                 /* of the list that is under way */
     struct cube_timer rest;        /* after a step that was refused */
@@ -23574,6 +23583,8 @@ struct cube_unit {
 };
 
 static void cube_worker_pass(void *arg); /* mutual recursion */
+/* mutual recursion */
+static void cube_worker_stirred(void *arg, const char *task_id);
 static void cube_worker_look(void *arg); /* mutual recursion */
 
 /* ---- Units ---- */
@@ -23800,6 +23811,10 @@ static void cube_unit_step_ends(struct cube_unit *u,
         cube_worker_doubt(u->worker);
     }
     cube_unit_touch(u);
+    if (u->is_stirred) {
+        u->is_stirred = false;
+        cube_worker_stirred(u->worker, u->rec->id);
+    }
 }
 
 /* Puts a word about a start that waits for the engine on the record. */
@@ -24325,7 +24340,9 @@ static void cube_worker_seen(void *arg, const struct cube_container *list,
             cube_worker_assign(w, &list[i]);
     }
     cube_worker_touch_all(w);
-    cube_timer_set(w->loop, &w->look, CUBE_LOOK_SLOW_MS, cube_worker_look, w);
+    cube_timer_set(w->loop, &w->look,
+                   w->look_again ? CUBE_LOOK_SOON_MS : CUBE_LOOK_SLOW_MS,
+                   cube_worker_look, w);
 }
 
 /* Asks the engine for all containers that carry this worker's label, whatever
@@ -24335,9 +24352,12 @@ static void cube_worker_look(void *arg)
     struct cube_worker *w = arg;
     struct cube_record *rec;
 
-    if (w->is_listing || !w->runtime)
+    if (w->is_listing || !w->runtime) {
+        w->look_again = true;
         return;
+    }
     w->is_listing = true;
+    w->look_again = false;
     for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));)
         cube_unit_of(w, rec)->is_ahead = false;
     w->runtime->ops->list(w->runtime, w->uuid, cube_worker_seen, w);
@@ -24379,6 +24399,16 @@ static void cube_worker_peeked(void *arg, const struct cube_container *box,
     cube_peek_free(p);
 }
 
+/* A look within 50 ms, however often it is asked for. */
+static void cube_worker_look_soon(struct cube_worker *w)
+{
+    int64_t left_ms = w->look.at_ms - cube_loop_now_ms(w->loop);
+
+    if (!cube_timer_is_set(&w->look) || left_ms > CUBE_LOOK_SOON_MS)
+        cube_timer_set(w->loop, &w->look, CUBE_LOOK_SOON_MS, cube_worker_look,
+                       w);
+}
+
 /* The engine says that something changed: at one task, or (NULL) anywhere. */
 static void cube_worker_stirred(void *arg, const char *task_id)
 {
@@ -24388,10 +24418,12 @@ static void cube_worker_stirred(void *arg, const char *task_id)
     struct cube_unit *u = rec ? rec->owner : NULL;
     struct cube_peek *p;
 
-    if (u && u->is_busy)
+    if (u && u->is_busy) { /* asked when its step is over */
+        u->is_stirred = true;
         return;
+    }
     if (!u || !u->box) {
-        cube_timer_set(w->loop, &w->look, 50, cube_worker_look, w);
+        cube_worker_look_soon(w);
         return;
     }
     p = cube_alloc(sizeof *p);
@@ -25042,7 +25074,10 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
     w->ledger = cube_ledger_open(w->loop, w->store, w->commit,
                                  cube_worker_changed, cube_worker_committed,
                                  cube_worker_dropped, w, err);
-    return w->ledger ? 0 : -1;
+    if (!w->ledger)
+        return -1;
+    w->feed.moved = &w->ledger->records.moved;
+    return 0;
 }
 
 /* From here on there is a runtime: look at what it has. */
@@ -25330,6 +25365,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_POLL_MS 2000       /* of a worker without events */
 #define CUBE_QUEUE_MS 60000     /* such a worker has for each order */
 #define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
+#define CUBE_AT_ONCE_MS 60000   /* nodes lost within it vanished together */
 #define CUBE_PACED_MS 1000      /* between two moves when many nodes vanish */
 #define CUBE_LINE_MAX (4 << 20) /* of a worker's event */
 #define CUBE_NODES_MAX 10000
@@ -26996,6 +27032,7 @@ static void cube_member_lose(struct cube_member *n)
 static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
 {
     struct cube_list *link;
+    int64_t long_ago_ms = m->lost_after_ms + CUBE_AT_ONCE_MS;
     size_t lost = 0, known = 0;
     bool has_lost = false;
 
@@ -27007,6 +27044,8 @@ static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
             cube_member_lose(n);
             has_lost = true;
         }
+        if (n->state == CUBE_NODE_LOST && now - n->last_sign_ms > long_ago_ms)
+            continue; /* that one is not part of what happens now */
         known++;
         lost += n->state == CUBE_NODE_LOST;
     }
@@ -27829,7 +27868,10 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     m->ledger = cube_ledger_open(m->loop, m->store, m->commit,
                                  cube_manager_changed, cube_manager_committed,
                                  cube_manager_dropped, m, err);
-    return m->ledger ? 0 : -1;
+    if (!m->ledger)
+        return -1;
+    m->feed.moved = &m->ledger->records.moved;
+    return 0;
 }
 
 /* The steps of cube_manager_new that can fail; cube_manager_free frees what

@@ -620,3 +620,23 @@ TEST(an_order_that_is_on_its_way_to_the_disk_outdates_an_older_one)
     CHECK_INT(order(&k, C1, 3, 3, ""), 409);
     cluster_close(&k);
 }
+
+/* The engine's word came while the start was under way, and was dropped: the
+ * task looked alive for a minute. */
+TEST(an_exit_that_is_told_during_a_start_is_seen_when_the_start_is_over)
+{
+    struct cluster k;
+    struct cube_unit *u;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, ",\"RestartPolicy\":\"no\"");
+    CHECK(await(&k, CUBE_RUNNING, 2000));
+    u = cube_ledger_find(k.workers[0]->ledger, A)->owner;
+    u->is_busy = true; /* a step is under way */
+    fake_exit(k.runtimes[0], A, 7);
+    cluster_run(&k, 300);
+    CHECK_INT(state(&k), CUBE_RUNNING);
+    cube_unit_step_ends(u, NULL);
+    CHECK(await(&k, CUBE_FAILED, 2000));
+    cluster_close(&k);
+}
