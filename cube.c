@@ -25355,6 +25355,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_TREE_NODES "nodes"
 #define CUBE_TREE_EVENTS "events"
 #define CUBE_LOST_MS 5000
+#define CUBE_LOST_LEAST_MS 2000 /* workers give a sign of life each second */
 #define CUBE_TICK_MS 250
 #define CUBE_ASLEEP_MS 2000     /* between two ticks: it was us */
 #define CUBE_DIAL_MS 200        /* before a worker is called again */
@@ -27883,6 +27884,11 @@ static int cube_manager_start(struct cube_manager *m,
     struct cube_http_options http;
     const char *name = o->scheduler_name ? o->scheduler_name : "epvm";
 
+    if (m->lost_after_ms < CUBE_LOST_LEAST_MS)
+        return cube_fail(err, CUBE_EINVAL, "a node cannot count as lost after "
+                         "%lld ms, since workers give a sign of life each "
+                         "second: at least %d ms",
+                         (long long)m->lost_after_ms, CUBE_LOST_LEAST_MS);
     m->scheduler = o->scheduler;
     if (!m->scheduler) {
         m->own_scheduler = cube_scheduler_new(name, err);

@@ -1371,7 +1371,7 @@ struct cube_manager_options {
     const char *tokens[2];
     const char *const *host_names; /* accepted in Host; NULL-terminated */
     int64_t keep_ms;       /* finished tasks and events; 168 h */
-    int64_t lost_after_ms; /* without a sign of life; 5 s */
+    int64_t lost_after_ms; /* without a sign of life; 5 s, at least 2 s */
 };
 
 struct cube_manager;

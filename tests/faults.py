@@ -302,7 +302,7 @@ class Fault06(Case):
     stop what by then runs there."""
 
     def test_they_move_and_the_count_is_right_when_it_is_back(self):
-        c = self.cluster(2, manager=["--lost-after", "1s"])
+        c = self.cluster(2, manager=["--lost-after", "2s"])
         self.all_up(c)
         ids = [self.sleeper(c) for _ in range(4)]
         for task_id in ids:
@@ -314,7 +314,7 @@ class Fault06(Case):
         wait_until("all run on the other", lambda: all(
             (t["State"], t["Node"]) == (RUNNING, c.names()[1 - lost])
             for t in c.tasks()))
-        print("fault 6: moved after %.1f s, with --lost-after 1s" %
+        print("fault 6: moved after %.1f s, with --lost-after 2s" %
               (time.monotonic() - begin))
         self.assertGreater(len(self.commands(c)), 4)
         c.start_worker(lost)
@@ -324,7 +324,7 @@ class Fault06(Case):
                          {c.names()[1 - lost]})
 
     def test_a_host_that_dies_with_its_tasks(self):
-        c = self.cluster(2, manager=["--lost-after", "1s"])
+        c = self.cluster(2, manager=["--lost-after", "2s"])
         task_id = self.sleeper(c)
         node = c.wait_for(task_id, RUNNING)["Node"]
         lost = c.names().index(node)
