@@ -1016,13 +1016,22 @@ static int cube_world_sync_dir(void *ctx, const char *path)
 
 /* Of the open file and not of the process (flock), so that two stores in one
  * program shut each other out, too. It goes when the last descriptor is
- * closed, also by a crash. -EBUSY: somebody has it; never waits. */
+ * closed, also by a crash. A worker that was killed while it started a task
+ * leaves a supervisor that has not closed yet what it inherited, for a moment:
+ * so this tries for a quarter of a second. -EBUSY: somebody has it. */
 static int cube_world_lock(void *ctx, int fd)
 {
+    const struct timespec pause = {0, 10 * 1000000L};
+
     (void)ctx;
-    if (flock(fd, LOCK_EX | LOCK_NB) == 0)
-        return 0;
-    return errno == EWOULDBLOCK ? -EBUSY : -errno;
+    for (int i = 0; flock(fd, LOCK_EX | LOCK_NB) < 0; i++) {
+        if (errno != EWOULDBLOCK)
+            return -errno;
+        if (i == 25)
+            return -EBUSY;
+        (void)nanosleep(&pause, NULL);
+    }
+    return 0;
 }
 
 /* Replaces `to` if it is there: whoever opens it finds the old file or the
