@@ -193,6 +193,24 @@ class Disturbances(unittest.TestCase):
             is_over.set()
             killer.join()
 
+    @staticmethod
+    def not_settled(cluster, client):
+        """A node that is not back yet may still bring a copy that was given
+        up when it was lost, and a worker may still be at work on a stop."""
+        found = []
+        for node in harness.get(cluster.url + "/nodes"):
+            if node["State"] != "up":
+                found.append("node %s is %s" % (node["Name"], node["State"]))
+                continue
+            try:
+                found += ["%s is still in state %d on %s" % (
+                    t["ID"], t["State"], node["Name"])
+                    for t in harness.get(node["Api"] + "/tasks")
+                    if t["State"] < 3 and client.wanted.get(t["ID"]) != 2]
+            except (OSError, http.client.HTTPException) as e:
+                found.append("node %s: %s" % (node["Name"], e))
+        return found
+
     def differences(self, cluster, client, count):
         """What is not as it was last asked for, in words."""
         try:
@@ -200,7 +218,7 @@ class Disturbances(unittest.TestCase):
         except (OSError, http.client.HTTPException) as e:
             return ["the manager: %s" % e]
         counts = count()
-        found = []
+        found = self.not_settled(cluster, client)
         for task_id, state in client.wanted.items():
             t = states.get(task_id)
             want = 1 if state == 2 else 0
