@@ -228,8 +228,9 @@ class GoWorker(Case):
         wait_until("the queue is empty and nothing runs",
                    lambda: not w.queue and w.db.keys() >= {first, second}
                    and not w.containers, 40)
-        self.assertEqual({c.task(i)["State"] for i in (first, second)},
-                         {go.COMPLETED})
+        for task_id in (first, second):
+            c.wait_for(task_id, go.COMPLETED)
+        wait_until("nothing runs in the end", lambda: not w.containers)
 
     def test_what_was_removed_is_not_asked_for_again(self):
         c = self.go_cluster()
