@@ -80,16 +80,23 @@ $(BUILD)/fuzz_%: tests/fuzz_%.c
 	clang $(BASE) -O1 -g $(CPPFLAGS) $(SANITIZE) -fsanitize=fuzzer -MMD -MP \
 	    -o $@ $< $(LINK)
 
+# Suites that measure times, or restart an engine, and so run by themselves.
+alone    := faults.py disturb.py
+# Scripts that look at sources and compilers, not at what was built here.
+compiling := tests/build.py tests/layers.py
+
 build-tests: $(examples) $(suites)
 
 test:                           ## run all suites (TESTS="a b" for some)
 	@$(MAKE) --no-print-directory -j$(JOBS) build-tests
 	@CUBE_BIN=$(CURDIR)/$(EXAMPLES)/cube CUBE_BUILD=$(CURDIR)/$(BUILD) \
+	    TEST_ALONE="$(alone)" \
 	    tools/runtests $(or $(TESTS),$(suites) $(scripts))
 
 asan:                           ## the same under ASan and UBSan
 	@UBSAN_OPTIONS=print_stacktrace=1 $(MAKE) --no-print-directory test \
 	    BUILD=build/asan EXAMPLES=build/asan/examples \
+	    scripts="$(filter-out $(compiling),$(scripts))" \
 	    CFLAGS="-O1 -g $(SANITIZE)" TEST_CFLAGS="-O1 -g $(SANITIZE)"
 
 # Left out: what runs for many minutes there (the sanitizers see it), and what
@@ -98,7 +105,7 @@ checked := $(filter-out %/t03_json %/t04_store %/t09_engine, \
              $(filter $(BUILD)/tests/t%,$(suites)))
 valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 	@TEST_WRAP="valgrind -q --leak-check=full --track-fds=yes \
-	    --error-exitcode=9" TEST_TIMEOUT=600 \
+	    --error-exitcode=9" \
 	    tools/runtests $(or $(TESTS),$(checked))
 
 fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS

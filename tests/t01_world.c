@@ -924,7 +924,7 @@ TEST(a_memory_limit_by_rlimit_holds_for_the_command)
 TEST(a_cgroup_is_joined_before_the_command_runs_and_then_removed)
 {
     struct run r;
-    char group[100], want[120];
+    char group[100], want[130];
 
     snprintf(group, sizeof group, "/sys/fs/cgroup/memory/cube-test-%d",
              getpid());
