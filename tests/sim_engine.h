@@ -83,7 +83,7 @@ struct sim_box {
 
 /* Zeros are an engine that is well. Chances are of a thousand. */
 struct sim_engine_faults {
-    bool is_hung;          /* takes requests, answers none; see sim_engine_hang */
+    bool is_hung;          /* it is: set by sim_engine_hang */
     int error;             /* a 500; in half of the cases the deed was done */
     int cut;               /* the connection breaks; done in half as well */
     int slow;              /* a hundred times slower */
@@ -138,6 +138,8 @@ struct sim_engine {
     enum sim_down how;       /* it went last */
     bool is_stopping;
     bool is_keeping;         /* live-restore, as /info tells */
+    int64_t away_ms;         /* of a restart under way; below 0: none */
+    int64_t stopping_ms;     /* when its stop began */
     struct cube_timer stop, back;
     unsigned made;
 };
@@ -544,7 +546,10 @@ static void sim_plan(struct sim_box *b, struct sim_life *life)
     if (!*word)
         return;
     *life = (struct sim_life){0, 0, false, -1, 20, ""};
-    if (!strcmp(word, "sleep")) {
+    if (strstr(sim_cmd(b, 2), "a=$a$a")) {
+        life->is_oom = true; /* a script that eats all memory */
+        life->runs_ms = 300;
+    } else if (!strcmp(word, "sleep")) {
         life->runs_ms = (int64_t)atoi(sim_cmd(b, 1)) * 1000;
     } else if (!strcmp(word, "sh") && !strcmp(sim_cmd(b, 1), "-c")) {
         const char *p = sim_cmd(b, 2);
@@ -743,7 +748,7 @@ struct sim_call {
     char id[300], name[300], from[300], tag[200];
     char *filters;
     int grace_s, limit, tail;
-    bool is_all, is_forced, is_following, is_since;
+    bool is_all, is_forced, is_following, is_since, is_until;
     int64_t since_ns;
     bool is_ripe;    /* its time came while the engine hung */
     bool is_spoiled; /* it is done, and then answered with 500 */
@@ -1241,9 +1246,11 @@ static void sim_do_events(struct sim_call *c)
                s->event + SIM_EVENTS > e->event_count &&
                e->event_ns[(s->event - 1) % SIM_EVENTS] >= c->since_ns)
             s->event--;
+        (void)sim_stream_pump(s);
+        if (c->is_until) /* which nobody asks for but of the past */
+            sim_stream_end(s);
     }
     sim_call_free(c);
-    sim_pump(e);
 }
 
 /* Where its last `tail` frames begin. */
@@ -1528,6 +1535,7 @@ static struct sim_call *sim_call_new(struct sim_engine *e,
     c->is_forced = sim_flag(req, "force");
     c->is_following = sim_flag(req, "follow");
     c->is_since = since && *since;
+    c->is_until = cube_http_query(req, "until") != NULL;
     c->since_ns = c->is_since ? (int64_t)(strtod(since, NULL) * 1e9) : 0;
     cube_list_add(&e->calls, &c->link);
     cube_http_on_gone(req, sim_call_gone, c);
@@ -1548,21 +1556,23 @@ static bool sim_is_other_version(struct sim_engine *e, struct cube_http_req *q,
                                  const char *path)
 {
     int version = sim_version(path + 1);
+    bool is_old = version < sim_version(e->oldest);
     char text[200];
 
     if (version > sim_version(e->api))
         (void)snprintf(text, sizeof text, "{\"message\":\"client version %d.%d "
                        "is too new. Maximum supported API version is %s\"}\n",
                        version / 1000, version % 1000, e->api);
-    else if (version < sim_version(e->oldest))
-        (void)snprintf(text, sizeof text, "{\"message\":\"client version %d.%d "
-                       "is too old. Minimum supported API version is %s, "
-                       "please upgrade your client to a newer version\"}\n",
-                       version / 1000, version % 1000, e->oldest);
+    else if (is_old) /* by another part of it, in plain text */
+        (void)snprintf(text, sizeof text, "client version %d.%d is too old. "
+                       "Minimum supported API version is %s, please upgrade "
+                       "your client to a newer version\n", version / 1000,
+                       version % 1000, e->oldest);
     else
         return false;
     cube_http_reply_header(q, "Api-Version", e->api);
-    cube_http_reply(q, 400, "application/json", text, strlen(text));
+    cube_http_reply(q, 400, is_old ? "text/plain; charset=utf-8"
+                                   : "application/json", text, strlen(text));
     return true;
 }
 
@@ -1686,6 +1696,7 @@ static void sim_engine_down(struct sim_engine *e, enum sim_down how)
     struct cube_http_server *server = e->server;
 
     cube_timer_clear(e->loop, &e->stop);
+    cube_timer_clear(e->loop, &e->back);
     e->is_stopping = false;
     e->faults.is_hung = false;
     e->server = NULL;
@@ -1727,13 +1738,97 @@ static int sim_engine_up(struct sim_engine *e, const char *where,
     return e->server ? 0 : -1;
 }
 
+static void sim_engine_is_back(void *arg)
+{
+    struct sim_engine *e = arg;
+    struct cube_err err;
+
+    if (sim_engine_up(e, e->where, &err) < 0) /* somebody has its place */
+        cube_timer_set(e->loop, &e->back, 1000, sim_engine_is_back, e);
+}
+
+/* Goes down at once, and is back after `away_ms`. */
+static void sim_engine_restart(struct sim_engine *e, enum sim_down how,
+                               int64_t away_ms)
+{
+    sim_engine_down(e, how);
+    cube_timer_set(e->loop, &e->back, away_ms, sim_engine_is_back, e);
+}
+
+/* Looks whether all containers have ended, so that it can go. */
+static void sim_engine_stop_step(void *arg)
+{
+    struct sim_engine *e = arg;
+    int64_t away_ms = e->away_ms;
+
+    if (sim_now_ms(e) - e->stopping_ms >= e->stop_ms &&
+        !e->is_keeping)
+        sim_engine_end_all(e, 137, false);
+    if (!e->is_keeping && sim_count(e, SIM_RUNNING, NULL, NULL) > 0) {
+        cube_timer_set(e->loop, &e->stop, 100, sim_engine_stop_step, e);
+        return;
+    }
+    sim_engine_down(e, SIM_KEPT);
+    if (away_ms >= 0)
+        cube_timer_set(e->loop, &e->back, away_ms, sim_engine_is_back, e);
+}
+
+/* Stops as on SIGTERM: unless it keeps its containers (is_keeping) it ends
+ * them first, by signals, and answers meanwhile, but for starts. Then it is
+ * away for `away_ms`; below 0: until sim_engine_up. */
+static void sim_engine_stop(struct sim_engine *e, int64_t away_ms)
+{
+    struct cube_list *l = e->boxes.next;
+
+    if (!e->server || e->is_stopping)
+        return;
+    e->is_stopping = true;
+    e->stopping_ms = sim_now_ms(e);
+    e->away_ms = away_ms;
+    while (!e->is_keeping && l != &e->boxes) {
+        struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+
+        l = l->next;
+        if (b->state == SIM_RUNNING)
+            sim_signal(b, 15);
+    }
+    cube_timer_set(e->loop, &e->stop, 100, sim_engine_stop_step, e);
+}
+
+/* Leaves its loop, which is about to be freed; only when it is down. Its
+ * containers are kept, and live on unseen. */
+static void sim_engine_leave(struct sim_engine *e)
+{
+    CUBE_ASSERT(!e->server);
+    cube_timer_clear(e->loop, &e->back);
+    cube_timer_clear(e->loop, &e->stop);
+    for (struct cube_list *l = e->boxes.next; l != &e->boxes; l = l->next)
+        cube_timer_clear(e->loop, &CUBE_OF(l, struct sim_box, link)->end);
+    e->loop = NULL;
+}
+
+/* On another loop, of the same clock; what has ended meanwhile has. */
+static void sim_engine_enter(struct sim_engine *e, struct cube_loop *loop)
+{
+    e->loop = loop;
+    for (struct cube_list *l = e->boxes.next; l != &e->boxes; l = l->next) {
+        struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+        int64_t in = b->end_ms - sim_now_ms(e);
+
+        if (b->state == SIM_RUNNING && b->end_ms != SIM_NEVER)
+            cube_timer_set(loop, &b->end, in > 0 ? in : 0, sim_end_due, b);
+    }
+}
+
 static void sim_engine_free(struct sim_engine *e)
 {
     if (!e)
         return;
     e->on_change = NULL;
-    sim_engine_down(e, SIM_KEPT);
-    cube_timer_clear(e->loop, &e->back);
+    if (e->loop) {
+        sim_engine_down(e, SIM_KEPT);
+        cube_timer_clear(e->loop, &e->back);
+    }
     while (!cube_list_is_empty(&e->boxes))
         sim_box_free(CUBE_OF(e->boxes.next, struct sim_box, link));
     for (int i = 0; i < SIM_EVENTS; i++)
