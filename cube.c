@@ -25089,10 +25089,17 @@ static int cube_worker_open_store(struct cube_worker *w, const char *kind,
     return 0;
 }
 
-/* From here on there is a runtime: look at what it has. */
+/* From here on there is a runtime: look at what it has. Its kind is kept with
+ * the tasks that will be its. */
 static void cube_worker_use(struct cube_worker *w, struct cube_runtime *rt)
 {
+    struct cube_buf kept = {0};
+
     w->runtime = rt;
+    if (!cube_meta_get(w->store, "runtime", &kept) ||
+        strcmp(kept.data, rt->name) != 0)
+        (void)cube_meta_put(w->store, "runtime", rt->name, NULL);
+    cube_buf_free(&kept);
     (void)snprintf(w->stats.runtime, sizeof w->stats.runtime, "%s", rt->name);
     rt->ops->watch(rt, cube_worker_stirred, w);
     cube_worker_look(w);
@@ -25117,13 +25124,25 @@ static void cube_worker_found(void *arg, struct cube_runtime *rt,
     cube_worker_use(w, rt);
 }
 
-/* Looks for the runtime that was asked for, or for the best there is. */
+/* Looks for the runtime that was asked for, or for the best there is. But the
+ * best is what holds the tasks that this worker has: after a boot the engine
+ * may come up later than the worker, and tasks that were then begun again as
+ * processes would soon run twice. */
 static void cube_worker_find(void *arg)
 {
     struct cube_worker *w = arg;
+    struct cube_buf kept = {0};
+    const char *which = w->runtime_name;
 
-    w->finding = cube_runtime_find(w->loop, w->runtime_name, w->run_dir,
+    if (!strcmp(which, "auto") && cube_worker_count(w) > 0 &&
+        cube_meta_get(w->store, "runtime", &kept)) {
+        which = kept.data;
+        cube_log(w->loop, CUBE_INFO, "runtime: %s, since this worker's tasks "
+                 "run there", which);
+    }
+    w->finding = cube_runtime_find(w->loop, which, w->run_dir,
                                    cube_worker_found, w);
+    cube_buf_free(&kept);
 }
 
 /* Opens its port. The name that it tells managers to call it by is one that it

@@ -4,11 +4,13 @@ with containers, and what can happen to them.
 
 import http.client
 import json
+import os
 import signal
 import socket
 import urllib.parse
 
 import harness
+import harness_engine
 from cli_cluster import Case, Cluster
 from harness import wait_until
 
@@ -252,6 +254,32 @@ class Auto(Case):
             self.skipTest("a podman of this machine's root answers")
         self.assertIn("process", self.ok(c, "node"))
         self.ok(c, "run", "--name", "p", "--", "sleep", "1000")
+
+    def test_an_engine_that_comes_up_after_the_worker_keeps_its_tasks(self):
+        """As after a boot: taken for a machine without an engine, it would
+        begin the tasks again as processes, and they would soon run twice."""
+        engine = harness_engine.Engine(images=["web:1"])
+        self.addCleanup(engine.close)
+        link = engine.dir + "/link.sock"
+        os.symlink(engine.where[7:], link)
+        c = Cluster(worker=["-r", "auto"], env={
+            "DOCKER_HOST": "unix://" + link,
+            "CONTAINER_HOST": "unix:///nowhere.sock",
+            "XDG_RUNTIME_DIR": "/nowhere"})
+        self.addCleanup(c.close)
+        c.start()
+        self.ok(c, "run", "--name", "web", "web:1")
+        before = [box["Id"] for box in engine.running()]
+        c.workers[0].kill(signal.SIGKILL)
+        os.unlink(link)
+        c.start_worker()
+        c.await_log(c.workers[0], "since this worker's tasks run there")
+        c.await_log(c.workers[0], "for which we wait")
+        os.symlink(engine.where[7:], link)
+        self.ok(c, "stop", "web")
+        self.assertEqual(engine.containers, {})
+        self.assertEqual([e["id"] for e in engine.events
+                          if e["Action"] == "start"], before)
 
 
 if __name__ == "__main__":
