@@ -5340,14 +5340,36 @@ static int cube_store_order(const uint8_t *a, size_t a_len, const uint8_t *b,
 /* CRC-32C (Castagnoli 1993), eight bytes a step (Kounavis and Berry 2005).
  * The tables are a store's own, since nothing here outlives its owner. */
 struct cube_store_crc {
+    bool is_by_instruction; /* the processor knows this polynomial */
     uint32_t t[8][256];
 };
+
+/* x86-64 has an instruction for it since 2008, several times as fast. p has
+ * 8 * words bytes. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CUBE_STORE_CRC_KNOWN __builtin_cpu_supports("sse4.2")
+__attribute__((target("sse4.2")))
+static uint32_t cube_store_crc_words(uint32_t v, const uint8_t *p,
+                                     size_t words)
+{
+    uint64_t crc = v;
+
+    for (; words > 0; words--, p += 8)
+        crc = __builtin_ia32_crc32di(crc, cube_store_get64(p));
+    return (uint32_t)crc;
+}
+#else
+#define CUBE_STORE_CRC_KNOWN false
+#define cube_store_crc_words(v, p, words) (v)
+#endif
 
 /* t[0][b] is what the byte b does to a checksum; t[k][b] what it does when k
  * zero bytes follow, so that eight lookups take eight bytes at once. The
  * polynomial is 0x1edc6f41, here with its bits reversed. */
 static void cube_store_crc_init(struct cube_store_crc *crc)
 {
+    crc->is_by_instruction = CUBE_STORE_POLYNOMIAL == 0x82f63b78u &&
+                             CUBE_STORE_CRC_KNOWN;
     for (uint32_t i = 0; i < 256; i++) {
         uint32_t v = i;
 
@@ -5373,6 +5395,11 @@ static uint32_t cube_store_crc(const struct cube_store_crc *crc,
     const uint8_t *p = data;
     uint32_t v = ~seed;
 
+    if (crc->is_by_instruction) {
+        v = cube_store_crc_words(v, p, len / 8);
+        p += len & ~(size_t)7;
+        len &= 7;
+    }
     for (; len >= 8; len -= 8, p += 8) {
         uint32_t a = cube_store_get32(p) ^ v, b = cube_store_get32(p + 4);
 
