@@ -16279,36 +16279,116 @@ static void cube_reply_healthy(void *arg, struct cube_http_req *req)
 }
 
 /*
- * A list of all tasks that is being sent, from one commit of the store, so
- * that it is consistent however long it takes. A cluster may have a hundred
- * thousand tasks: printed at once, they would stop the loop and fill the
- * memory.
+ * An answer that is longer than a turn may take: all tasks, what was a week
+ * ago, a copy of the store. Printed at once it would stop the loop and fill
+ * the memory; so it is printed piece by piece, as many as fit into a slice.
  *
- *      slice: up to 128 records -> stream --- room? --> next turn: slice
- *                                       `--- full ----> drained: slice
+ *      slice: some pieces -> stream --- room? --> next turn: slice
+ *                                  `--- full ----> drained: slice
  *
- *      ends: at the last record, in a read error, or with the client
+ *      ends: at the last piece, in a read error, or with the client
+ *
+ * What is read comes from cursors that were opened with the request, so that
+ * an answer shows one commit however long it takes. They keep that commit's
+ * file from being dropped: an answer whose client is gone must not stay.
  */
-struct cube_listing {
+#define CUBE_SLICED_MS 2                     /* of a turn */
+#define CUBE_SLICED_PIECES 1024
+#define CUBE_SLICED_BYTES (256 * 1024)
+#define CUBE_SLICED_BACKLOG (1024 * 1024)    /* bytes that wait to be sent */
+
+/* Adds the next piece (which may be nothing) to `out`: 1 there are more, 0
+ * that was the last, -1 what it comes from cannot be read. */
+typedef int cube_piece_fn(void *arg, struct cube_buf *out);
+
+/* Of the request's lifetime. `arg` is freed with it, by `end`. */
+struct cube_sliced {
     struct cube_loop *loop;
     struct cube_http_req *req;
-    struct cube_cursor *cursor;
     struct cube_defer next;
+    cube_piece_fn *piece;
+    cube_call_fn *end;
+    void *arg;
+};
+
+static void cube_sliced_free(void *arg)
+{
+    struct cube_sliced *g = arg;
+
+    cube_defer_clear(g->loop, &g->next);
+    g->end(g->arg);
+    cube_free(g);
+}
+
+/* The head was sent with 200 already, so a read error can only cut the answer
+ * short; chunked as it is, its reader notices. The clock is read at every
+ * 16th piece: a piece may be as little as one key that is passed over. */
+static void cube_sliced_turn(void *arg)
+{
+    struct cube_sliced *g = arg;
+    const struct cube_world *w = g->loop->world;
+    int64_t until = w->now_ms(w->ctx) + CUBE_SLICED_MS;
+    struct cube_buf out = {0};
+    int more = 1;
+
+    if (cube_http_stream_backlog(g->req) > CUBE_SLICED_BACKLOG)
+        return; /* its drain callback goes on */
+    for (int i = 0; more > 0 && i < CUBE_SLICED_PIECES &&
+                    out.len < CUBE_SLICED_BYTES &&
+                    (i % 16 || w->now_ms(w->ctx) < until); i++)
+        more = g->piece(g->arg, &out);
+    cube_http_stream_write(g->req, out.data, out.len);
+    cube_buf_free(&out);
+    if (more > 0) {
+        cube_defer_set(g->loop, &g->next, cube_sliced_turn, g);
+        return;
+    }
+    cube_http_on_gone(g->req, NULL, NULL);
+    if (more < 0)
+        cube_http_stream_abort(g->req);
+    else
+        cube_http_stream_end(g->req);
+    cube_sliced_free(g);
+}
+
+/* Not at once: in its own turn, as everything that may take long. */
+static void cube_sliced_drained(void *arg)
+{
+    struct cube_sliced *g = arg;
+
+    cube_defer_set(g->loop, &g->next, cube_sliced_turn, g);
+}
+
+/* Answers 200 with what `piece` gives; then, or when the client has gone,
+ * calls `end`. Both get `arg`. */
+static void cube_reply_sliced(struct cube_loop *l, struct cube_http_req *req,
+                              const char *type, cube_piece_fn *piece,
+                              cube_call_fn *end, void *arg)
+{
+    struct cube_sliced *g = cube_alloc(sizeof *g);
+
+    g->loop = l;
+    g->req = req;
+    g->piece = piece;
+    g->end = end;
+    g->arg = arg;
+    cube_http_stream(req, 200, type);
+    cube_http_on_gone(req, cube_sliced_free, g);
+    cube_http_stream_on_drain(req, cube_sliced_drained, g);
+    cube_defer_set(l, &g->next, cube_sliced_turn, g);
+}
+
+/* A list of all tasks that is being sent. */
+struct cube_listing {
+    struct cube_cursor *cursor;
+    int place; /* 1: at a record, 0: at the end, -1: it cannot be read */
     bool has_one;
 };
 
-/* A turn prints this many and lets others go on; a reader that is slower than
- * the store costs at most so many bytes. */
-#define CUBE_LISTING_SLICE 128                /* records a turn */
-#define CUBE_LISTING_BACKLOG (1024 * 1024)    /* bytes that wait to be sent */
-
-/* The open cursor keeps its commit's pages from being used again, so a listing
- * whose client is gone must not stay. */
 static void cube_listing_free(void *arg)
 {
     struct cube_listing *g = arg;
 
-    cube_defer_clear(g->loop, &g->next);
     cube_cursor_close(g->cursor);
     cube_free(g);
 }
@@ -16334,82 +16414,37 @@ static void cube_listing_add(struct cube_listing *g, const char *value,
     if (!at || (mark && mark < at))
         return;
     at += sizeof task - 1;
-    if (g->has_one)
-        cube_buf_puts(out, ",");
+    cube_buf_puts(out, g->has_one ? "," : "[");
     g->has_one = true;
     cube_buf_add(out, at, (size_t)(value + len - 1 - at));
 }
 
-/* The head was sent with 200 already, so a read error can only cut the answer
- * short; chunked as it is, its reader notices. */
-static void cube_listing_slice(void *arg)
+static int cube_listing_piece(void *arg, struct cube_buf *out)
 {
     struct cube_listing *g = arg;
-    struct cube_buf out = {0};
-    int more = 1;
+    const void *value;
+    size_t len;
 
-    if (cube_http_stream_backlog(g->req) > CUBE_LISTING_BACKLOG)
-        return; /* its drain callback goes on */
-    for (int i = 0; more > 0 && i < CUBE_LISTING_SLICE; i++) {
-        const void *value;
-        size_t len;
-
-        more = cube_cursor_value(g->cursor, &value, &len, NULL) < 0 ? -1 : 1;
-        if (more > 0) {
-            cube_listing_add(g, value, len, &out);
-            more = cube_cursor_next(g->cursor, NULL);
-        }
-    }
-    if (more == 0)
-        cube_buf_puts(&out, "]\n");
-    cube_http_stream_write(g->req, out.data, out.len);
-    cube_buf_free(&out);
-    if (more > 0) {
-        cube_defer_set(g->loop, &g->next, cube_listing_slice, g);
-        return;
-    }
-    cube_http_on_gone(g->req, NULL, NULL);
-    if (more < 0) /* the file cannot be read: the reader sees it cut short */
-        cube_http_stream_abort(g->req);
-    else
-        cube_http_stream_end(g->req);
-    cube_listing_free(g);
+    if (g->place == 0)
+        cube_buf_puts(out, g->has_one ? "]\n" : "[]\n");
+    if (g->place <= 0)
+        return g->place;
+    if (cube_cursor_value(g->cursor, &value, &len, NULL) < 0)
+        return -1;
+    cube_listing_add(g, value, len, out);
+    g->place = cube_cursor_next(g->cursor, NULL);
+    return 1;
 }
 
-/* Not at once: in its own turn, as everything that may take long. */
-static void cube_listing_drained(void *arg)
-{
-    struct cube_listing *g = arg;
-
-    cube_defer_set(g->loop, &g->next, cube_listing_slice, g);
-}
-
-/* Answers with all tasks, as one commit has them, in slices. An empty store is
- * answered here, so that the slices always have a record. */
+/* Answers with all tasks, as one commit has them, in slices. */
 static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
 {
-    struct cube_err err;
-    struct cube_cursor *c = cube_cursor_open(l->store, CUBE_TREE_TASKS, &err);
-    int more = c ? cube_cursor_first(c, &err) : -1;
-    struct cube_listing *g;
+    struct cube_listing *g = cube_alloc(sizeof *g);
 
-    if (more <= 0) {
-        cube_cursor_close(c);
-        if (more < 0)
-            cube_http_reply_error(req, 500, "%s", err.text);
-        else
-            cube_http_reply(req, 200, "application/json", "[]\n", 3);
-        return;
-    }
-    g = cube_alloc(sizeof *g);
-    g->loop = l->loop;
-    g->req = req;
-    g->cursor = c;
-    cube_http_stream(req, 200, "application/json");
-    cube_http_on_gone(req, cube_listing_free, g);
-    cube_http_stream_on_drain(req, cube_listing_drained, g);
-    cube_http_stream_write(req, "[", 1);
-    cube_listing_slice(g);
+    g->cursor = cube_cursor_open(l->store, CUBE_TREE_TASKS, NULL);
+    g->place = cube_cursor_first(g->cursor, NULL);
+    cube_reply_sliced(l->loop, req, "application/json", cube_listing_piece,
+                      cube_listing_free, g);
 }
 
 /* ---- The feed: changes, pushed ---- */
@@ -16429,6 +16464,8 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
  *        {"Type":"hello",...}  {"Type":"reset",...}
  *        {"Type":"task",...}   ... one for each task there is
  *        {"Type":"listed",...} then what changed since the reset
+ *    GET /events?task=ID      the same, but of lines about tasks only those
+ *                             about this one, and none about nodes
  *
  * A follower whose connection is full is left alone until it has drained; if
  * the ring has moved past its place by then, it gets a reset. Beats (the
@@ -16441,8 +16478,10 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
 #define CUBE_FEED_BACKLOG (256 * 1024)  /* bytes waiting in one connection */
 #define CUBE_FEED_SLICE 64              /* records listed at once */
 
-/* Adds the line of the record after `*at` to `out`; false at the end. */
-typedef bool cube_feed_list_fn(void *arg, size_t *at, struct cube_buf *out);
+/* Adds the line of the record after `*at` to `out`; false at the end. With
+ * `only` there is one record in the list, that of this ID, or none. */
+typedef bool cube_feed_list_fn(void *arg, size_t *at, const char *only,
+                               struct cube_buf *out);
 /* Adds the members of the hello that are the keeper's: `,"Epoch":3`. */
 typedef void cube_feed_hello_fn(void *arg, struct cube_buf *out);
 
@@ -16483,7 +16522,55 @@ struct cube_follower {
     bool is_listing;
     size_t list_at;
     size_t moved;       /* of the list, when it was begun */
+    char only[CUBE_UUID_TEXT]; /* of one task; "": of all */
 };
+
+/* Where the text behind `mark` begins; NULL when it is not there. A mark that
+ * begins and ends with quotes stands in no user's text: there each quote has a
+ * backslash before it, also the one that ends the mark. */
+static const char *cube_line_find(const char *line, size_t len,
+                                  const char *mark)
+{
+    const char *at = memmem(line, len, mark, strlen(mark));
+
+    return at ? at + strlen(mark) : NULL;
+}
+
+static bool cube_line_is(const char *line, size_t len, const char *type)
+{
+    size_t n = strlen(type);
+
+    return len > n + 10 && memcmp(line + 9, type, n) == 0 &&
+           line[9 + n] == '"';
+}
+
+/* Whose change a line tells, read off its bytes; false: of no task.
+ *
+ *      {"Type":"task",...,"Task":{"ID":"<id>",...}}
+ *      {"Type":"gone",...,"ID":"<id>"}
+ */
+static bool cube_line_task(const char *line, size_t len,
+                           char id[CUBE_UUID_TEXT])
+{
+    const char *at = NULL;
+
+    if (cube_line_is(line, len, "task"))
+        at = cube_line_find(line, len, "\"Task\":{\"ID\":\"");
+    else if (cube_line_is(line, len, "gone"))
+        at = cube_line_find(line, len, "\"ID\":\"");
+    if (!at || (size_t)(line + len - at) < CUBE_UUID_TEXT)
+        return false;
+    memcpy(id, at, CUBE_UUID_TEXT - 1);
+    id[CUBE_UUID_TEXT - 1] = 0;
+    return true;
+}
+
+static bool cube_line_is_about(const char *line, size_t len, const char *id)
+{
+    char whose[CUBE_UUID_TEXT];
+
+    return cube_line_task(line, len, whose) && strcmp(whose, id) == 0;
+}
 
 /* `stream` names this run of numbers and `last` is where they go on: 0 for a
  * new one. Nothing before `last` can be resumed from, as the ring starts
@@ -16550,7 +16637,8 @@ static void cube_follower_list(struct cube_follower *w)
     struct cube_buf out = {0};
 
     for (int i = 0; i < CUBE_FEED_SLICE && w->is_listing; i++)
-        w->is_listing = f->list(f->arg, &w->list_at, &out);
+        w->is_listing =
+            f->list(f->arg, &w->list_at, *w->only ? w->only : NULL, &out);
     if (!w->is_listing)
         cube_buf_printf(&out, "{\"Type\":\"listed\",\"Stream\":\"%s\","
                         "\"Seq\":%llu}\n", f->stream,
@@ -16582,8 +16670,10 @@ static bool cube_follower_pump(struct cube_follower *w)
     while (w->next <= f->last &&
            cube_http_stream_backlog(w->req) < CUBE_FEED_BACKLOG) {
         const char *line = f->ring[w->next++ % CUBE_FEED_RING];
+        size_t len = strlen(line);
 
-        cube_http_stream_write(w->req, line, strlen(line));
+        if (!*w->only || cube_line_is_about(line, len, w->only))
+            cube_http_stream_write(w->req, line, len);
     }
     return false;
 }
@@ -16656,11 +16746,17 @@ static bool cube_feed_can_resume(const struct cube_feed *f, const char *after,
  * and the first line. */
 static void cube_feed_follow(struct cube_feed *f, struct cube_http_req *req)
 {
-    struct cube_follower *w = cube_alloc(sizeof *w);
+    const char *only = cube_http_query(req, "task");
     const char *after = cube_http_query(req, "after");
+    struct cube_follower *w = cube_alloc(sizeof *w);
     struct cube_buf line = {0};
     bool can_resume = cube_feed_can_resume(f, after, &w->next);
 
+    if (only && cube_uuid_parse(only, strlen(only), w->only) < 0) {
+        cube_http_reply_error(req, 400, "task=%s is no ID", only);
+        cube_free(w);
+        return;
+    }
     w->feed = f;
     w->req = req;
     cube_list_add(&f->followers, &w->link);
@@ -16694,17 +16790,11 @@ static void cube_feed_beat(struct cube_feed *f, const char *line, size_t len)
     }
 }
 
-/*
- * The line of a task's change, under the number that it will have.
- *      {"Type":"task","Stream":"S","Seq":42,"Time":"...","Task":{...}}
- *      {"Type":"gone","Stream":"S","Seq":43,"Time":"...","ID":"..."}
- *
- * With a newline at its end; a line never holds one inside, since JSON escapes
- * it.
- */
-static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
-                                const struct cube_task *t, bool is_gone,
-                                struct cube_buf *out)
+/* How each line that is kept begins: what it is, its number, when, and why
+ * (NULL: it does not say). */
+static void cube_feed_line(const struct cube_feed *f, const char *type,
+                           uint64_t seq, const char *why,
+                           struct cube_buf *out)
 {
     const struct cube_world *w = f->loop->world;
     struct cube_time now = cube_time_from_ns(w->wall_ns(w->ctx));
@@ -16712,8 +16802,30 @@ static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
 
     cube_time_format(&now, text);
     cube_buf_printf(out, "{\"Type\":\"%s\",\"Stream\":\"%s\",\"Seq\":%llu,"
-                    "\"Time\":\"%s\",", is_gone ? "gone" : "task", f->stream,
+                    "\"Time\":\"%s\",", type, f->stream,
                     (unsigned long long)seq, text);
+    if (!why)
+        return;
+    cube_buf_puts(out, "\"Why\":");
+    cube_json_put_text(out, why);
+    cube_buf_puts(out, ",");
+}
+
+/*
+ * The line of a task's change, under the number that it will have.
+ *      {"Type":"task","Stream":"S","Seq":42,"Time":"...","Why":"...",
+ *       "Task":{...}}
+ *      {"Type":"gone","Stream":"S","Seq":43,"Time":"...","Why":"...",
+ *       "ID":"..."}
+ *
+ * With a newline at its end; a line never holds one inside, since JSON escapes
+ * it.
+ */
+static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
+                                const struct cube_task *t, bool is_gone,
+                                const char *why, struct cube_buf *out)
+{
+    cube_feed_line(f, is_gone ? "gone" : "task", seq, why, out);
     if (is_gone) {
         cube_buf_printf(out, "\"ID\":\"%s\"}\n", t->id);
         return;
@@ -24227,7 +24339,7 @@ static void cube_worker_changed(void *arg, struct cube_record *rec,
 
     (void)before;
     cube_feed_task_line(&w->feed, w->feed.last + 1, rec->now->task,
-                        rec->now->is_gone, &line);
+                        rec->now->is_gone, NULL, &line);
     cube_feed_push(&w->feed, cube_buf_take(&line));
     if (rec->now->is_gone && !rec->pending) {
         cube_unit_free(u);
@@ -24877,15 +24989,17 @@ static const struct cube_http_route cube_worker_routes[] = {
 /* ---- Signs of life ---- */
 
 /* One task of the full list that a reset is followed by. */
-static bool cube_worker_feed_list(void *arg, size_t *at, struct cube_buf *out)
+static bool cube_worker_feed_list(void *arg, size_t *at, const char *only,
+                                  struct cube_buf *out)
 {
     struct cube_worker *w = arg;
-    struct cube_record *rec = cube_ledger_next(w->ledger, at);
+    struct cube_record *rec = only ? cube_ledger_find(w->ledger, only)
+                                   : cube_ledger_next(w->ledger, at);
 
-    if (rec && !rec->now->is_gone)
+    if (rec && rec->now && !rec->now->is_gone)
         cube_feed_task_line(&w->feed, w->feed.last, rec->now->task, false,
-                            out);
-    return rec != NULL;
+                            NULL, out);
+    return rec && !only;
 }
 
 /* Tasks that hold, or are about to hold, a part of the machine. */
@@ -25382,9 +25496,10 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * between, and moves are paced.
  *
  * Events. Each change is a line in the tree `events` under its number, in the
- * same commit as the change; the feed shows it once it is on disk. The
- * stream's name is the cluster, so those who follow can resume across
- * restarts of the manager.
+ * same commit as the change, and says why; the feed shows it once it is on
+ * disk. The stream's name is the cluster, so those who follow can resume
+ * across restarts of the manager. The same lines are the cluster's history:
+ * what was at some time is what they say when they are read back from there.
  *
  * Workers of the Go program know no events: they answer 404, and are asked
  * for tasks and stats every two seconds. They neither restart nor check
@@ -25393,11 +25508,12 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * Interface: cube_manager_new, cube_manager_free, and over HTTP:
  *
  *    POST   /tasks                 an event or a task: 201 when it is on disk
- *    GET    /tasks, /tasks/{id}    what is known
+ *    GET    /tasks, /tasks/{id}    what is known; ?at=TIME: what was then
+ *    GET    /tasks/{id}/history    its changes, a line each
  *    DELETE /tasks/{id}            stop it; with ?forget=1 remove what ended
  *    GET    /tasks/{id}/logs       from its worker
  *    GET    /tasks/{id}/inspect    from its worker
- *    GET    /nodes                 the workers
+ *    GET    /nodes                 the workers; ?at=TIME: as they were then
  *    POST   /nodes                 a worker joins
  *    DELETE /nodes/{name}          forget a worker
  *    GET    /events, /healthz
@@ -25409,6 +25525,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 
 #define CUBE_TREE_NODES "nodes"
 #define CUBE_TREE_EVENTS "events"
+#define CUBE_TREE_PAST "past"   /* of each, the last line before `events` */
 #define CUBE_LOST_MS 5000
 #define CUBE_LOST_LEAST_MS 2000 /* workers give a sign of life each second */
 #define CUBE_TICK_MS 250
@@ -25475,7 +25592,9 @@ struct cube_report {
     struct cube_member *member;
 };
 
-enum cube_member_state { CUBE_NODE_NEW, CUBE_NODE_UP, CUBE_NODE_LOST };
+enum cube_member_state {
+    CUBE_NODE_NEW, CUBE_NODE_UP, CUBE_NODE_LOST, CUBE_NODE_FORGOTTEN
+};
 
 /* A worker, as its manager knows it. */
 struct cube_member {
@@ -25605,15 +25724,16 @@ static void cube_manager_log_event(struct cube_manager *m,
     cube_ledger_join(m->ledger);
 }
 
-/* Stages a record that was edited, with its event. */
-static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec)
+/* Stages a record that was edited, with its event; `why` in words. */
+static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec,
+                               const char *why)
 {
     const struct cube_version *v = cube_record_latest(rec);
     struct cube_buf text = {0};
 
     cube_record_stage(m->ledger, rec);
     cube_feed_task_line(&m->feed, m->staged_seq + 1, v->task,
-                        v->is_gone || v->keep.is_hidden, &text);
+                        v->is_gone || v->keep.is_hidden, why, &text);
     cube_manager_log_event(m, &text);
 }
 
@@ -25622,16 +25742,12 @@ static void cube_member_print(struct cube_member *n, struct cube_buf *out);
 
 /* Stages an event that tells a node's state. */
 static void cube_manager_log_node(struct cube_manager *m,
-                                  struct cube_member *n)
+                                  struct cube_member *n, const char *why)
 {
     struct cube_buf text = {0};
-    char now[CUBE_TIME_TEXT];
-    struct cube_time t = cube_manager_now(m);
 
-    cube_time_format(&t, now);
-    cube_buf_printf(&text, "{\"Type\":\"node\",\"Stream\":\"%s\","
-                    "\"Seq\":%llu,\"Time\":\"%s\",\"Node\":", m->feed.stream,
-                    (unsigned long long)m->staged_seq + 1, now);
+    cube_feed_line(&m->feed, "node", m->staged_seq + 1, why, &text);
+    cube_buf_puts(&text, "\"Node\":");
     cube_member_print(n, &text);
     cube_buf_puts(&text, "}\n");
     cube_manager_log_event(m, &text);
@@ -25752,6 +25868,8 @@ static const char *cube_member_state_name(const struct cube_member *n)
         return "lost";
     if (n->state == CUBE_NODE_NEW)
         return "unknown";
+    if (n->state == CUBE_NODE_FORGOTTEN)
+        return "forgotten";
     return n->refusal ? "refuses" : "up";
 }
 
@@ -25831,7 +25949,7 @@ static void cube_member_lives(struct cube_member *n)
              n->state == CUBE_NODE_LOST ? "back" : "up");
     n->state = CUBE_NODE_UP;
     m->has_room = true;
-    cube_manager_log_node(m, n);
+    cube_manager_log_node(m, n, "it answers");
 }
 
 /* ---- What workers say ---- */
@@ -25873,7 +25991,8 @@ static void cube_manager_adopt(struct cube_manager *m, struct cube_member *n,
     if (v->task->attempt < 1)
         v->task->attempt = 1;
     cube_task_set(&v->task->node, n->name);
-    cube_manager_stage(m, rec);
+    cube_manager_stage(m, rec, "a worker had it, and this manager did not "
+                       "know it");
     cube_log(m->loop, CUBE_INFO, "adopted task %s (%s) from node %s", t->id,
              t->name, n->name);
 }
@@ -25926,6 +26045,7 @@ static void cube_member_on_hello(struct cube_member *n,
                         "--take-over to change that", cluster);
         n->refusal = cube_buf_take(&why);
         cube_log(m->loop, CUBE_WARN, "node %s: %s", n->name, n->refusal);
+        cube_manager_log_node(m, n, n->refusal);
     } else if (epoch > m->epoch) {
         cube_member_raise_epoch(n, epoch);
     }
@@ -25988,9 +26108,14 @@ static void cube_member_on_stats(struct cube_member *n,
 {
     struct json_value_s *stats = cube_json_get(line, "Stats");
 
-    if (!n->has_stats)
-        n->manager->has_room = true;
+    bool is_first = !n->has_stats;
+
     n->has_stats = stats && cube_stats_from_json(stats, &n->stats, NULL) == 0;
+    if (!is_first)
+        return;
+    n->manager->has_room = true;
+    if (n->has_stats)
+        cube_manager_log_node(n->manager, n, "it told of its machine");
 }
 
 static const struct cube_saying {
@@ -26403,7 +26528,7 @@ static void cube_charge_reject(struct cube_charge *c, struct cube_member *n,
     t->finish_time = cube_manager_now(m);
     cube_task_set(&t->error, words.data);
     cube_buf_free(&words);
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "its worker refused it");
 }
 
 /* A delivery was answered, or was not. Only 201 means that the worker has it
@@ -26631,7 +26756,7 @@ static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
     memset(&t->finish_time, 0, sizeof t->finish_time);
     memset(&t->restart_time, 0, sizeof t->restart_time);
     t->has_exit_code = false;
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "it was placed");
     c->tries = 0;
     for (size_t i = 0; i < m->promises->count; i++) {
         if (m->promises->members[i] == n)
@@ -26668,7 +26793,7 @@ static void cube_charge_explain(struct cube_charge *c, const char *why)
         return;
     c->explained_ms = now;
     cube_task_set(&cube_record_edit(m->ledger, c->rec)->task->error, why);
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "it waits for a node");
 }
 
 /* Places a waiting task, or says on its record why it waits. */
@@ -26702,7 +26827,7 @@ static void cube_charge_displace(struct cube_charge *c, const char *why)
     cube_task_set(&t->error, why);
     cube_task_set(&t->progress, "");
     cube_task_unbind(t);
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "it needs another node");
 }
 
 /* The fields that a report tells. */
@@ -26745,11 +26870,30 @@ static bool cube_report_is_news(const struct cube_task *t,
     return is_news;
 }
 
+/* Why a record follows its report from one state to another, in words. */
+static const char *cube_report_words(const struct cube_task *from,
+                                     const struct cube_task *to)
+{
+    if (to->state == CUBE_RUNNING && to->restart_count > from->restart_count)
+        return "it was started again";
+    if (to->state == CUBE_FAILED && cube_time_is_set(&to->restart_time))
+        return "it failed, and is to be started again";
+    if (to->state == from->state)
+        return "its worker says more of it";
+    if (to->state == CUBE_COMPLETED)
+        return from->wanted == CUBE_WANT_STOP ? "it was stopped"
+                                              : "it ended by itself";
+    return to->state == CUBE_RUNNING  ? "it was started"
+           : to->state == CUBE_FAILED ? "it failed for good"
+                                      : "its worker starts it";
+}
+
 /* Copies a report to the record. Where the state machine knows no way from
  * one state to the other, a step was missed, and Scheduled lies between. */
 static void cube_charge_copy(struct cube_charge *c, const struct cube_task *r)
 {
     struct cube_manager *m = c->manager;
+    const char *why = cube_report_words(c->rec->now->task, r);
     struct cube_task *t;
 
     if (!cube_report_is_news(c->rec->now->task, r))
@@ -26761,7 +26905,7 @@ static void cube_charge_copy(struct cube_charge *c, const struct cube_task *r)
         t->state = r->state;
         cube_task_observe(t, r);
     }
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, why);
 }
 
 /* A worker has given up on a task. Another one may try once, with one start;
@@ -26804,7 +26948,7 @@ static void cube_charge_catch_up(struct cube_charge *c, struct cube_member *n,
     t->state = CUBE_SCHEDULED;
     t->attempt = r->attempt;
     cube_task_set(&t->node, n->name);
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "it runs there already");
 }
 
 /* mutual recursion */
@@ -26852,7 +26996,7 @@ static void cube_charge_complete(struct cube_charge *c, const char *words)
     memset(&t->restart_time, 0, sizeof t->restart_time);
     cube_task_set(&t->error, words);
     cube_task_set(&t->progress, "");
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, "it was stopped");
 }
 
 /* The rows of the table above that begin with `stop`. */
@@ -27029,7 +27173,9 @@ static void cube_charge_fail_polled(struct cube_charge *c,
         if (!cube_time_is_set(&t->finish_time))
             t->finish_time = cube_manager_now(m);
     }
-    cube_manager_stage(m, c->rec);
+    cube_manager_stage(m, c->rec, t->state == CUBE_FAILED
+                                      ? "it failed for good"
+                                      : "it failed, and is started again");
 }
 
 /* Its health check failed: a worker of the Go program is told to start it
@@ -27081,7 +27227,7 @@ static void cube_member_lose(struct cube_member *n)
     cube_member_hang_up(n);
     cube_log(m->loop, CUBE_WARN, "node %s is lost: no sign of life for "
              "%lld ms", n->name, (long long)m->lost_after_ms);
-    cube_manager_log_node(m, n);
+    cube_manager_log_node(m, n, "it gave no sign of life");
 }
 
 /* Nodes that have been silent for too long; true when many went at once. */
@@ -27124,21 +27270,270 @@ static void cube_manager_grace(struct cube_manager *m, int64_t now)
     }
 }
 
+/* ---- The past ---- */
+
+/*
+ * What was at a time T is read off the events, from the newest on backwards:
+ * of each task, and of each node, the first line met that is not younger than
+ * T holds. Events older than `keep` are removed, oldest first; so that a task
+ * that has not changed since is not lost with them, its last line goes to the
+ * tree `past`, where it is replaced by the next one that is removed.
+ *
+ *      past                 events
+ *      [ web: 3, db: 4 ]    5 web | 6 db gone | 7 api | 8 web | 9 api
+ *                           ^since                ^T
+ *      at T:   api by 7, db is gone by 6, web by 5
+ *      since:  the time of the last line that was removed (or of the first
+ *              start): before it nobody knows
+ *
+ * A line "start" is written when a manager starts, and behind it one for each
+ * node that it was given: what lies before it says nothing of nodes, which
+ * may have been taken off the command line meanwhile.
+ *
+ * Naive on purpose: all events are looked at, since the one that holds for
+ * some task may be the oldest. That is a second for each million or so, in
+ * slices, and needs memory for the names of what has been met only.
+ */
+
 /* When an event's line was written; INT64_MIN when it does not say. */
-static int64_t cube_event_line_ns(const char *line, size_t len)
+static int64_t cube_line_ns(const char *line, size_t len)
 {
-    static const char mark[] = "\"Time\":\"";
-    const char *at = memmem(line, len, mark, sizeof mark - 1);
-    const char *end;
+    const char *at = cube_line_find(line, len, "\"Time\":\"");
+    const char *end = at ? memchr(at, '"', (size_t)(line + len - at)) : NULL;
     struct cube_time t;
 
-    if (!at)
-        return INT64_MIN;
-    at += sizeof mark - 1;
-    end = memchr(at, '"', (size_t)(line + len - at));
     if (!end || cube_time_parse(at, (size_t)(end - at), &t) < 0)
         return INT64_MIN;
     return cube_time_to_ns(&t);
+}
+
+/* The number of an event's line; 0 when it does not say. */
+static uint64_t cube_line_seq(const char *line, size_t len)
+{
+    const char *at = cube_line_find(line, len, "\"Seq\":");
+    size_t digits = 0;
+    uint64_t seq;
+
+    while (at && at + digits < line + len && at[digits] >= '0' &&
+           at[digits] <= '9')
+        digits++;
+    return at && cube_text_u64(at, digits, INT64_MAX, &seq) == 0 ? seq : 0;
+}
+
+#define CUBE_PAST_KEY 300 /* "node ", and a name of at most 255 */
+
+/* What a line is about, as a key of `past`: a task's ID, "node " and a name,
+ * or "start"; false: nothing that has a past. */
+static bool cube_line_key(const char *line, size_t len,
+                          char key[CUBE_PAST_KEY])
+{
+    const char *name, *end;
+
+    if (cube_line_task(line, len, key))
+        return true;
+    if (cube_line_is(line, len, "node")) {
+        name = cube_line_find(line, len, "\"Node\":{\"Name\":\"");
+        end = name ? memchr(name, '"', (size_t)(line + len - name)) : NULL;
+        if (end)
+            (void)snprintf(key, CUBE_PAST_KEY, "node %.*s", (int)(end - name),
+                           name);
+        return end != NULL;
+    }
+    (void)snprintf(key, CUBE_PAST_KEY, "start");
+    return cube_line_is(line, len, "start");
+}
+
+/* One answer to "what was then?"; of its request's lifetime. */
+struct cube_past {
+    struct cube_cursor *events, *past; /* of the same commit */
+    int event, before;    /* where they stand: 1 at a line, 0 at their end */
+    int64_t at_ns;
+    uint64_t floor;       /* nodes: lines before it say nothing */
+    bool is_of_nodes, has_one;
+    struct cube_map seen; /* keys; the values mean nothing */
+};
+
+static void cube_past_free(void *arg)
+{
+    struct cube_past *p = arg;
+
+    cube_cursor_close(p->events);
+    cube_cursor_close(p->past);
+    cube_map_free(&p->seen);
+    cube_free(p);
+}
+
+/* Adds what a line says, if it is the one that holds for what it is about. */
+static void cube_past_add(struct cube_past *p, const char *line, size_t len,
+                          struct cube_buf *out)
+{
+    const char *what = p->is_of_nodes ? "\"Node\":" : "\"Task\":", *at;
+    uint64_t seq = cube_line_seq(line, len);
+    char key[CUBE_PAST_KEY];
+
+    if (cube_line_ns(line, len) > p->at_ns || !cube_line_key(line, len, key))
+        return;
+    if (strcmp(key, "start") == 0 && seq > p->floor)
+        p->floor = seq; /* the last start before T is the first one met */
+    if (strcmp(key, "start") == 0 ||
+        cube_text_starts(key, "node ") != p->is_of_nodes ||
+        (p->is_of_nodes && seq < p->floor) || cube_map_get(&p->seen, key))
+        return;
+    cube_map_put(&p->seen, key, p);
+    at = cube_line_find(line, len, what);
+    if (!at || (p->is_of_nodes &&
+                cube_line_find(line, len, ",\"State\":\"forgotten\"")))
+        return;
+    cube_buf_puts(out, p->has_one ? "," : "[");
+    p->has_one = true;
+    cube_buf_add(out, at, (size_t)(line + len - at) - 2); /* without }\n */
+}
+
+static int cube_past_piece(void *arg, struct cube_buf *out)
+{
+    struct cube_past *p = arg;
+    struct cube_cursor *c = p->event > 0 ? p->events : p->past;
+    const void *line;
+    size_t len;
+
+    if (p->event < 0 || p->before < 0)
+        return -1;
+    if (p->event == 0 && p->before == 0) {
+        cube_buf_puts(out, p->has_one ? "]\n" : "[]\n");
+        return 0;
+    }
+    if (cube_cursor_value(c, &line, &len, NULL) < 0)
+        return -1;
+    cube_past_add(p, line, len, out);
+    if (p->event > 0)
+        p->event = cube_cursor_prev(c, NULL);
+    else
+        p->before = cube_cursor_next(c, NULL);
+    return 1;
+}
+
+/* Since when there is history, as text. */
+static void cube_manager_since(struct cube_manager *m, struct cube_buf *out)
+{
+    if (!cube_meta_get(m->store, "since", out))
+        cube_buf_puts(out, "0001-01-01T00:00:00Z");
+}
+
+/* Answers a list as it was at the time in ?at=; false: it is not asked for. */
+static bool cube_manager_reply_past(struct cube_manager *m,
+                                    struct cube_http_req *req, bool of_nodes)
+{
+    const char *text = cube_http_query(req, "at");
+    struct cube_buf since = {0}, start = {0};
+    struct cube_time at, first;
+    struct cube_past *p;
+
+    if (!text)
+        return false;
+    cube_manager_since(m, &since);
+    if (cube_time_parse(text, strlen(text), &at) < 0) {
+        cube_http_reply_error(req, 400, "at=%s is no time of RFC 3339, such "
+                              "as 2006-01-02T15:04:05Z", text);
+    } else if (cube_time_parse(since.data, since.len, &first) == 0 &&
+               cube_time_to_ns(&at) < cube_time_to_ns(&first)) {
+        cube_http_reply_error(req, 404, "there is no history of %s: what is "
+                              "kept begins at %s", text, since.data);
+    } else {
+        p = cube_alloc(sizeof *p);
+        p->at_ns = cube_time_to_ns(&at);
+        p->is_of_nodes = of_nodes;
+        if (cube_store_get(m->store, CUBE_TREE_PAST, "start", 5, &start,
+                           NULL) > 0)
+            p->floor = cube_line_seq(start.data, start.len);
+        p->events = cube_cursor_open(m->store, CUBE_TREE_EVENTS, NULL);
+        p->past = cube_cursor_open(m->store, CUBE_TREE_PAST, NULL);
+        p->event = cube_cursor_last(p->events, NULL);
+        p->before = cube_cursor_first(p->past, NULL);
+        cube_reply_sliced(m->loop, req, "application/json", cube_past_piece,
+                          cube_past_free, p);
+    }
+    cube_buf_free(&since);
+    cube_buf_free(&start);
+    return true;
+}
+
+/* One task's history on its way out; of its request's lifetime. */
+struct cube_story {
+    char id[CUBE_UUID_TEXT];
+    struct cube_cursor *events;
+    int place; /* where it stands: 1 at a line, 0 at the end */
+    struct cube_buf first; /* its line from `past` */
+};
+
+static void cube_story_free(void *arg)
+{
+    struct cube_story *y = arg;
+
+    cube_cursor_close(y->events);
+    cube_buf_free(&y->first);
+    cube_free(y);
+}
+
+static int cube_story_piece(void *arg, struct cube_buf *out)
+{
+    struct cube_story *y = arg;
+    const void *line;
+    size_t len;
+
+    cube_buf_add(out, y->first.data ? y->first.data : "", y->first.len);
+    cube_buf_clear(&y->first);
+    if (y->place <= 0)
+        return y->place;
+    if (cube_cursor_value(y->events, &line, &len, NULL) < 0)
+        return -1;
+    if (cube_line_is_about(line, len, y->id))
+        cube_buf_add(out, line, len);
+    y->place = cube_cursor_next(y->events, NULL);
+    return 1;
+}
+
+/* GET /tasks/{id}/history: the lines that GET /events has told of it, oldest
+ * first, as far back as they are kept; none for a task that never was. Also
+ * of one that is removed. */
+static void cube_manager_story(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+    const char *text = cube_http_param(req, "id");
+    struct cube_story *y = cube_alloc(sizeof *y);
+    struct cube_store_snap *snap;
+
+    if (cube_uuid_parse(text, strlen(text), y->id) < 0) {
+        cube_story_free(y);
+        cube_http_reply(req, 404, NULL, NULL, 0);
+        return;
+    }
+    snap = cube_store_snapshot(m->store);
+    (void)cube_store_snapshot_get(snap, CUBE_TREE_PAST, y->id,
+                                  strlen(y->id), &y->first, NULL);
+    y->events = cube_cursor_open_snapshot(snap, CUBE_TREE_EVENTS, NULL);
+    cube_store_snapshot_close(snap);
+    y->place = cube_cursor_first(y->events, NULL);
+    cube_reply_sliced(m->loop, req, "application/x-ndjson", cube_story_piece,
+                      cube_story_free, y);
+}
+
+/* Moves a line out of the events: what it says was the last word on what it
+ * is about, until the next such line is moved. -1: not now. */
+static int cube_manager_bury(struct cube_manager *m, const void *key,
+                             size_t key_len, const char *line, size_t len)
+{
+    char what[CUBE_PAST_KEY];
+    int r = 0;
+
+    if (cube_line_key(line, len, what))
+        r = cube_line_is(line, len, "gone")
+                ? cube_store_del(m->store, CUBE_TREE_PAST, what, strlen(what),
+                                 NULL)
+                : cube_store_put(m->store, CUBE_TREE_PAST, what, strlen(what),
+                                 line, len, NULL);
+    if (r < 0)
+        return -1;
+    return cube_store_del(m->store, CUBE_TREE_EVENTS, key, key_len, NULL);
 }
 
 /* Old events are removed, some at a time. */
@@ -27146,19 +27541,53 @@ static void cube_manager_sweep_events(struct cube_manager *m, int64_t old_ns)
 {
     struct cube_cursor *c =
         cube_cursor_open(m->store, CUBE_TREE_EVENTS, NULL);
-    int more = c ? cube_cursor_first(c, NULL) : 0;
+    int more = cube_cursor_first(c, NULL);
+    int64_t last = INT64_MIN;
+    struct cube_time since;
+    char text[CUBE_TIME_TEXT];
 
     for (int i = 0; more > 0 && i < CUBE_SWEEP_EVENTS; i++) {
         size_t len = 0, key_len;
         const void *line = NULL, *key = cube_cursor_key(c, &key_len);
+        int64_t ns;
 
-        if (cube_cursor_value(c, &line, &len, NULL) < 0 ||
-            cube_event_line_ns(line, len) >= old_ns)
+        if (cube_cursor_value(c, &line, &len, NULL) < 0)
             break;
-        (void)cube_store_del(m->store, CUBE_TREE_EVENTS, key, key_len, NULL);
+        ns = cube_line_ns(line, len);
+        if (ns >= old_ns || cube_manager_bury(m, key, key_len, line, len) < 0)
+            break;
+        last = ns > last ? ns : last;
         more = cube_cursor_next(c, NULL);
     }
     cube_cursor_close(c);
+    if (last == INT64_MIN)
+        return;
+    since = cube_time_from_ns(last);
+    cube_time_format(&since, text);
+    (void)cube_meta_put(m->store, "since", text, NULL);
+}
+
+/* The first words of this start, for those who will ask what was when. */
+static void cube_manager_log_start(struct cube_manager *m)
+{
+    struct cube_time now = cube_manager_now(m);
+    struct cube_buf text = {0};
+    char since[CUBE_TIME_TEXT];
+    struct cube_list *link;
+
+    cube_time_format(&now, since);
+    if (!cube_meta_get(m->store, "since", &text))
+        (void)cube_meta_put(m->store, "since", since, NULL);
+    cube_buf_clear(&text);
+    cube_feed_line(&m->feed, "start", m->staged_seq + 1, NULL, &text);
+    cube_buf_printf(&text, "\"Epoch\":%lld}\n", (long long)m->epoch);
+    cube_manager_log_event(m, &text);
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (!n->is_default)
+            cube_manager_log_node(m, n, "the manager has started");
+    }
 }
 
 /* Does nobody have this task any more? A home that cannot be asked may. */
@@ -27198,7 +27627,7 @@ static void cube_manager_sweep(struct cube_manager *m)
             cube_charge_touch(cube_charge_of(m, rec));
         } else if (is_old) {
             cube_record_edit(m->ledger, rec)->keep.is_hidden = true;
-            cube_manager_stage(m, rec);
+            cube_manager_stage(m, rec, "it has been over for long");
         }
     }
 }
@@ -27262,7 +27691,7 @@ static void cube_manager_accept(struct cube_manager *m,
     cube_task_set(&t->error, "");
     cube_task_set(&t->progress, "");
     cube_task_unbind(t);
-    cube_manager_stage(m, rec);
+    cube_manager_stage(m, rec, "it was submitted");
 }
 
 /* Submitting a task that is there already. */
@@ -27299,7 +27728,7 @@ static void cube_manager_want_stop(struct cube_manager *m,
         cube_record_latest(rec)->task->wanted == CUBE_WANT_STOP)
         return;
     cube_record_edit(m->ledger, rec)->task->wanted = CUBE_WANT_STOP;
-    cube_manager_stage(m, rec);
+    cube_manager_stage(m, rec, "a user wants it stopped");
 }
 
 /* An event that was understood. The newest version counts, committed or not:
@@ -27398,7 +27827,7 @@ static void cube_manager_delete(void *arg, struct cube_http_req *req)
         return;
     } else {
         cube_record_edit(m->ledger, rec)->keep.is_hidden = true;
-        cube_manager_stage(m, rec);
+        cube_manager_stage(m, rec, "a user removed it");
     }
     cube_reply_kept(m->commit, req, 204, NULL);
 }
@@ -27408,7 +27837,8 @@ static void cube_manager_list(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
 
-    cube_ledger_reply(m->ledger, req);
+    if (!cube_manager_reply_past(m, req, false))
+        cube_ledger_reply(m->ledger, req);
 }
 
 /* GET /tasks/{id}. */
@@ -27582,6 +28012,8 @@ static void cube_manager_nodes(void *arg, struct cube_http_req *req)
     struct cube_buf body = {0};
     struct cube_list *link;
 
+    if (cube_manager_reply_past(m, req, true))
+        return;
     cube_buf_puts(&body, "[");
     for (link = m->members.next; link != &m->members; link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
@@ -27630,10 +28062,15 @@ static void cube_manager_joined(void *arg, const struct cube_err *err)
     struct cube_manager *m = j->manager;
     struct cube_member *n = cube_manager_member(m, j->name);
 
-    if (!err && j->is_removal && n)
+    if (!err && j->is_removal && n) {
+        n->state = CUBE_NODE_FORGOTTEN;
+        cube_manager_log_node(m, n, "a user had it forgotten");
         cube_member_free(n);
-    else if (!err && !j->is_removal && !n)
+    } else if (!err && !j->is_removal && !n) {
         n = cube_member_new(m, j->name, NULL);
+        if (n)
+            cube_manager_log_node(m, n, "it has joined");
+    }
     if (!err && !j->is_removal && n)
         n->is_default = false;
     if (!err)
@@ -27718,6 +28155,7 @@ static const struct cube_http_route cube_manager_routes[] = {
     {"GET", "/tasks", cube_manager_list},
     {"GET", "/tasks/{id}", cube_manager_get},
     {"DELETE", "/tasks/{id}", cube_manager_delete},
+    {"GET", "/tasks/{id}/history", cube_manager_story},
     {"GET", "/tasks/{id}/logs", cube_manager_logs},
     {"GET", "/tasks/{id}/inspect", cube_manager_inspect},
     {"GET", "/nodes", cube_manager_nodes},
@@ -27731,15 +28169,17 @@ static const struct cube_http_route cube_manager_routes[] = {
 /* ---- Beginning and end ---- */
 
 /* One task of the full list that a reset is followed by. */
-static bool cube_manager_feed_list(void *arg, size_t *at, struct cube_buf *out)
+static bool cube_manager_feed_list(void *arg, size_t *at, const char *only,
+                                   struct cube_buf *out)
 {
     struct cube_manager *m = arg;
-    struct cube_record *rec = cube_ledger_next(m->ledger, at);
+    struct cube_record *rec = only ? cube_ledger_find(m->ledger, only)
+                                   : cube_ledger_next(m->ledger, at);
 
-    if (rec && !rec->now->is_gone && !rec->now->keep.is_hidden)
+    if (rec && rec->now && !rec->now->is_gone && !rec->now->keep.is_hidden)
         cube_feed_task_line(&m->feed, m->feed.last, rec->now->task, false,
-                            out);
-    return rec != NULL;
+                            NULL, out);
+    return rec && !only;
 }
 
 static void cube_manager_hello(void *arg, struct cube_buf *out)
@@ -27962,6 +28402,7 @@ static int cube_manager_start(struct cube_manager *m,
     if (!m->server || cube_manager_load_nodes(m, err) < 0 ||
         cube_manager_add_workers(m, o->workers, err) < 0)
         return -1;
+    cube_manager_log_start(m);
     m->last_tick_ms = cube_loop_now_ms(m->loop);
     cube_manager_tick(m);
     return 0;
@@ -28501,6 +28942,27 @@ static struct json_value_s *cube_client_get(struct cube_client *c,
     return root;
 }
 
+/* The same of what was at a time; NULL: of what is. */
+static struct json_value_s *
+cube_client_get_at(struct cube_client *c, const char *target,
+                   const struct cube_time *at, struct cube_buf *text,
+                   struct cube_err *err)
+{
+    struct cube_buf full = {NULL, 0, 0};
+    char when[CUBE_TIME_TEXT];
+    struct json_value_s *root;
+
+    cube_buf_puts(&full, target);
+    if (at) {
+        cube_time_format(at, when);
+        cube_buf_puts(&full, "?at=");
+        cube_http_encode(&full, when);
+    }
+    root = cube_client_get(c, full.data, text, err);
+    cube_buf_free(&full);
+    return root;
+}
+
 CUBE_API void cube_task_list_free(struct cube_task_list *l)
 {
     for (size_t i = 0; i < l->count; i++)
@@ -28525,11 +28987,13 @@ static int cube_client_count(struct json_value_s *root, size_t *out)
 /* All or none: one task that makes no sense spoils the list, since a list
  * with a hole in it looks like a task that is gone. Unknown fields are left
  * out, so that a newer manager can be asked. */
-CUBE_API int cube_client_tasks(struct cube_client *c,
-                               struct cube_task_list *out,
-                               struct cube_err *err)
+CUBE_API int cube_client_tasks_at(struct cube_client *c,
+                                  const struct cube_time *at,
+                                  struct cube_task_list *out,
+                                  struct cube_err *err)
 {
-    struct json_value_s *root = cube_client_get(c, "/tasks", NULL, err);
+    struct json_value_s *root =
+        cube_client_get_at(c, "/tasks", at, NULL, err);
     struct cube_err why = {CUBE_EPROTO, "no array"};
     size_t count;
     int result;
@@ -28554,6 +29018,13 @@ CUBE_API int cube_client_tasks(struct cube_client *c,
     cube_task_list_free(out);
     return cube_fail(err, CUBE_EPROTO, "%s/tasks: no tasks of a manager: %s",
                      c->base, why.text);
+}
+
+CUBE_API int cube_client_tasks(struct cube_client *c,
+                               struct cube_task_list *out,
+                               struct cube_err *err)
+{
+    return cube_client_tasks_at(c, NULL, out, err);
 }
 
 /* ---- Nodes ---- */
@@ -28652,12 +29123,14 @@ static bool cube_client_slice(const char *text, size_t len, size_t *at,
 
 /* Items of the tree and slices of the text go side by side; both skip what is
  * no object, since a slice begins at a bracket only. */
-CUBE_API int cube_client_nodes(struct cube_client *c,
-                               struct cube_node_list *out,
-                               struct cube_err *err)
+CUBE_API int cube_client_nodes_at(struct cube_client *c,
+                                  const struct cube_time *when,
+                                  struct cube_node_list *out,
+                                  struct cube_err *err)
 {
     struct cube_buf text = {NULL, 0, 0};
-    struct json_value_s *root = cube_client_get(c, "/nodes", &text, err);
+    struct json_value_s *root =
+        cube_client_get_at(c, "/nodes", when, &text, err);
     size_t at = 0, len, count;
     const char *item;
     int result = -1;
@@ -28681,6 +29154,13 @@ CUBE_API int cube_client_nodes(struct cube_client *c,
     cube_json_free(root);
     cube_buf_free(&text);
     return result;
+}
+
+CUBE_API int cube_client_nodes(struct cube_client *c,
+                               struct cube_node_list *out,
+                               struct cube_err *err)
+{
+    return cube_client_nodes_at(c, NULL, out, err);
 }
 
 CUBE_API void cube_node_list_free(struct cube_node_list *l)
@@ -28867,6 +29347,7 @@ static void cube_client_notice(struct cube_notice *n, struct json_value_s *v,
     cube_client_cursor(v, cursor);
     n->cursor = cursor->data;
     n->id = cube_json_str(cube_json_get(v, "ID"), NULL);
+    n->why = cube_json_str(cube_json_get(v, "Why"), NULL);
     if (!time || cube_time_parse(time, len, &n->time))
         memset(&n->time, 0, sizeof n->time);
 }
@@ -28929,35 +29410,61 @@ static bool cube_client_on_lines(void *arg, const char *data, size_t len)
     return !l->is_enough && l->err.code == CUBE_OK;
 }
 
+/* Hands the lines of a stream to `fn`; 0 when it ended or was enough, which
+ * `*is_enough` tells apart. Takes `target` over. */
+static int cube_client_notices(struct cube_client *c, struct cube_buf *target,
+                               cube_client_notice_fn *fn, void *arg,
+                               bool *is_enough, struct cube_err *err)
+{
+    struct cube_client_lines l;
+    int result;
+
+    memset(&l, 0, sizeof l);
+    l.fn = fn;
+    l.arg = arg;
+    result = cube_client_stream(c, target->data, cube_client_on_lines, &l,
+                                c->timeout_ms, err);
+    if (result == 0 && !l.is_enough && l.err.code != CUBE_OK)
+        result = cube_fail(err, CUBE_EPROTO, "%s%s: %s", c->base, target->data,
+                           l.err.text);
+    *is_enough = l.is_enough;
+    cube_buf_free(&l.rest);
+    cube_buf_free(target);
+    return result;
+}
+
 /* An event stream has no end of its own, so one that ends was cut: by a
  * manager that stops in peace as much as by one that was killed. */
 CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
                                 const char *after, cube_client_notice_fn *fn,
                                 void *arg, struct cube_err *err)
 {
-    struct cube_client_lines l;
     struct cube_buf target = {NULL, 0, 0};
+    bool is_enough;
     int result;
 
-    memset(&l, 0, sizeof l);
-    l.fn = fn;
-    l.arg = arg;
     cube_buf_puts(&target, "/events");
     if (task_id)
         cube_client_target(&target, "?task=", task_id, "");
     if (after)
         cube_client_target(&target, task_id ? "&after=" : "?after=", after,
                            "");
-    result = cube_client_stream(c, target.data, cube_client_on_lines, &l,
-                                c->timeout_ms, err);
-    if (result == 0 && !l.is_enough && l.err.code != CUBE_OK)
-        result = cube_fail(err, CUBE_EPROTO, "%s%s: %s", c->base, target.data,
-                           l.err.text);
-    else if (result == 0 && !l.is_enough)
+    result = cube_client_notices(c, &target, fn, arg, &is_enough, err);
+    if (result == 0 && !is_enough)
         result = cube_fail(err, CUBE_ECONN, "%s ended the events", c->base);
-    cube_buf_free(&l.rest);
-    cube_buf_free(&target);
     return result;
+}
+
+/* A history ends; one that breaks off is told as such by its chunks. */
+CUBE_API int cube_client_history(struct cube_client *c, const char *task_id,
+                                 cube_client_notice_fn *fn, void *arg,
+                                 struct cube_err *err)
+{
+    struct cube_buf target = {NULL, 0, 0};
+    bool is_enough;
+
+    cube_client_target(&target, "/tasks/", task_id, "/history");
+    return cube_client_notices(c, &target, fn, arg, &is_enough, err);
 }
 
 

@@ -1440,13 +1440,20 @@ struct cube_task_list {
 CUBE_API int cube_client_tasks(struct cube_client *c,
                                struct cube_task_list *out,
                                struct cube_err *err);
+/* As they were at that time, the one that changed last first; as long as the
+ * manager keeps its history (keep_ms). CUBE_ENOENT: it does not reach back so
+ * far, and says how far. */
+CUBE_API int cube_client_tasks_at(struct cube_client *c,
+                                  const struct cube_time *at,
+                                  struct cube_task_list *out,
+                                  struct cube_err *err);
 CUBE_API void cube_task_list_free(struct cube_task_list *l);
 
 /* A node as the manager tells of it. Texts are never NULL; what a Go manager
  * does not tell is "". */
 struct cube_node_info {
     char *name, *api, *role;
-    char *state;  /* "up", "lost", "new" */
+    char *state;  /* "up", "lost", "refuses", "unknown" */
     char *worker; /* its UUID */
     char *runtime, *error;
     int64_t mem_kb, disk_bytes, task_count;
@@ -1461,6 +1468,12 @@ struct cube_node_list {
 CUBE_API int cube_client_nodes(struct cube_client *c,
                                struct cube_node_list *out,
                                struct cube_err *err);
+/* As they were at that time. Metrics, and what is allocated, are those of the
+ * node's last change before it. */
+CUBE_API int cube_client_nodes_at(struct cube_client *c,
+                                  const struct cube_time *at,
+                                  struct cube_node_list *out,
+                                  struct cube_err *err);
 CUBE_API void cube_node_list_free(struct cube_node_list *l);
 
 /* POST /tasks. `*out`, which may be NULL, is the accepted task; free it. An
@@ -1508,6 +1521,7 @@ struct cube_notice {
     const struct cube_task *task;
     const struct cube_node_info *node;
     const char *id;
+    const char *why;      /* it changed, in words; NULL: it does not say */
     const char *line;     /* the JSON */
     size_t len;
 };
@@ -1518,6 +1532,12 @@ typedef bool cube_client_notice_fn(void *arg, const struct cube_notice *n);
 CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
                                 const char *after, cube_client_notice_fn *fn,
                                 void *arg, struct cube_err *err);
+/* What became of a task: each change (TASK, GONE) since it was submitted, or
+ * since the manager keeps history, oldest first; also of one that is removed.
+ * None at all: it is unknown. */
+CUBE_API int cube_client_history(struct cube_client *c, const char *task_id,
+                                 cube_client_notice_fn *fn, void *arg,
+                                 struct cube_err *err);
 
 
 

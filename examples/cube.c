@@ -50,8 +50,8 @@ enum exit_code { DONE = 0, FAILED = 1, USAGE = 2, NO_MANAGER = 3 };
 /* ---- The tables ---- */
 
 enum flag_id {
-    F_ADVERTISE, F_ALL, F_ALLOW_HOST, F_COUNT, F_CPU, F_DATA, F_DB, F_DETACH,
-    F_DISK, F_ENV, F_FILE, F_FOLLOW, F_FORCE, F_HEALTH, F_HEALTH_INTERVAL,
+    F_ADVERTISE, F_ALL, F_ALLOW_HOST, F_AT, F_COUNT, F_CPU, F_DATA, F_DB,
+    F_DETACH, F_DISK, F_ENV, F_FILE, F_FOLLOW, F_FORCE, F_HEALTH, F_HEALTH_INTERVAL,
     F_HEALTH_RETRIES, F_HEALTH_START, F_HEALTH_TIMEOUT, F_HELP, F_HOST, F_JOIN,
     F_KEEP, F_LOST_AFTER, F_MANAGER, F_MEMORY, F_NAME, F_OUTPUT, F_PORT,
     F_PUBLISH, F_RESTART, F_RUNTIME, F_SCHEDULER, F_STOP_GRACE, F_TAIL,
@@ -74,7 +74,8 @@ struct flag {
 };
 
 #define SERVERS "manager,worker,dev"
-#define CLIENTS "run,status,stop,node,node rm,logs,inspect,events,rm"
+#define CLIENTS \
+    "run,status,stop,node,node rm,logs,inspect,events,history,rm"
 
 static const struct flag flags[] = {
     {F_HOST, 'H', "host", "manager,worker", "ADDRESS", NULL,
@@ -148,6 +149,9 @@ static const struct flag flags[] = {
 
     {F_ALL, 'a', "all", "status", NULL, NULL,
      "Show also what ended more than an hour ago"},
+    {F_AT, 0, "at", "status,node", "TIME", NULL,
+     "Show what was then: 10:32, -5m, \"2006-01-02 10:32\", or a time of "
+     "RFC 3339"},
     {F_FOLLOW, 'f', "follow", "logs,events", NULL, NULL,
      "Wait for more, until interrupted"},
     {F_TAIL, 'n', "tail", "logs", "N", NULL, "Only the last N lines"},
@@ -156,7 +160,7 @@ static const struct flag flags[] = {
     {F_MANAGER, 'm', "manager", CLIENTS, "HOST:PORT", NULL,
      "Manager to talk to; also an http:// or https:// URL "
      "(localhost:5555)"},
-    {F_OUTPUT, 'o', "output", "run,status,node,events", "FORMAT",
+    {F_OUTPUT, 'o', "output", "run,status,node,events,history", "FORMAT",
      "text|json", "For people, or for programs (text)"},
     {F_TOKEN_FILE, 0, "token-file", SERVERS "," CLIENTS, "FILE", "@file",
      "File with the cluster's token ($CUBE_TOKEN); servers accept "
@@ -190,6 +194,7 @@ static int run_node_rm(struct app *);
 static int run_logs(struct app *);
 static int run_inspect(struct app *);
 static int run_events(struct app *);
+static int run_history(struct app *);
 static int run_completion(struct app *);
 static int run_help(struct app *);
 static int run_version(struct app *);
@@ -224,7 +229,9 @@ static const struct command commands[] = {
      0, -1, NULL, run_run, true},
     {"status", "", "List tasks",
      "Lists the tasks of the cluster, and why they are not as they should\n"
-     "be. What ended more than an hour ago is left out, unless --all.",
+     "be. What ended more than an hour ago is left out, unless --all. With\n"
+     "--at it lists the tasks of that time, as long as the manager's --keep\n"
+     "reaches back.",
      0, 0, NULL, run_status, false},
     {"stop", "TASK...", "Stop running tasks",
      "Stops tasks, named by name or by a unique beginning of the ID, and\n"
@@ -240,12 +247,17 @@ static const struct command commands[] = {
      "Prints JSON: of a task its record, and what the engine says of its\n"
      "container; of a node its record with its metrics.",
      1, 1, "@any", run_inspect, false},
-    {"events", "", "Print the state of all tasks, then each change",
+    {"events", "", "Print the state of all tasks; with -f, each change to come",
      "Prints each task as it is; with --follow also each change to come.",
      0, 0, NULL, run_events, false},
+    {"history", "TASK", "Print what became of a task, when, and why",
+     "Prints each change of the task, as long as the manager's --keep reaches\n"
+     "back. A task that was removed is named by its whole ID.",
+     1, 1, "@task", run_history, false},
     {"node", "", "List nodes",
      "Lists the workers of the cluster. CPU is what was in use during the\n"
-     "last seconds, of all cores.",
+     "last seconds, of all cores. With --at it lists the nodes of that time;\n"
+     "their metrics are those of their last change before it.",
      0, 0, NULL, run_node, false},
     {"node rm", "NODE...", "Forget nodes that had joined",
      "The manager forgets the node. Its tasks are started elsewhere.",
@@ -1112,6 +1124,14 @@ static int64_t wall_ns(void)
     return w->wall_ns(w->ctx);
 }
 
+static int64_t shown_at_ns; /* of --at; 0: now */
+
+/* The time that is shown: ages are counted up to it. */
+static int64_t shown_ns(void)
+{
+    return shown_at_ns ? shown_at_ns : wall_ns();
+}
+
 static void print_ago(const struct cube_time *t, char *out, size_t size)
 {
     size_t len;
@@ -1120,7 +1140,7 @@ static void print_ago(const struct cube_time *t, char *out, size_t size)
         (void)snprintf(out, size, "-");
         return;
     }
-    print_span(wall_ns() - cube_time_to_ns(t), out, size);
+    print_span(shown_ns() - cube_time_to_ns(t), out, size);
     len = strlen(out);
     (void)snprintf(out + len, size - len, " ago");
 }
@@ -1349,6 +1369,64 @@ static int flag_number(struct app *a, enum flag_id id, long min, long max,
         return DONE;
     return usage_error(a->line.command, "\"%s\" is not a number from %ld to "
                        "%ld", text, min, max);
+}
+
+/* "10:32", "10:32:07", "2006-01-02 10:32": local time; without a date the last
+ * time that clocks showed it. */
+static int parse_clock(const char *text, int64_t *out_ns)
+{
+    time_t now = (time_t)(wall_ns() / 1000000000);
+    const char *clock = strlen(text) > 10 ? text + 11 : text;
+    int second = 0, used = 0;
+    struct tm tm;
+
+    if (!localtime_r(&now, &tm))
+        return -1;
+    if (clock > text && (sscanf(text, "%4d-%2d-%2d%n", &tm.tm_year, &tm.tm_mon,
+                                &tm.tm_mday, &used) != 3 ||
+                         used != 10 || !strchr(" T", text[10])))
+        return -1;
+    if (clock > text) {
+        tm.tm_year -= 1900;
+        tm.tm_mon--;
+    }
+    if (sscanf(clock, "%2d:%2d%n:%2d%n", &tm.tm_hour, &tm.tm_min, &used,
+               &second, &used) < 2 || clock[used] || tm.tm_hour > 23 ||
+        tm.tm_min > 59 || second > 60)
+        return -1;
+    tm.tm_sec = second;
+    tm.tm_isdst = -1;
+    if (clock == text && mktime(&tm) > now)
+        tm.tm_mday--;
+    tm.tm_isdst = -1;
+    *out_ns = (int64_t)mktime(&tm) * 1000000000;
+    return 0;
+}
+
+/* --at: what is shown from now on is what was then. `*at` is NULL without. */
+static int read_at(struct app *a, struct cube_time *time,
+                   const struct cube_time **at)
+{
+    const char *text = flag(&a->line, F_AT);
+    int64_t ago_ms;
+
+    *at = NULL;
+    if (!text)
+        return DONE;
+    if (*text == '-' && parse_duration(text + 1, &ago_ms) == 0)
+        shown_at_ns = wall_ns() - ago_ms * 1000000;
+    else if (cube_time_parse(text, strlen(text), time) == 0)
+        shown_at_ns = cube_time_to_ns(time);
+    else if (parse_clock(text, &shown_at_ns))
+        return usage_error(a->line.command,
+                           "\"%s\" is no time; it is written as 10:32, -5m, "
+                           "\"2006-01-02 10:32\" or 2006-01-02T10:32:00Z",
+                           text);
+    if (shown_at_ns > wall_ns())
+        return usage_error(a->line.command, "%s is yet to come", text);
+    *time = cube_time_from_ns(shown_at_ns);
+    *at = time;
+    return DONE;
 }
 
 /* ---- The servers ---- */
@@ -2347,7 +2425,7 @@ static void print_reason(const struct cube_task *t, char *out, size_t size)
     else if (*t->progress)
         n = (size_t)snprintf(out, size, "%.200s", t->progress);
     else if (t->state == CUBE_FAILED && cube_time_is_set(&t->restart_time)) {
-        print_span(cube_time_to_ns(&t->restart_time) - wall_ns(), span,
+        print_span(cube_time_to_ns(&t->restart_time) - shown_ns(), span,
                    sizeof span);
         n = (size_t)snprintf(out, size, "starts again in %s", span);
         out[17] = (char)tolower((unsigned char)out[17]);
@@ -2413,7 +2491,7 @@ static void add_task(struct table *table, const struct cube_task *t)
 static bool is_old(const struct cube_task *t)
 {
     return cube_task_is_finished(t) && cube_time_is_set(&t->finish_time) &&
-           wall_ns() - cube_time_to_ns(&t->finish_time) > HOUR_NS;
+           shown_ns() - cube_time_to_ns(&t->finish_time) > HOUR_NS;
 }
 
 static void add_heads(struct table *t, const char *const *heads,
@@ -2454,16 +2532,32 @@ static void print_tasks_json(const struct cube_task_list *l, bool shows_all)
     cube_buf_free(&json);
 }
 
+/* By age: a list of what was comes in the order of changes. */
+static int by_age(const void *a, const void *b)
+{
+    const struct cube_task *const *x = a, *const *y = b;
+    int64_t s = cube_time_to_ns(&(*x)->created_time);
+    int64_t t = cube_time_to_ns(&(*y)->created_time);
+
+    return s != t ? (s > t) - (s < t) : strcmp((*x)->id, (*y)->id);
+}
+
 static int run_status(struct app *a)
 {
     bool shows_all = flag(&a->line, F_ALL) != NULL;
+    const struct cube_time *at;
+    struct cube_time time;
     struct cube_task_list l;
-    int code = open_client(a);
+    int code = read_at(a, &time, &at);
 
+    if (code == DONE)
+        code = open_client(a);
     if (code != DONE)
         return code;
-    if (cube_client_tasks(a->client, &l, &a->err))
+    if (cube_client_tasks_at(a->client, at, &l, &a->err))
         return client_failed(a, "cannot list the tasks");
+    if (at && l.count > 0)
+        qsort(l.list, l.count, sizeof *l.list, by_age);
     if (wants_json(a))
         print_tasks_json(&l, shows_all);
     else
@@ -2508,23 +2602,61 @@ static void print_nodes(const struct cube_node_list *l)
     print_table(&table);
 }
 
+/* What was on each node then: its own record counts what was there when that
+ * was written. */
+static int count_tasks(struct app *a, const struct cube_time *at,
+                       struct cube_node_list *nodes)
+{
+    struct cube_task_list tasks;
+
+    if (cube_client_tasks_at(a->client, at, &tasks, &a->err))
+        return client_failed(a, "cannot list the tasks");
+    for (size_t i = 0; i < nodes->count; i++) {
+        nodes->list[i].task_count = 0;
+        for (size_t k = 0; k < tasks.count; k++) {
+            const struct cube_task *t = tasks.list[k];
+
+            nodes->list[i].task_count +=
+                t->state != CUBE_PENDING && !cube_task_is_finished(t) &&
+                strcmp(t->node, nodes->list[i].name) == 0;
+        }
+    }
+    cube_task_list_free(&tasks);
+    return DONE;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    const struct cube_node_info *x = a, *y = b;
+
+    return strcmp(x->name, y->name);
+}
+
 static int run_node(struct app *a)
 {
+    const struct cube_time *at;
+    struct cube_time time;
     struct cube_node_list l;
-    int code = open_client(a);
+    int code = read_at(a, &time, &at);
 
+    if (code == DONE)
+        code = open_client(a);
     if (code != DONE)
         return code;
-    if (cube_client_nodes(a->client, &l, &a->err))
+    if (cube_client_nodes_at(a->client, at, &l, &a->err))
         return client_failed(a, "cannot list the nodes");
-    if (!wants_json(a))
+    if (at && l.count > 0)
+        qsort(l.list, l.count, sizeof *l.list, by_name);
+    if (at && !wants_json(a))
+        code = count_tasks(a, at, &l);
+    if (!wants_json(a) && code == DONE)
         print_nodes(&l);
     for (size_t i = 0; i < l.count && wants_json(a); i++)
         printf("%s%s", i ? ",\n" : "[", l.list[i].json);
     if (wants_json(a))
         printf(l.count ? "]\n" : "[]\n");
     cube_node_list_free(&l);
-    return DONE;
+    return code;
 }
 
 static int run_node_rm(struct app *a)
@@ -2694,6 +2826,71 @@ static int run_events(struct app *a)
             nanosleep(&second, NULL);
     }
     return code;
+}
+
+/* ---- history ---- */
+
+/* One change: when, what it was then, where, and why. */
+static void print_change(const struct cube_notice *n)
+{
+    time_t sec = (time_t)(cube_time_to_ns(&n->time) / 1000000000);
+    const char *state = "removed", *node = "-";
+    char reason[800] = "", when[32] = "-";
+    struct tm tm;
+
+    if (localtime_r(&sec, &tm))
+        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    if (n->task) {
+        print_reason(n->task, reason, sizeof reason);
+        state = cube_state_name(n->task->state);
+        node = *n->task->node ? n->task->node : node;
+    }
+    printf("%-19s   %-9s   %-21s   %s%s%s\n", when, state, node,
+           n->why ? n->why : "", n->why && *reason ? ": " : "", reason);
+}
+
+struct story {
+    struct app *app;
+    size_t count;
+};
+
+static bool on_change(void *arg, const struct cube_notice *n)
+{
+    struct story *s = arg;
+
+    if (n->type != CUBE_NOTICE_TASK && n->type != CUBE_NOTICE_GONE)
+        return true;
+    shown_at_ns = cube_time_to_ns(&n->time); /* ages are those of then */
+    if (wants_json(s->app))
+        printf("%.*s\n", (int)n->len, n->line);
+    else if (s->count == 0)
+        printf("%-19s   %-9s   %-21s   %s\n", "TIME", "STATE", "NODE", "WHY");
+    if (!wants_json(s->app))
+        print_change(n);
+    s->count++;
+    return !ferror(stdout);
+}
+
+static int run_history(struct app *a)
+{
+    const char *text = a->line.args[0];
+    struct story s = {a, 0};
+    struct cube_task *t = NULL;
+    char id[CUBE_UUID_TEXT];
+    int code = open_client(a);
+
+    if (code == DONE)
+        code = get_task(a, text, &t);
+    if (code != DONE)
+        return code;
+    if (t)
+        memcpy(id, t->id, sizeof id);
+    else if (cube_uuid_parse(text, strlen(text), id))
+        return no_such_task(a, text);
+    cube_task_free(t);
+    if (cube_client_history(a->client, id, on_change, &s, &a->err))
+        return client_failed(a, "cannot read the history of %s", text);
+    return s.count > 0 ? DONE : no_such_task(a, text);
 }
 
 /* ---- main ---- */

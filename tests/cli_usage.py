@@ -24,11 +24,11 @@ import harness
 from harness import CUBE, TOP
 
 COMMANDS = ["manager", "worker", "dev", "run", "status", "stop", "rm", "logs",
-            "inspect", "events", "node", "node rm", "completion", "help",
-            "version"]
+            "inspect", "events", "history", "node", "node rm", "completion",
+            "help", "version"]
 CLIENTS = [["run", "-d", "busybox"], ["status"], ["stop", "web"],
            ["rm", "web"], ["logs", "web"], ["inspect", "web"], ["events"],
-           ["node"], ["node", "rm", "a:1"]]
+           ["history", "web"], ["node"], ["node", "rm", "a:1"]]
 
 IDS = ["1111aaaa-0000-4000-8000-000000000001",
        "1111bbbb-0000-4000-8000-000000000002",

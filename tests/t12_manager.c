@@ -594,7 +594,7 @@ TEST(a_change_that_cannot_be_stored_takes_all_of_its_commit_along)
     m = k.manager;
     rec = cube_ledger_add(m->ledger, A);
     cube_task_set(&cube_record_edit(m->ledger, rec)->task->name, "fine");
-    cube_manager_stage(m, rec);
+    cube_manager_stage(m, rec, "a test");
     rec = cube_ledger_add(m->ledger, B);
     {
         /* Larger than any value that the store takes, and than any body. */
@@ -606,7 +606,7 @@ TEST(a_change_that_cannot_be_stored_takes_all_of_its_commit_along)
         cube_task_set(&cube_record_edit(m->ledger, rec)->task->name, huge);
         free(huge);
     }
-    cube_manager_stage(m, rec);
+    cube_manager_stage(m, rec, "a test");
     CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
     cluster_run(&k, 500);
     CHECK(!cube_ledger_find(m->ledger, A));
