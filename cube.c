@@ -3379,13 +3379,25 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
 /* ---- Characters ---- */
 
 /*
- * Strings are scanned eight bytes at a time, in a word whose lowest byte is
- * the first one. Bytes that are looked for are marked by their bit 7. The
- * lowest mark is always right; above a right one there can be false ones.
- * Zero bytes are found as in Anderson's "Bit Twiddling Hacks".
+ * Strings are scanned eight bytes at a time, in a word whose lowest byte is the
+ * first one. Bytes that are looked for are marked by their bit 7. The lowest
+ * mark is always right; above a right one there can be false ones, as a byte
+ * that borrows takes from its neighbour. Zero bytes are found as in Anderson's
+ * "Bit Twiddling Hacks".
+ *
+ *     text     a    b    "    c    ...        read from the left
+ *     word  ...63 22 62 61                    so 'a' is the lowest byte
+ *     ^ 0x22 in each byte
+ *           ...41 00 40 43                    zero where a quote was
+ *     marks ...00 80 00 00                    lowest mark / 8 = place 2
+ *
+ * Most strings of a cluster are names and paths of eight to forty plain bytes:
+ * two to five steps of this each.
  */
 static const uint64_t cube_json_ones = UINT64_C(0x0101010101010101);
 
+/* The word at `p`, whatever the machine's byte order and `p`'s alignment; gcc
+ * and clang make one load of it where that is the same. */
 static inline uint64_t cube_json_load(const unsigned char *p)
 {
     return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
@@ -3394,7 +3406,8 @@ static inline uint64_t cube_json_load(const unsigned char *p)
            (uint64_t)p[7] << 56;
 }
 
-/* Marks the bytes of this value. */
+/* Marks the bytes of this value: after the xor they are the zeros, and a zero
+ * less one borrows into its bit 7, which ~x keeps only where it was not set. */
 static inline uint64_t cube_json_has(uint64_t w, unsigned char byte)
 {
     uint64_t x = w ^ (cube_json_ones * byte);
@@ -3412,7 +3425,8 @@ static inline uint64_t cube_json_marks(uint64_t w)
            cube_json_has(w, '\\');
 }
 
-/* The place of the lowest mark. */
+/* The place of the lowest mark, counted in bytes; there must be one, since a
+ * count of the zeros of 0 is undefined. */
 static inline size_t cube_json_first(uint64_t marks)
 {
     return (size_t)__builtin_ctzll(marks) / 8;
@@ -3458,7 +3472,8 @@ static size_t cube_json_utf8(const unsigned char *p, size_t left)
     return n;
 }
 
-/* Four hex digits; -1 when they are none. */
+/* Four hex digits in either case, as after \u; -1 when they are none. The
+ * caller has seen that there are four bytes. */
 static int32_t cube_json_hex4(const unsigned char *p)
 {
     int32_t v = 0;
@@ -3485,6 +3500,9 @@ static int32_t cube_json_hex4(const unsigned char *p)
 
 /* ---- The interface's types ---- */
 
+/* The numbers are upstream's, 0 to 6. The first four have a payload, and from
+ * the third on a value can be open: code here compares with < and <= in this
+ * order. */
 enum json_type_e {
     json_type_string,
     json_type_number,
@@ -3500,6 +3518,8 @@ struct json_string_s {
     size_t string_size; /* in bytes, without the NUL behind it */
 };
 
+/* A number stays text: whether it is to be an integer, a double, or passed on
+ * untouched, only the reader knows, and 64-bit IDs do not survive a double. */
 struct json_number_s {
     const char *number; /* the text as it stood */
     size_t number_size;
@@ -3529,6 +3549,8 @@ struct json_value_s {
     size_t type;   /* enum json_type_e */
 };
 
+/* Members stand in the order of the text; a key that comes twice is there
+ * twice. cube_json_get takes the last one, as Go and JavaScript do. */
 struct json_object_element_s {
     struct json_string_s *name;
     struct json_value_s *value;
@@ -3550,8 +3572,12 @@ struct json_array_s {
     size_t length;
 };
 
+/* Upstream has fourteen more, for JSON5 and its friends; any bit of them is
+ * refused with json_parse_error_unknown before a byte is looked at. */
 enum json_parse_flags_e { json_parse_flags_default = 0 };
 
+/* The numbers are upstream's, 0 to 12. cube_json_parse has words for them, in
+ * this order. */
 enum json_parse_error_e {
     json_parse_error_none,
     json_parse_error_expected_comma_or_closing_bracket,
@@ -3578,7 +3604,8 @@ struct json_parse_result_s {
 /* ---- Strings: plain runs, escapes ---- */
 
 /* How many bytes at `p` stand for themselves: printable ASCII, neither quote
- * nor backslash? */
+ * nor backslash? Eight at a time as long as there are eight; never reads at or
+ * beyond p + left, so the text may end at the end of a page. */
 static inline size_t cube_json_plain(const unsigned char *p, size_t left)
 {
     size_t n = 0;
@@ -3595,7 +3622,9 @@ static inline size_t cube_json_plain(const unsigned char *p, size_t left)
     return n;
 }
 
-/* Writes a code point below 0x110000 as UTF-8; returns its 1 to 4 bytes. */
+/* Writes a code point below 0x110000 as UTF-8; returns its 1 to 4 bytes. Six
+ * bits a byte from the end, and what is left goes under the lead byte: U+20AC,
+ * 0010 000010 101100 in bits, becomes E2 82 AC. */
 static size_t cube_json_encode(uint32_t point, char out[4])
 {
     static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
@@ -3607,14 +3636,27 @@ static size_t cube_json_encode(uint32_t point, char out[4])
     return n;
 }
 
+/* What an escape stands for, found by one function for both passes: the
+ * first one counts `size`, the second one copies `text`, and so they cannot
+ * differ. */
 struct cube_json_escape {
     size_t taken; /* bytes of the escape; when it is bad, where, from its \ */
     size_t size;  /* bytes that it stands for; 0: it is bad */
     char text[4];
 };
 
-/* The `\u` escape at `p`, surrogates in pairs. The byte behind it has to be
- * there too, since a string does not end without a quote. */
+/*
+ * The `\u` escape at `p`, surrogates in pairs:
+ *
+ *     \u20ac            one of 6 bytes, U+20AC
+ *     \ud83d\ude00      a pair of 12, U+1F600 = 0x10000 + (0x3d << 10 | 0x200)
+ *     \ude00, \ud83dx   halves alone: no character at all, refused
+ *
+ * The byte behind it has to be there too, since a string does not end without a
+ * quote: so `left` is compared with one more. Where a bad one is reported
+ * (behind its backslash, or behind the second one of a pair) is upstream's
+ * choice.
+ */
 static struct cube_json_escape cube_json_unescape_u(const unsigned char *p,
                                                     size_t left)
 {
@@ -3662,6 +3704,10 @@ static struct cube_json_escape cube_json_unescape(const unsigned char *p,
 
 /* ---- Pass 1: check and measure ---- */
 
+/* Pass 1 in progress; lives on the stack of json_parse_ex. `offset` is the next
+ * byte to look at, and after an error the place of it. The sizes are 64 bits
+ * wide so that they cannot wrap on a 32-bit machine; cube_json_block compares
+ * them with what it can allocate. */
 struct cube_json_scan {
     const unsigned char *src;
     size_t size, offset;
@@ -3680,6 +3726,8 @@ enum cube_json_state {
     CUBE_JSON_END
 };
 
+/* Notes an error and its place. -1, for the caller to return at once: nothing
+ * after the first error is looked at. */
 static int cube_json_wrong(struct cube_json_scan *s,
                            enum json_parse_error_e error, size_t offset)
 {
@@ -3688,6 +3736,9 @@ static int cube_json_wrong(struct cube_json_scan *s,
     return -1;
 }
 
+/* The slow half of the next one: passes over white space and counts the
+ * lines for error messages. Only here, since a newline inside a string is an
+ * error. */
 static int cube_json_skip_space(struct cube_json_scan *s)
 {
     for (; s->offset < s->size; s->offset++) {
@@ -3717,7 +3768,10 @@ static inline int cube_json_scan_space(struct cube_json_scan *s)
                : cube_json_skip_space(s);
 }
 
-/* One character of a string that is not plain: an escape, or UTF-8. */
+/* One character of a string that is not plain: an escape, or UTF-8 beyond
+ * ASCII. Moves `*at` behind it and counts the bytes that it will take in the
+ * tree. Line ends are told from other control characters because upstream
+ * does. */
 static int cube_json_scan_char(struct cube_json_scan *s, size_t *at)
 {
     const unsigned char *p = s->src + *at;
@@ -3749,6 +3803,10 @@ static int cube_json_scan_char(struct cube_json_scan *s, size_t *at)
     return 0;
 }
 
+/* A string from its opening quote to behind its closing one, in runs of
+ * plain bytes with single others between them. Its struct and its text, NUL
+ * included, are counted; for a key, too, whose struct the build puts beside
+ * its element. */
 static int cube_json_scan_string(struct cube_json_scan *s)
 {
     size_t at = s->offset + 1, run;
@@ -3840,6 +3898,8 @@ static size_t cube_json_word(const unsigned char *p, size_t left,
     return 0;
 }
 
+/* A value that is no container, told by its first byte. `+1` and `.5` look like
+ * numbers to people, and to upstream's error numbers. */
 static int cube_json_scan_scalar(struct cube_json_scan *s)
 {
     unsigned char c = s->src[s->offset];
@@ -3860,6 +3920,7 @@ static int cube_json_scan_scalar(struct cube_json_scan *s)
     return 0;
 }
 
+/* Is the innermost open container an object? There must be one. */
 static inline bool cube_json_in_object(const struct cube_json_scan *s)
 {
     size_t level = s->depth - 1;
@@ -3867,7 +3928,10 @@ static inline bool cube_json_in_object(const struct cube_json_scan *s)
     return s->is_object[level / 8] >> level % 8 & 1;
 }
 
-/* In front of an element's value: the key and the colon of a member. */
+/* In front of an element, which there must be now: `[1,]` and `{"a":1,}` fail
+ * at their bracket. Of an array's element there is nothing to read before its
+ * value, of an object's the key and the colon. Whatever is wrong with a key is
+ * invalid_string, at the place that cube_json_scan_string found. */
 static enum cube_json_state cube_json_scan_element(struct cube_json_scan *s)
 {
     if (!cube_json_in_object(s)) {
@@ -3915,6 +3979,7 @@ static enum cube_json_state cube_json_scan_open(struct cube_json_scan *s)
     return cube_json_scan_element(s);
 }
 
+/* The state VALUE: one value or the opening of one. */
 static enum cube_json_state cube_json_scan_value(struct cube_json_scan *s)
 {
     if (cube_json_scan_space(s))
@@ -3925,7 +3990,8 @@ static enum cube_json_state cube_json_scan_value(struct cube_json_scan *s)
     return cube_json_scan_scalar(s) ? CUBE_JSON_FAILED : CUBE_JSON_AFTER;
 }
 
-/* Behind a value: its container ends or goes on. */
+/* The state AFTER: behind a value, whose container ends here or goes on with a
+ * comma. At depth 0 it was the root. */
 static enum cube_json_state cube_json_scan_after(struct cube_json_scan *s)
 {
     if (s->depth == 0)
@@ -3947,7 +4013,10 @@ static enum cube_json_state cube_json_scan_after(struct cube_json_scan *s)
     return cube_json_scan_element(s);
 }
 
-/* The whole text; -1 with `error` and the position set. */
+/* Runs the essay's two states over the whole text; -1 with `error` and the
+ * position set. That there is nothing behind the root is good news here, though
+ * to cube_json_scan_space it is a premature end: so the error it left is taken
+ * back. */
 static int cube_json_scan(struct cube_json_scan *s)
 {
     enum cube_json_state state = CUBE_JSON_VALUE;
@@ -3973,8 +4042,17 @@ struct cube_json_open {
     struct json_array_element_s **item;
 };
 
-/* Hands out one block, front part to structs and back part to texts. Used by
- * the parser and by json_extract_value_ex. */
+/*
+ * Hands out one block, front part to structs and back part to texts. Used by
+ * the parser and by json_extract_value_ex. The block of `{"a":[1,"\n"]}` on a
+ * 64-bit machine:
+ *
+ *     offset   0  value  16 object                  the root
+ *             32  element 56 name 72 value 88 array         "a"
+ *            104  item  120 value 136 number                1
+ *            152  item  168 value 184 string                "\n"
+ *            200  a 0   1 0   LF 0                          206 in all
+ */
 struct cube_json_build {
     unsigned char *dom;
     char *data, *end;
@@ -3983,6 +4061,9 @@ struct cube_json_build {
     struct cube_json_open open[JSON_MAX_RECURSION];
 };
 
+/* Room for a struct in the block's front part, not zeroed. Aligned without
+ * rounding, as long as each size is a multiple of a pointer's: all of these
+ * structs consist of pointers and size_t. */
 static inline void *cube_json_build_struct(struct cube_json_build *b,
                                            size_t size)
 {
@@ -3992,6 +4073,8 @@ static inline void *cube_json_build_struct(struct cube_json_build *b,
     return p;
 }
 
+/* Divides the block into its two parts and takes the root's struct, the first
+ * one, so that the block's address is the root's. */
 static void cube_json_build_start(struct cube_json_build *b, void *block,
                                   uint64_t dom_size, uint64_t data_size)
 {
@@ -4002,7 +4085,8 @@ static void cube_json_build_start(struct cube_json_build *b, void *block,
     b->value = cube_json_build_struct(b, sizeof *b->value);
 }
 
-/* Both parts are used up, to the byte. */
+/* Both parts are used up, to the byte: what pass 1 counted is what pass 2
+ * wrote, or one of them is wrong. */
 static void cube_json_build_end(const struct cube_json_build *b,
                                 const void *block, uint64_t dom_size)
 {
@@ -4039,8 +4123,13 @@ static void cube_json_build_open(struct cube_json_build *b, size_t type)
     *open->length = 0;
 }
 
-/* Adds an element to the open container, whose value is due then. Returns
- * where its name goes, or NULL in an array. */
+/*
+ * Adds an element to the open container, whose value is due then. Returns where
+ * its name goes, or NULL in an array. The structs of one element stand side by
+ * side, in the order in which a reader follows them:
+ *
+ *     ... [ element | name | value | payload ] [ element | ...
+ */
 static struct json_string_s *cube_json_build_next(struct cube_json_build *b)
 {
     struct cube_json_open *open = &b->open[b->depth - 1];
@@ -4071,6 +4160,9 @@ static struct json_string_s *cube_json_build_next(struct cube_json_build *b)
     return name;
 }
 
+/* Copies a text that is already as it shall be, and ends it with a NUL. For
+ * numbers, and for copies of trees; strings of a text are unescaped in place by
+ * cube_json_fill_string. */
 static const char *cube_json_build_text(struct cube_json_build *b,
                                         const void *p, size_t size)
 {
@@ -4105,6 +4197,7 @@ static void cube_json_build_number(struct cube_json_build *b, const void *p,
     b->value->payload = number;
 }
 
+/* true, false or null: a type and nothing else. */
 static void cube_json_build_word(struct cube_json_build *b, size_t type)
 {
     b->value->type = type;
@@ -4171,7 +4264,9 @@ static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
 }
 
 /* Fills the due value from the text at `p`; returns what is behind it, for a
- * container behind its bracket. */
+ * container behind its bracket. All has been checked, so the first byte tells
+ * which it is: letters are above the digits, brackets and quotes are asked for
+ * before. */
 static const unsigned char *cube_json_fill_value(struct cube_json_build *b,
                                                  const unsigned char *p,
                                                  const unsigned char *end)
@@ -4211,8 +4306,10 @@ static inline const unsigned char *cube_json_fill_gap(const unsigned char *p)
     return p;
 }
 
-/* Behind a checked value that is not the root there is always a bracket, so
- * only the gap before the root and after it could run off the end. */
+/* Pass 2. The depth and the kind of each open container are all that it needs
+ * to know: behind an element there is a bracket that ends its container or,
+ * over a comma, the next element. It looks for no end of the text, since a
+ * checked container has its bracket; behind the root it looks at nothing. */
 static void cube_json_fill(struct cube_json_build *b, const unsigned char *p,
                            const unsigned char *end)
 {
@@ -4295,6 +4392,14 @@ CUBE_UNUSED static struct json_value_s *json_parse(const void *src,
 
 /* ---- A walk over a tree ---- */
 
+/*
+ * The steps of a walk over `{"a":[],"b":[1]}`:
+ *
+ *     OPEN {, LEAF "a" [], OPEN "b" [, LEAF 1, CLOSE ], CLOSE }, DONE
+ *
+ * That an empty container is a leaf spares its readers the question whether
+ * anything stands between the brackets.
+ */
 enum cube_json_event {
     CUBE_JSON_LEAF,     /* a value without elements, also [] and {} */
     CUBE_JSON_OPEN,     /* a container; its elements follow, then CLOSE */
@@ -4310,7 +4415,9 @@ struct cube_json_level {
     const struct json_array_element_s *item;
 };
 
-/* Visits all values in the order of the text, without recursion. */
+/* Visits all values in the order of the text, without recursion: printing and
+ * copying are loops around it. 24 KB large, so it stands on the stack of one
+ * function at a time. */
 struct cube_json_walk {
     const struct json_value_s *value; /* of the last event, or the root */
     const struct json_string_s *name; /* of the value, in an object */
@@ -4319,7 +4426,10 @@ struct cube_json_walk {
     struct cube_json_level levels[JSON_MAX_RECURSION];
 };
 
-/* The event of the value that the walk has just come to. */
+/* The event of the value that the walk has just come to. Trees can be made by
+ * hand, or changed: what a parser would never make (an unknown type, a string
+ * without its payload, a depth beyond the limit) ends the walk with UNFIT and
+ * not with a crash. */
 static enum cube_json_event cube_json_walk_enter(struct cube_json_walk *w)
 {
     struct cube_json_level level = {w->value, NULL, NULL};
@@ -4339,6 +4449,7 @@ static enum cube_json_event cube_json_walk_enter(struct cube_json_walk *w)
     return CUBE_JSON_OPEN;
 }
 
+/* Begins a walk at `v`, which need not be the root of its tree. */
 static enum cube_json_event cube_json_walk_start(struct cube_json_walk *w,
                                                  const struct json_value_s *v)
 {
@@ -4349,6 +4460,9 @@ static enum cube_json_event cube_json_walk_start(struct cube_json_walk *w,
     return cube_json_walk_enter(w);
 }
 
+/* The next step: an element of the innermost container if it has one left, else
+ * its CLOSE. `last` is the event before, which tells the first element from
+ * later ones. */
 static enum cube_json_event cube_json_walk_next(struct cube_json_walk *w,
                                                 enum cube_json_event last)
 {
@@ -4377,7 +4491,9 @@ static enum cube_json_event cube_json_walk_next(struct cube_json_walk *w,
 
 /* ---- The interface: copies ---- */
 
-/* What the copy of this event's value takes. */
+/* What the copy of this event's value takes, with the element that holds it:
+ * the same sums as in the scan. `w->value->payload` is looked at as both types
+ * before the type is known, and read as the right one. */
 static void cube_json_extract_size(const struct cube_json_walk *w,
                                    uint64_t *dom_size, uint64_t *data_size)
 {
@@ -4406,6 +4522,8 @@ static void cube_json_extract_size(const struct cube_json_walk *w,
     }
 }
 
+/* The sizes of a copy; -1 for a tree that cannot be copied. The caller has set
+ * both to 0. */
 static int cube_json_extract_measure(const struct json_value_s *value,
                                      uint64_t *dom_size, uint64_t *data_size)
 {
@@ -4422,7 +4540,8 @@ static int cube_json_extract_measure(const struct json_value_s *value,
     return 0;
 }
 
-/* Copies this event's value into the due one. */
+/* Copies this event's value into the due one. An empty container is opened like
+ * any other, and left at once. */
 static void cube_json_extract_one(struct cube_json_build *b,
                                   const struct cube_json_walk *w,
                                   enum cube_json_event event)
@@ -4444,6 +4563,8 @@ static void cube_json_extract_one(struct cube_json_build *b,
         b->depth--;
 }
 
+/* The second walk of a copy, step by step as cube_json_fill builds from a text.
+ * The walk has been run before, so it cannot be UNFIT now. */
 static void cube_json_extract_fill(struct cube_json_build *b,
                                    const struct json_value_s *value)
 {
@@ -4545,6 +4666,7 @@ struct cube_json_print {
     const char *indent, *newline, *colon; /* empty texts: minified */
 };
 
+/* Counts, and in the second run writes. */
 static void cube_json_print_add(struct cube_json_print *o, const void *p,
                                 size_t size)
 {
@@ -4555,7 +4677,8 @@ static void cube_json_print_add(struct cube_json_print *o, const void *p,
     o->size += size;
 }
 
-/* The escape of a byte that may not stand for itself; returns its length. */
+/* The escape of an ASCII byte that may not stand for itself; returns its
+ * length: \n where there is a letter for it, else \u001f. */
 static size_t cube_json_escape_byte(unsigned char c, char out[6])
 {
     static const char bytes[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt";
@@ -4573,6 +4696,10 @@ static size_t cube_json_escape_byte(unsigned char c, char out[6])
     return 6;
 }
 
+/* A string in quotes, with what must be escaped and nothing more; this is
+ * upstream's output, for the wire's see cube_json_put_str. Text that was put
+ * into a tree by hand may be no UTF-8: each such byte becomes U+FFFD, so that
+ * what is printed always parses. */
 static void cube_json_print_string(struct cube_json_print *o,
                                    const struct json_string_s *string)
 {
@@ -4597,6 +4724,7 @@ static void cube_json_print_string(struct cube_json_print *o,
     cube_json_print_add(o, "\"", 1);
 }
 
+/* A line end and the indentation of this depth; nothing when minified. */
 static void cube_json_print_line(struct cube_json_print *o, size_t depth)
 {
     size_t indent_size = strlen(o->indent);
@@ -4606,7 +4734,7 @@ static void cube_json_print_line(struct cube_json_print *o, size_t depth)
         cube_json_print_add(o, o->indent, indent_size);
 }
 
-/* A value without elements. */
+/* A value without elements. Numbers are printed as they stood. */
 static void cube_json_print_leaf(struct cube_json_print *o,
                                  const struct json_value_s *value)
 {
@@ -4623,6 +4751,9 @@ static void cube_json_print_leaf(struct cube_json_print *o,
         cube_json_print_add(o, words[value->type], strlen(words[value->type]));
 }
 
+/* One run over the tree; -1 when it cannot be printed, which the first of two
+ * runs finds. A container's own brackets stand at the depth of its parent, and
+ * the walk has entered it by the time of OPEN: hence the one less. */
 static int cube_json_print_tree(struct cube_json_print *o,
                                 const struct json_value_s *value)
 {
@@ -4654,6 +4785,10 @@ static int cube_json_print_tree(struct cube_json_print *o,
     return 0;
 }
 
+/* Two runs, one to measure and one to write, instead of a buffer that grows:
+ * the caller releases one block, and out of memory is known before a byte is
+ * written. NULL for a tree that cannot be printed, too. `*out_size` counts the
+ * NUL, as upstream does. */
 static void *cube_json_print_all(struct cube_json_print style,
                                  const struct json_value_s *value,
                                  size_t *out_size)
@@ -4701,17 +4836,20 @@ CUBE_UNUSED static void *json_write_pretty(const struct json_value_s *value,
  * Built on upstream's interface alone. All take NULL for a value that is not
  * there, so that calls can be nested. */
 
+/* For json_parse_ex, which would take malloc when upstream's file stands in for
+ * this chapter: roots are freed by CUBE_FREE either way. */
 static void *cube_json_alloc(void *unused, size_t size)
 {
     (void)unused;
     return CUBE_MALLOC(size);
 }
 
-/*
- * Copies JSON, with U+FFFD in the place of what is no UTF-8 and of surrogates
+/* Copies JSON, with U+FFFD in the place of what is no UTF-8 and of surrogates
  * without their other half. Go's decoder reads them so, and what it takes on
- * one side of the wire we should take on the other.
- */
+ * one side of the wire we should take on the other. Only run when a strict
+ * parse has failed on such a thing: the usual text is never copied. An escape
+ * is passed over as two bytes, so that the second backslash of `\\ud800` begins
+ * nothing. */
 static void cube_json_repair(const unsigned char *p, size_t left,
                              struct cube_buf *out)
 {
@@ -4741,8 +4879,10 @@ static void cube_json_repair(const unsigned char *p, size_t left,
     }
 }
 
-/* Parses with our allocator; free with cube_json_free. The error says where
- * and what, in words. */
+/* Parses with our allocator; free with cube_json_free. NULL: the error says
+ * where and what, in words, counted in the text as it came. A text with broken
+ * characters is parsed a second time, repaired; what else is wrong with it is
+ * then told by the error of the first time. */
 CUBE_UNUSED static struct json_value_s *
 cube_json_parse(const void *src, size_t size, struct cube_err *err)
 {
@@ -4912,6 +5052,8 @@ CUBE_UNUSED static int cube_json_f64(struct json_value_s *value, double *out)
                   : -1;
 }
 
+/* A true or a false; -1 for everything else, 0 and "true" among it: `*out` is
+ * then as it was. */
 CUBE_UNUSED static int cube_json_bool(struct json_value_s *value, bool *out)
 {
     if (!value || (value->type != json_type_true &&
@@ -4926,7 +5068,8 @@ CUBE_UNUSED static int cube_json_bool(struct json_value_s *value, bool *out)
  * What has a fixed shape is written directly, without a tree: the shape as
  * constant text, and between it these. */
 
-/* Must the byte at `p` be written in another way than as itself? */
+/* Must this byte be written in another way than as itself, or at least be
+ * looked at? UTF-8 is the latter: most of it is copied. */
 static bool cube_json_is_special(unsigned char c)
 {
     return c < 0x20 || c >= 0x80 || c == '"' || c == '\\' || c == '<' ||
@@ -4981,8 +5124,14 @@ static size_t cube_json_put_special(struct cube_buf *b, const unsigned char *p,
 
 /*
  * A string as the wire has it: besides what JSON asks for, `&`, `<`, `>` and
- * the line separators U+2028 and U+2029 are escaped, so that the text can
- * stand inside HTML and JavaScript; bytes that are not UTF-8 become U+FFFD.
+ * the line separators U+2028 and U+2029 are escaped, so that the text can stand
+ * inside HTML and JavaScript; bytes that are not UTF-8 become U+FFFD. It is
+ * what Go's encoder writes, byte for byte:
+ *
+ *     a<b & "c" TAB 01 FF     "a\u003cb \u0026 \"c\"\t\u0001\ufffd"
+ *
+ * Runs of harmless bytes are copied whole, and room is taken for all that is
+ * left at once: the usual name is one reservation and one copy.
  */
 CUBE_UNUSED static void cube_json_put_str(struct cube_buf *b, const char *s,
                                           size_t len)
@@ -5014,6 +5163,7 @@ CUBE_UNUSED static void cube_json_put_text(struct cube_buf *b, const char *s)
     cube_json_put_str(b, s ? s : "", s ? strlen(s) : 0);
 }
 
+/* In decimal. The magnitude is taken unsigned, where INT64_MIN has one. */
 CUBE_UNUSED static void cube_json_put_i64(struct cube_buf *b, int64_t v)
 {
     char text[20];

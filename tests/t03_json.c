@@ -417,6 +417,63 @@ TEST(the_tree_is_as_it_is_drawn)
     CUBE_FREE(root);
 }
 
+/* The drawing at struct cube_json_build, whose offsets are those of a machine
+ * with 64-bit pointers. */
+TEST(the_block_is_as_it_is_drawn)
+{
+    static const char text[] = "{\"a\":[1,\"\\n\"]}";
+    struct arena arena = {0, 0, false};
+    char *block = (char *)json_parse_ex(text, sizeof text - 1, 0, arena_alloc,
+                                        &arena, NULL);
+    struct json_object_element_s *member;
+    struct json_array_element_s *item;
+
+    if (sizeof(void *) != 8)
+        SKIP("drawn for 64-bit pointers");
+    REQUIRE(block != NULL);
+    CHECK_UINT(arena.size, 206);
+    member = cube_json_members((struct json_value_s *)block);
+    CHECK_INT((char *)member - block, 32);
+    CHECK_INT((char *)member->name - block, 56);
+    CHECK_INT((char *)member->value - block, 72);
+    CHECK_INT((char *)member->value->payload - block, 88);
+    item = cube_json_items(member->value);
+    CHECK_INT((char *)item - block, 104);
+    CHECK_INT((char *)item->value->payload - block, 136);
+    CHECK_INT((char *)item->next - block, 152);
+    CHECK_INT((char *)item->next->value->payload - block, 184);
+    CHECK(memcmp(block + 200, "a\0" "1\0" "\n", 6) == 0);
+    CUBE_FREE(block);
+}
+
+/* The drawing of the search in a word. */
+TEST(marks_in_a_word_are_as_drawn)
+{
+    uint64_t w = cube_json_load((const unsigned char *)"ab\"cdefg");
+    uint64_t marks = cube_json_has(w, '"');
+
+    CHECK_UINT(w & 0xffffffff, 0x63226261);
+    CHECK_UINT(marks & 0xffffffff, 0x00800000);
+    CHECK_UINT(cube_json_first(marks), 2);
+}
+
+/* The drawing at enum cube_json_event: a letter for each event. */
+TEST(a_walk_goes_as_it_is_drawn)
+{
+    struct json_value_s *root = json_parse("{\"a\":[],\"b\":[1]}", 16);
+    struct cube_json_walk walk;
+    enum cube_json_event event = cube_json_walk_start(&walk, root);
+    char seen[16];
+    size_t n = 0;
+
+    for (; event != CUBE_JSON_DONE && n < sizeof seen - 1;
+         event = cube_json_walk_next(&walk, event))
+        seen[n++] = "LOCDU"[event];
+    seen[n] = 0;
+    CHECK_STR(seen, "OLOLCC");
+    CUBE_FREE(root);
+}
+
 TEST(types_have_upstreams_numbers_and_payloads)
 {
     static const struct {
