@@ -81,7 +81,7 @@ $(BUILD)/fuzz_%: tests/fuzz_%.c
 	    -o $@ $< $(LINK)
 
 # Suites that measure times, or restart an engine, and so run by themselves.
-alone    := faults.py disturb.py
+alone    := faults.py disturb.py partition.py
 # Scripts that look at sources and compilers, not at what was built here.
 compiling := tests/build.py tests/layers.py
 
