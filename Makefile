@@ -8,6 +8,7 @@
 #     tests/tNN_*.c         a suite that includes cube.c (through test.h)
 #     tests/embed_*.c       a suite that includes what it needs by itself
 #     tests/link_*.c, .cc   a suite that is linked with cube.o
+#     tests/sim.c           the simulator, a suite too
 #     tests/*.py            a suite in python3 (not harness*.py)
 #     tests/fuzz_*.c        a fuzz target, its corpus in tests/corpus/*
 #     tools/bench, else     the benchmarks; each builds what it needs
@@ -42,13 +43,14 @@ endif
 examples := $(patsubst examples/%.c,$(EXAMPLES)/%,$(wildcard examples/*.c))
 suites   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/t[0-9]*.c \
               tests/embed_*.c tests/link_*.c)) \
-            $(patsubst tests/%.cc,$(BUILD)/tests/%,$(wildcard tests/*.cc))
+            $(patsubst tests/%.cc,$(BUILD)/tests/%,$(wildcard tests/*.cc)) \
+            $(BUILD)/tests/sim
 scripts  := $(filter-out tests/harness%.py,$(wildcard tests/*.py))
 fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
 benches  := $(or $(wildcard tools/bench), \
               $(filter-out %.c,$(wildcard tools/bench_*)))
 
-.PHONY: all test build-tests asan valgrind fuzz bench lint single static \
+.PHONY: all test sim build-tests asan valgrind fuzz bench lint single static \
         install clean help demo
 .DELETE_ON_ERROR:
 
@@ -71,6 +73,8 @@ $(BUILD)/tests/link_%: tests/link_%.cc $(BUILD)/cube.o
 	$(CXX) -pthread -I. -Wall -Wextra $(TEST_CFLAGS) -MMD -MP -o $@ $< \
 	    $(BUILD)/cube.o $(LINK)
 
+$(BUILD)/tests/sim: TEST_CFLAGS += -O2
+
 $(BUILD)/tests/%: tests/%.c
 	@mkdir -p $(@D)
 	$(COMPILE_TEST) -o $@ $< $(LINK)
@@ -92,6 +96,12 @@ test:                           ## run all suites (TESTS="a b" for some)
 	@CUBE_BIN=$(CURDIR)/$(EXAMPLES)/cube CUBE_BUILD=$(CURDIR)/$(BUILD) \
 	    TEST_ALONE="$(alone)" \
 	    tools/runtests $(or $(TESTS),$(suites) $(scripts))
+
+# make sim SEED=7 [FAULTS=1,4] replays one with its trace; N=500 [FROM=1000]
+# runs many; neither: the suite, SIM_SEEDS of them.
+sim: $(BUILD)/tests/sim         ## simulated clusters: SEED=n, or N=n of them
+	@$< $(if $(SEED),-s $(SEED) $(if $(FAULTS),-k $(FAULTS)), \
+	    $(if $(N),-n $(N)) $(if $(FROM),-f $(FROM)))
 
 asan:                           ## the same under ASan and UBSan
 	@UBSAN_OPTIONS=print_stacktrace=1 $(MAKE) --no-print-directory test \

@@ -1,0 +1,569 @@
+/* What must hold. Some is looked at all the time (sim_watch_over, four times a
+ * simulated second), some when the faults have ended and the cluster has had a
+ * minute (sim_final). Each test of an invariant is counted by its name. */
+#ifndef SIM_CHECKS_H
+#define SIM_CHECKS_H
+
+#define SIM_TICK_US (ROOM_SEC / 4)
+#define SIM_TWIN_US (5 * ROOM_SEC)
+#define SIM_GRACE_US (11 * ROOM_SEC) /* a container that is deaf to SIGTERM */
+#define SIM_RESTARTS 3
+
+static void sim_check(struct sim *s, int which)
+{
+    s->check_counts[which]++;
+}
+
+#define SIM_BREAK(s, which, ...) \
+    sim_break(s, sim_check_names[which], __VA_ARGS__)
+
+/* ---- What containers do ---- */
+
+/* What is noted at a container. */
+struct sim_note {
+    struct cube_http_server *server; /* answers its health checks */
+    bool is_counted, has_failed;
+};
+
+/* The task of a container, by its label; NULL: of none that clients know. */
+static struct sim_task *sim_box_task(struct sim *s, const struct sim_box *b)
+{
+    return sim_task_find(s, sim_label(b, "cube.task"));
+}
+
+static void sim_port_answer(void *arg, struct cube_http_req *req)
+{
+    struct sim_box *b = arg;
+
+    cube_http_reply(req, b->is_unhealthy ? 503 : 200, "text/plain", "", 0);
+}
+
+static const struct cube_http_route sim_port_routes[] = {
+    {"GET", "/health", sim_port_answer},
+    {NULL, NULL, NULL},
+};
+
+/* What a worker counts as a restart: a run that has failed by itself. Of one
+ * attempt there may be the first, and one for each restart. */
+static void sim_box_failed(struct sim *s, struct sim_task *t,
+                           const struct sim_box *b)
+{
+    int attempt = atoi(sim_label(b, "cube.attempt"));
+    int most = !strcmp(t->policy, "no") ? 1 : 1 + SIM_RESTARTS;
+
+    if (!strcmp(t->policy, "always") || !strcmp(t->policy, "unless-stopped"))
+        return;
+    sim_check(s, SIM_CHECK_BUDGET);
+    if (attempt > 0 && attempt < (int)COUNT(t->failures) &&
+        ++t->failures[attempt] > most)
+        SIM_BREAK(s, SIM_CHECK_BUDGET, "t%d, policy \"%s\", has failed %d "
+                  "times in attempt %d", t->number, t->policy,
+                  t->failures[attempt], attempt);
+}
+
+static void sim_note_free(struct sim_box *b)
+{
+    struct sim_note *n = b->user;
+
+    if (n)
+        cube_http_close(n->server);
+    free(n);
+    b->user = NULL;
+}
+
+/* The engine tells of a start, an end, a removal. A task with a health check
+ * gets somebody who answers it, as long as its container runs. */
+static void sim_box_changed(void *arg, struct sim_box *b, bool is_gone)
+{
+    struct sim *s = arg;
+    struct sim_task *t = sim_box_task(s, b);
+    struct sim_note *n = b->user;
+    bool is_running = b->state == SIM_RUNNING && !is_gone;
+    char where[40];
+
+    if (!t)
+        return;
+    if (!n)
+        n = b->user = room_new(sizeof *n);
+    if (is_running && !n->is_counted)
+        t->starts++;
+    n->is_counted |= is_running;
+    if (t->kind == SIM_FAILING && b->state == SIM_EXITED && b->code == 3 &&
+        !n->has_failed) {
+        n->has_failed = true;
+        sim_box_failed(s, t, b);
+    }
+    (void)snprintf(where, sizeof where, "127.0.0.1:%d", t->port);
+    if (is_running && !n->server && t->kind == SIM_HEALTHY)
+        n->server = cube_http_listen(b->e->loop, where, sim_port_routes, b,
+                                     NULL, NULL);
+    if (!is_running && n->server) {
+        cube_http_close(n->server);
+        n->server = NULL;
+    }
+    if (is_gone)
+        sim_note_free(b);
+}
+
+/* How many containers of a task run, and on which node one of them does. */
+static int sim_running(struct sim *s, const char *id, int *node,
+                       struct sim_box **box)
+{
+    int n = 0;
+
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct sim_engine *e = s->nodes[i].engine;
+
+        for (struct cube_list *l = e->boxes.next; l != &e->boxes;
+             l = l->next) {
+            struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+
+            if (b->state != SIM_RUNNING || strcmp(sim_label(b, "cube.task"),
+                                                  id) != 0)
+                continue;
+            n++;
+            *node = i;
+            *box = b;
+        }
+    }
+    return n;
+}
+
+/* ---- At every moment ---- */
+
+/* A host is fine while no fault hits it and all of it is up. */
+static void sim_note_fine(struct sim *s)
+{
+    for (int i = 0; i <= SIM_NODES; i++) {
+        struct sim_daemon *d = sim_fault_daemon(s, i);
+
+        if (s->trouble[i] > 0 || !d->proc->is_up ||
+            (i > 0 && !s->nodes[i - 1].engine->server))
+            s->fine_us[i] = s->room.now_us;
+    }
+}
+
+/* Since when the manager can reach all the nodes that run a task. */
+static int64_t sim_reached_us(struct sim *s, const char *id)
+{
+    int64_t since = s->fine_us[0];
+
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct sim_engine *e = s->nodes[i].engine;
+
+        for (struct cube_list *l = e->boxes.next; l != &e->boxes;
+             l = l->next) {
+            struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+
+            if (b->state == SIM_RUNNING &&
+                !strcmp(sim_label(b, "cube.task"), id) &&
+                s->fine_us[i + 1] > since)
+                since = s->fine_us[i + 1];
+        }
+    }
+    return since;
+}
+
+static void sim_watch_twins(struct sim *s, struct sim_task *t)
+{
+    int node;
+    struct sim_box *box;
+    int64_t since, most = SIM_TWIN_US;
+
+    if (sim_running(s, t->id, &node, &box) < 2) {
+        t->twin_us = 0;
+        return;
+    }
+    if (t->twin_us == 0)
+        t->twin_us = s->room.now_us;
+    since = sim_reached_us(s, t->id);
+    if (since < t->twin_us)
+        since = t->twin_us;
+    if (box->life.term_code < 0)
+        most += SIM_GRACE_US;
+    sim_check(s, SIM_CHECK_TWINS);
+    if (s->room.now_us - since > most)
+        SIM_BREAK(s, SIM_CHECK_TWINS, "t%d runs twice for %.1f s, in reach "
+                  "of the manager for %.1f s", t->number,
+                  (double)(s->room.now_us - t->twin_us) / 1e6,
+                  (double)(s->room.now_us - since) / 1e6);
+}
+
+/* What the manager has in its ledger of what was acknowledged. */
+static void sim_watch_record(struct sim *s, struct sim_task *t)
+{
+    struct cube_record *rec =
+        cube_ledger_find(s->manager.manager->ledger, t->id);
+    const struct cube_version *v = rec ? rec->now : NULL;
+
+    if (t->remove_us > 0)
+        return;
+    if (t->acked_us > 0) {
+        sim_check(s, SIM_CHECK_KEPT);
+        if (!v || v->is_gone || v->keep.is_hidden) {
+            SIM_BREAK(s, SIM_CHECK_KEPT, "t%d %s was acknowledged at %.3f",
+                      t->number, t->id, (double)t->acked_us / 1e6);
+            return;
+        }
+    }
+    if (t->stop_acked_us > 0) {
+        sim_check(s, SIM_CHECK_STOP_KEPT);
+        if (!v || (v->task->wanted != CUBE_WANT_STOP &&
+                   !cube_task_is_finished(v->task)))
+            SIM_BREAK(s, SIM_CHECK_STOP_KEPT, "the stop of t%d was "
+                      "acknowledged at %.3f", t->number,
+                      (double)t->stop_acked_us / 1e6);
+    }
+    if (v && t->has_ended && v->task->state != CUBE_COMPLETED)
+        SIM_BREAK(s, SIM_CHECK_STATES, "t%d was Completed and is %s",
+                  t->number, cube_state_name(v->task->state));
+    if (v)
+        t->has_ended = v->task->state == CUBE_COMPLETED;
+}
+
+/* Bounds by what is managed: a base, and a share for each task and event. */
+static void sim_watch_memory(struct sim *s)
+{
+    for (int i = 0; i <= SIM_NODES; i++) {
+        struct room_proc *p = sim_fault_daemon(s, i)->proc;
+        long most = i == 0 ? 16L << 20 : 4L << 20;
+
+        sim_check(s, SIM_CHECK_MEMORY);
+        if (p->heap_bytes > most)
+            SIM_BREAK(s, SIM_CHECK_MEMORY, "%s has %ld bytes", p->name,
+                      p->heap_bytes);
+    }
+}
+
+/* Once a second: how much has been done in it. */
+static void sim_watch_pace(struct sim *s)
+{
+    for (int i = 0; i < s->room.proc_count; i++) {
+        struct room_proc *p = s->room.procs[i];
+        uint64_t connects = p->connects - p->seen_connects;
+        uint64_t turns = p->turns - p->seen_turns;
+
+        p->seen_connects = p->connects;
+        p->seen_turns = p->turns;
+        s->most_connects = connects > s->most_connects ? connects
+                                                       : s->most_connects;
+        s->most_turns = turns > s->most_turns ? turns : s->most_turns;
+        sim_check(s, SIM_CHECK_STORM);
+        if (connects > 60 || turns > 4000)
+            SIM_BREAK(s, SIM_CHECK_STORM, "%s made %llu connections and "
+                      "%llu turns in a second", p->name,
+                      (unsigned long long)connects,
+                      (unsigned long long)turns);
+    }
+    for (int i = 0; i < SIM_NODES; i++) {
+        int now = s->nodes[i].engine->counts.requests;
+        int n = now - s->nodes[i].seen_requests;
+
+        s->nodes[i].seen_requests = now;
+        s->most_requests = n > s->most_requests ? n : s->most_requests;
+        if (n > 150)
+            SIM_BREAK(s, SIM_CHECK_STORM, "engine of w%d got %d requests in a "
+                      "second", i + 1, n);
+    }
+}
+
+static void sim_watch_over(struct room *r, void *arg, int64_t number)
+{
+    struct sim *s = arg;
+
+    sim_note_fine(s);
+    for (int i = 0; i < s->history->count; i++) {
+        struct sim_task *t = s->history->tasks[i];
+
+        sim_watch_twins(s, t);
+        if (s->manager.manager)
+            sim_watch_record(s, t);
+    }
+    if (number % 4 == 0) {
+        sim_watch_pace(s);
+        sim_watch_memory(s);
+    }
+    room_at(r, r->now_us + SIM_TICK_US, sim_watch_over, s, number + 1);
+}
+
+/* ---- When the faults have ended ---- */
+
+/* What does not hold at the end may be just on its way: a task that fails and
+ * is restarted all the time has moments in which it does neither. So each
+ * look is repeated for some seconds, and only what holds in none of them is
+ * broken. */
+struct sim_look {
+    int which;                /* the first that does not hold; -1: all do */
+    char words[600];
+};
+
+__attribute__((format(printf, 3, 4)))
+static void sim_doubt(struct sim_look *l, int which, const char *format, ...)
+{
+    va_list args;
+
+    if (l->which >= 0)
+        return;
+    l->which = which;
+    va_start(args, format);
+    (void)vsnprintf(l->words, sizeof l->words, format, args);
+    va_end(args);
+}
+
+/* Is there a node that could take this waiting task? */
+static int sim_free_node(struct sim *s, const struct sim_task *t)
+{
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct sim_engine *e = s->nodes[i].engine;
+        int big = 0;
+        bool has_port = false;
+
+        for (struct cube_list *l = e->boxes.next; l != &e->boxes;
+             l = l->next) {
+            struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+            struct sim_task *o = sim_box_task(s, b);
+
+            if (!o)
+                continue;
+            big += o->kind == SIM_BIG;
+            has_port |= t->port > 0 && o->port == t->port;
+        }
+        if (t->kind == SIM_BIG ? big < 2 : t->port == 0 || !has_port)
+            return i;
+    }
+    return -1;
+}
+
+/* A task that should run and says that it does. */
+static void sim_look_running(struct sim *s, struct sim_look *l,
+                             const struct cube_task *t, struct sim_task *h)
+{
+    int node = 0, n;
+    struct sim_box *b = NULL;
+    struct cube_record *rec;
+    struct cube_worker *w;
+
+    n = sim_running(s, t->id, &node, &b);
+    sim_check(s, SIM_CHECK_ONCE);
+    if (n != 1) {
+        sim_doubt(l, SIM_CHECK_ONCE, "t%d should run on %s: %d containers of "
+                  "it run", h ? h->number : -1, t->node, n);
+        return;
+    }
+    if (t->node[1] - '1' != node ||
+        atoi(sim_label(b, "cube.attempt")) != (int)t->attempt)
+        sim_doubt(l, SIM_CHECK_ONCE, "t%d runs on w%d, attempt %s, and not on "
+                  "%s, attempt %d", h ? h->number : -1, node + 1,
+                  sim_label(b, "cube.attempt"), t->node, (int)t->attempt);
+    if (h && h->port > 0) {
+        sim_check(s, SIM_CHECK_PORTS);
+        if (b->port_count != 1 || b->ports[0].host != h->port)
+            sim_doubt(l, SIM_CHECK_PORTS, "t%d has port %d and not %d",
+                      h->number, b->port_count ? b->ports[0].host : 0,
+                      h->port);
+    }
+    w = s->nodes[node].worker.worker;
+    rec = w ? cube_ledger_find(w->ledger, t->id) : NULL;
+    sim_check(s, SIM_CHECK_AGREE);
+    if (!rec || !rec->now || rec->now->task->state != CUBE_RUNNING ||
+        rec->now->task->attempt != t->attempt ||
+        strcmp(t->container_id, b->id) != 0)
+        sim_doubt(l, SIM_CHECK_AGREE, "t%d runs; w%d says %s, the manager "
+                  "names container %.12s and not %.12s", h ? h->number : -1,
+                  node + 1, rec && rec->now
+                                ? cube_state_name(rec->now->task->state)
+                                : "nothing", t->container_id, b->id);
+}
+
+/* Failed: why? */
+static void sim_look_reason(struct sim *s, struct sim_look *l,
+                            const struct cube_task *t,
+                            const struct sim_task *h)
+{
+    const char *part = h->kind == SIM_NO_IMAGE     ? "nosuch"
+                       : h->kind == SIM_NO_COMMAND ? "nosuchcommand" : "";
+
+    sim_check(s, SIM_CHECK_REASONS);
+    if (!*t->error || (s->faults->count == 0 && !strstr(t->error, part)))
+        sim_doubt(l, SIM_CHECK_REASONS, "t%d is Failed, and its Error is "
+                  "\"%s\"", h->number, t->error);
+}
+
+/* Failed, and to be started again: is that still to come? */
+static void sim_look_backoff(struct sim *s, struct sim_look *l,
+                             const struct cube_task *t,
+                             const struct sim_task *h)
+{
+    int node = t->node[0] ? t->node[1] - '1' : -1;
+    int64_t due_ns = cube_time_to_ns(&t->restart_time);
+    int64_t left_ns;
+
+    if (node < 0)
+        return;
+    left_ns = due_ns - (ROOM_SINCE_NS + s->room.now_us * 1000 +
+                        s->nodes[node].host->wall_ns);
+    sim_check(s, SIM_CHECK_ONCE);
+    if (left_ns < -30 * INT64_C(1000000000))
+        sim_doubt(l, SIM_CHECK_ONCE, "t%d waits for a restart that was due "
+                  "%.1f s ago: %s", h->number, -(double)left_ns / 1e9,
+                  t->error);
+}
+
+static void sim_look_task(struct sim *s, struct sim_look *l,
+                          const struct cube_task *t, struct sim_task *h)
+{
+    int node = 0;
+    struct sim_box *b;
+
+    if (t->wanted == CUBE_WANT_STOP || cube_task_is_finished(t)) {
+        sim_check(s, SIM_CHECK_STOPPED);
+        if (!cube_task_is_finished(t))
+            sim_doubt(l, SIM_CHECK_STOPPED, "t%d is to stop and is %s",
+                      h->number, cube_state_name(t->state));
+        sim_check(s, SIM_CHECK_GHOSTS);
+        if (sim_running(s, t->id, &node, &b) > 0)
+            sim_doubt(l, SIM_CHECK_GHOSTS, "t%d is %s (%s) and runs on w%d",
+                      h->number, cube_state_name(t->state), t->error,
+                      node + 1);
+        if (t->state == CUBE_FAILED)
+            sim_look_reason(s, l, t, h);
+    } else if (t->state == CUBE_RUNNING) {
+        sim_look_running(s, l, t, h);
+    } else if (t->state == CUBE_PENDING) {
+        sim_check(s, SIM_CHECK_ROOM);
+        node = sim_free_node(s, h);
+        if (!*t->error || node >= 0)
+            sim_doubt(l, SIM_CHECK_ONCE, "t%d waits though w%d has room for "
+                      "it: \"%s\"", h->number, node + 1, t->error);
+    } else if (t->state == CUBE_FAILED) {
+        sim_look_reason(s, l, t, h);
+        sim_look_backoff(s, l, t, h);
+    } else {
+        sim_doubt(l, SIM_CHECK_ONCE, "t%d is %s on %s: \"%s\"", h->number,
+                  cube_state_name(t->state), t->node, t->error);
+    }
+}
+
+/* Containers that run, whose they are, and whether they fit. */
+static void sim_look_nodes(struct sim *s, struct sim_look *l)
+{
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct sim_engine *e = s->nodes[i].engine;
+        int big = 0;
+
+        for (struct cube_list *at = e->boxes.next; at != &e->boxes;
+             at = at->next) {
+            struct sim_box *b = CUBE_OF(at, struct sim_box, link);
+            struct cube_record *rec = cube_ledger_find(
+                s->manager.manager->ledger, sim_label(b, "cube.task"));
+            struct sim_task *t = sim_box_task(s, b);
+
+            if (b->state != SIM_RUNNING)
+                continue;
+            big += t && t->kind == SIM_BIG;
+            sim_check(s, SIM_CHECK_GHOSTS);
+            if (!rec || !rec->now || rec->now->is_gone ||
+                rec->now->keep.is_hidden ||
+                cube_task_is_finished(rec->now->task))
+                sim_doubt(l, SIM_CHECK_GHOSTS, "a container of t%d, which is "
+                          "over, runs on w%d", t ? t->number : -1, i + 1);
+        }
+        sim_check(s, SIM_CHECK_ROOM);
+        if (big > 2)
+            sim_doubt(l, SIM_CHECK_ROOM, "w%d runs %d tasks of 6 GiB", i + 1,
+                      big);
+    }
+}
+
+/* What clients were told of each task is what is. */
+static void sim_look_clients(struct sim *s, struct sim_look *l)
+{
+    struct cube_manager *m = s->manager.manager;
+
+    for (int i = 0; i < SIM_CLIENTS; i++) {
+        struct sim_client *c = s->clients[i];
+
+        sim_check(s, SIM_CHECK_STREAMS);
+        if (c->is_listing || c->seq != m->feed.last)
+            sim_doubt(l, SIM_CHECK_STREAMS, "c%d was told %llu of %llu "
+                      "events", i + 1, (unsigned long long)c->seq,
+                      (unsigned long long)m->feed.last);
+        for (int j = 0; j < s->history->count; j++) {
+            struct sim_task *t = s->history->tasks[j];
+            struct cube_record *rec = cube_ledger_find(m->ledger, t->id);
+            bool is_there = rec && rec->now && !rec->now->is_gone &&
+                            !rec->now->keep.is_hidden;
+
+            if (is_there != c->seen[j].is_known ||
+                (is_there && rec->now->task->state != c->seen[j].state))
+                sim_doubt(l, SIM_CHECK_STREAMS, "c%d was told that t%d is %s",
+                          i + 1, j, c->seen[j].is_known
+                                        ? cube_state_name(c->seen[j].state)
+                                        : "not there");
+        }
+    }
+}
+
+/* All that must hold at the end, looked at once. */
+static void sim_look(struct sim *s, struct sim_look *l)
+{
+    struct cube_manager *m = s->manager.manager;
+
+    l->which = -1;
+    if (!m) {
+        sim_doubt(l, SIM_CHECK_AGREE, "the manager is down");
+        return;
+    }
+    for (int i = 0; i < SIM_NODES; i++)
+        if (!s->nodes[i].worker.worker)
+            sim_doubt(l, SIM_CHECK_AGREE, "w%d is down", i + 1);
+    for (int i = 0; i < s->history->count; i++) {
+        struct sim_task *t = s->history->tasks[i];
+        struct cube_record *rec = cube_ledger_find(m->ledger, t->id);
+
+        if (rec && rec->now && !rec->now->is_gone &&
+            !rec->now->keep.is_hidden)
+            sim_look_task(s, l, rec->now->task, t);
+    }
+    sim_look_nodes(s, l);
+    sim_look_clients(s, l);
+}
+
+static void sim_check_store(struct sim *s, struct cube_store *store,
+                            const char *name)
+{
+    struct cube_err err = {CUBE_OK, ""};
+
+    sim_check(s, SIM_CHECK_STORES);
+    if (cube_store_check(store, &err) < 0)
+        SIM_BREAK(s, SIM_CHECK_STORES, "%s: %s", name, err.text);
+}
+
+static void sim_check_stores(struct sim *s)
+{
+    for (int i = 0; i <= SIM_NODES; i++) {
+        struct sim_daemon *d = sim_fault_daemon(s, i);
+
+        room_running = d->proc;
+        sim_check_store(s, d->manager ? d->manager->store : d->worker->store,
+                        d->proc->name);
+        room_running = NULL;
+    }
+}
+
+/* Looks again and again, until all holds or it is too late. */
+static void sim_final(struct room *r, void *arg, int64_t tries)
+{
+    struct sim *s = arg;
+    struct sim_look l;
+
+    sim_look(s, &l);
+    if (l.which < 0)
+        sim_check_stores(s);
+    else if (tries > 0)
+        room_at(r, r->now_us + ROOM_SEC / 4, sim_final, s, tries - 1);
+    else
+        SIM_BREAK(s, l.which, "%s", l.words);
+}
+
+#endif

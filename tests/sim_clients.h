@@ -1,0 +1,594 @@
+/* Clients that submit, submit again, stop, remove, list and watch at random,
+ * and remember what they were answered. What was acknowledged must be true from
+ * then on; what was not answered may be true or not.
+ *
+ *      sent ----201----> acknowledged        the manager has it, always
+ *       |
+ *       +--- no answer, 503, 507: unknown; sent again until it is answered
+ */
+#ifndef SIM_CLIENTS_H
+#define SIM_CLIENTS_H
+
+#define SIM_TASKS 48          /* of one run, at most */
+#define SIM_CALL_MS 8000
+
+/* What kind of task it is. */
+enum sim_kind {
+    SIM_SERVICE,              /* runs for good */
+    SIM_HEALTHY,              /* the same, with a health check and a port */
+    SIM_JOB,                  /* ends with 0 */
+    SIM_FAILING,              /* ends with 3, always */
+    SIM_NO_COMMAND,           /* cannot be started */
+    SIM_NO_IMAGE,
+    SIM_BIG,                  /* two of them fit on a node */
+    SIM_PORTED,               /* wants a host port that others want too */
+    SIM_KINDS
+};
+
+/* A task in the histories of the clients. */
+struct sim_task {
+    char id[CUBE_UUID_TEXT];
+    int number;
+    enum sim_kind kind;
+    int owner;                /* the client */
+    const char *policy;
+    int port;                 /* the host port it asked for, or 0 */
+    char body[500];
+    int64_t sent_us, acked_us;
+    int64_t stop_us, stop_acked_us;
+    int64_t remove_us, remove_acked_us;
+    bool is_asking;           /* a call for it is under way */
+    /* for checks.h */
+    int starts;               /* of containers */
+    int failures[64];         /* ends with 3, by attempt */
+    int64_t twin_us;          /* two of it run since then; 0: no */
+    bool has_ended;           /* the manager has said Completed */
+};
+
+struct sim_history {
+    struct sim_task *tasks[SIM_TASKS];
+    int count;
+};
+
+/* What a client has been told of a task by its stream. */
+struct sim_seen {
+    enum cube_state state;
+    uint64_t seq;
+    bool is_known;
+};
+
+struct sim_client {
+    struct sim *sim;
+    int number;
+    struct room_proc *proc;
+    struct cube_http_client *http;
+    struct cube_timer act, rewatch;
+    struct cube_http_call *watch;
+    struct cube_buf line;
+    char stream[CUBE_UUID_TEXT];
+    uint64_t seq;             /* the last of the stream */
+    bool is_listing, has_cursor;
+    struct sim_seen seen[SIM_TASKS];
+    long answers, silences, events, resets;
+};
+
+enum sim_request {
+    SIM_SUBMIT, SIM_RESUBMIT, SIM_TWIST, SIM_STOP, SIM_RM, SIM_GET, SIM_LIST
+};
+
+/* One request of a client. */
+struct sim_ask {
+    struct sim_client *client;
+    struct sim_task *task;    /* NULL: a list */
+    enum sim_request what;
+    int64_t sent_us;
+};
+
+static void sim_check(struct sim *s, int which);
+
+enum {
+    SIM_CHECK_KEPT, SIM_CHECK_STOP_KEPT, SIM_CHECK_LISTED, SIM_CHECK_STATES,
+    SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
+    SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
+    SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
+    SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
+    SIM_CHECK_STREAMS, SIM_CHECKS
+};
+
+static const char *const sim_check_names[SIM_CHECKS] = {
+    "no acknowledged task is forgotten",
+    "no acknowledged stop is forgotten",
+    "a list has all that was acknowledged",
+    "states change along the state machine",
+    "each change is told once, in order",
+    "who missed changes is told so",
+    "memory is bounded",
+    "no two attempts run for more than 5 s",
+    "no restart budget is exceeded",
+    "restarts, deliveries, reconnections are paced",
+    "nothing leaks",
+    "what should run runs exactly once",
+    "it has the ports it asked for",
+    "its node has room for it",
+    "what was stopped has stopped",
+    "nothing else runs",
+    "what failed has a true reason",
+    "manager, workers and engines agree",
+    "stores pass their check",
+    "what clients were told is what is",
+};
+
+static struct sim_task *sim_task_find(struct sim *s, const char *id)
+{
+    for (int i = 0; i < s->history->count; i++)
+        if (!strcmp(s->history->tasks[i]->id, id))
+            return s->history->tasks[i];
+    return NULL;
+}
+
+/* ---- Tasks ---- */
+
+static const char *sim_command(struct sim *s, struct sim_task *t, char *out,
+                               size_t size)
+{
+    switch (t->kind) {
+    case SIM_JOB:
+        (void)snprintf(out, size, ",\"Cmd\":[\"sleep\",\"%d\"]",
+                       1 + (int)room_below(&s->room, 60));
+        break;
+    case SIM_FAILING:
+        (void)snprintf(out, size, ",\"Cmd\":[\"sh\",\"-c\",\"sleep %d; "
+                       "exit 3\"]", 1 + (int)room_below(&s->room, 20));
+        break;
+    case SIM_NO_COMMAND:
+        (void)snprintf(out, size, ",\"Cmd\":[\"nosuchcommand\"]");
+        break;
+    case SIM_BIG:
+        (void)snprintf(out, size, ",\"Memory\":%lld", 6LL << 30);
+        break;
+    case SIM_PORTED:
+    case SIM_HEALTHY:
+        t->port = (t->kind == SIM_HEALTHY ? 9000 + t->number
+                                          : 8000 + (int)room_below(&s->room, 4));
+        (void)snprintf(out, size, ",\"ExposedPorts\":{\"80/tcp\":{}},"
+                       "\"PortBindings\":{\"80/tcp\":\"%d\"}%s", t->port,
+                       t->kind == SIM_HEALTHY ? ",\"HealthCheck\":\"/health\""
+                                              : "");
+        break;
+    case SIM_SERVICE:
+    case SIM_NO_IMAGE:
+    case SIM_KINDS:
+        *out = 0;
+    }
+    return out;
+}
+
+static struct sim_task *sim_task_new(struct sim_client *c)
+{
+    static const char *const policies[] = {
+        "", "", "always", "on-failure", "no", "unless-stopped"
+    };
+    static const enum sim_kind kinds[] = {
+        SIM_SERVICE, SIM_SERVICE, SIM_SERVICE, SIM_HEALTHY, SIM_JOB, SIM_JOB,
+        SIM_FAILING, SIM_NO_COMMAND, SIM_NO_IMAGE, SIM_BIG, SIM_PORTED,
+        SIM_PORTED
+    };
+    struct sim *s = c->sim;
+    struct sim_history *h = s->history;
+    struct sim_task *t;
+    char command[200] = "";
+
+    if (h->count == SIM_TASKS)
+        return NULL;
+    t = room_new(sizeof *t);
+    t->number = h->count;
+    t->owner = c->number;
+    h->tasks[h->count++] = t;
+    cube_uuid_new(&c->proc->table, t->id);
+    t->kind = kinds[room_below(&s->room, COUNT(kinds))];
+    t->policy = policies[room_below(&s->room, COUNT(policies))];
+    (void)snprintf(t->body, sizeof t->body,
+                   "{\"ID\":\"%s\",\"Name\":\"t%d\",\"Image\":\"%s\","
+                   "\"RestartPolicy\":\"%s\"%s}", t->id, t->number,
+                   t->kind == SIM_NO_IMAGE ? "nosuch" : "busybox", t->policy,
+                   sim_command(s, t, command, sizeof command));
+    return t;
+}
+
+/* One of this client's own that is such and such; NULL: there is none. */
+static struct sim_task *sim_task_pick(struct sim_client *c,
+                                      bool (*is_fit)(const struct sim_task *t))
+{
+    struct sim_history *h = c->sim->history;
+    int from = (int)room_below(&c->sim->room, h->count);
+
+    for (int i = 0; i < h->count; i++) {
+        struct sim_task *t = h->tasks[(from + i) % h->count];
+
+        if (t->owner == c->number && !t->is_asking && is_fit(t))
+            return t;
+    }
+    return NULL;
+}
+
+static bool sim_task_is_unknown(const struct sim_task *t)
+{
+    return t->acked_us == 0 && t->stop_us == 0;
+}
+
+static bool sim_task_is_acked(const struct sim_task *t)
+{
+    return t->acked_us > 0 && t->remove_us == 0;
+}
+
+static bool sim_task_may_stop(const struct sim_task *t)
+{
+    return sim_task_is_acked(t) && t->stop_us == 0;
+}
+
+static bool sim_task_must_stop(const struct sim_task *t)
+{
+    return t->stop_us > 0 && t->stop_acked_us == 0 && t->remove_us == 0;
+}
+
+static bool sim_task_may_go(const struct sim_task *t)
+{
+    return t->stop_acked_us > 0 && t->remove_acked_us == 0;
+}
+
+/* ---- Answers ---- */
+
+/* Does the list have all that was acknowledged before it was asked for? */
+static void sim_list_check(struct sim_ask *a, const struct cube_http_answer *w)
+{
+    struct sim *s = a->client->sim;
+    struct json_value_s *root = cube_json_parse(w->body, w->body_len, NULL);
+    bool is_there[SIM_TASKS] = {false};
+
+    for (struct json_array_element_s *e = cube_json_items(root); e;
+         e = e->next) {
+        const char *id = cube_json_str(cube_json_get(e->value, "ID"), NULL);
+        struct sim_task *t = id ? sim_task_find(s, id) : NULL;
+
+        if (t)
+            is_there[t->number] = true;
+    }
+    cube_json_free(root);
+    for (int i = 0; i < s->history->count; i++) {
+        struct sim_task *t = s->history->tasks[i];
+
+        if (t->acked_us == 0 || t->acked_us > a->sent_us || t->remove_us > 0)
+            continue;
+        sim_check(s, SIM_CHECK_LISTED);
+        if (!is_there[i])
+            sim_break(s, sim_check_names[SIM_CHECK_LISTED],
+                      "t%d %s is not in the list that c%d got", i, t->id,
+                      a->client->number + 1);
+    }
+}
+
+/* These say that it is not known whether it was done, or that it was not. */
+static bool sim_answer_is_vague(const struct cube_http_answer *w)
+{
+    return w->err || w->status == 503 || w->status == 507 ||
+           w->status == 500;
+}
+
+static const char *const sim_request_names[] = {
+    "submit", "resubmit", "twist", "stop", "rm", "get", "list"
+};
+
+static void sim_answered(void *arg, const struct cube_http_answer *w)
+{
+    struct sim_ask *a = arg;
+    struct sim *s = a->client->sim;
+    struct sim_task *t = a->task;
+    int64_t now = s->room.now_us;
+    bool is_odd = false;
+
+    if (t)
+        t->is_asking = false;
+    room_say(&s->room, a->client->proc->name, "%s t%d: %d %s",
+             sim_request_names[a->what], t ? t->number : -1, w->status,
+             w->err ? w->err->text : "");
+    if (sim_answer_is_vague(w)) {
+        a->client->silences++;
+        free(a);
+        return;
+    }
+    a->client->answers++;
+    switch (a->what) {
+    case SIM_SUBMIT:
+    case SIM_RESUBMIT: /* 409: it is over, or gone, by now */
+        if (w->status == 201 && t->acked_us == 0)
+            t->acked_us = now;
+        is_odd = w->status != 201 &&
+                 !(w->status == 409 && a->what == SIM_RESUBMIT);
+        break;
+    case SIM_TWIST:
+        is_odd = w->status != 409;
+        break;
+    case SIM_STOP:
+        if (w->status == 204)
+            t->stop_acked_us = now;
+        is_odd = w->status != 204;
+        break;
+    case SIM_RM: /* 409: it has not ended yet; 404: gone by an earlier one */
+        if (w->status == 204 || w->status == 404)
+            t->remove_acked_us = now;
+        else
+            t->remove_us = t->remove_acked_us; /* not asked, so far */
+        is_odd = w->status != 204 && w->status != 409 && w->status != 404;
+        break;
+    case SIM_GET:
+        is_odd = w->status != 200 && t->remove_us == 0;
+        break;
+    case SIM_LIST:
+        is_odd = w->status != 200;
+        if (!is_odd)
+            sim_list_check(a, w);
+    }
+    if (is_odd)
+        sim_break(s, sim_check_names[SIM_CHECK_KEPT],
+                  "c%d asked %d of t%d and was answered %d %.200s",
+                  a->client->number + 1, (int)a->what, t ? t->number : -1,
+                  w->status, w->body ? w->body : "");
+    free(a);
+}
+
+/* ---- Requests ---- */
+
+static void sim_client_ask(struct sim_client *c, enum sim_request what,
+                           struct sim_task *t)
+{
+    static const char *const methods[] = {
+        "POST", "POST", "POST", "DELETE", "DELETE", "GET", "GET"
+    };
+    struct sim_ask *a = room_new(sizeof *a);
+    struct cube_http_request r;
+    char target[80] = "/tasks", body[600] = "";
+
+    a->client = c;
+    a->task = t;
+    a->what = what;
+    a->sent_us = c->sim->room.now_us;
+    memset(&r, 0, sizeof r);
+    if (what == SIM_STOP || what == SIM_RM || what == SIM_GET)
+        (void)snprintf(target, sizeof target, "/tasks/%s%s", t->id,
+                       what == SIM_RM ? "?forget=1" : "");
+    else if (what != SIM_LIST)
+        (void)snprintf(body, sizeof body, "%s", t->body);
+    if (what == SIM_TWIST)
+        memcpy(strstr(body, "\"Name\":\"t"), "\"Name\":\"x", 9);
+    if (t)
+        t->is_asking = true;
+    r.method = methods[what];
+    r.target = target;
+    r.body = *body ? body : NULL;
+    r.body_len = strlen(body);
+    r.timeout_ms = SIM_CALL_MS;
+    r.on_done = sim_answered;
+    r.arg = a;
+    (void)cube_http_call(c->http, &r);
+}
+
+/* One thing after the other; after the end only what is open is finished. */
+static void sim_client_act(void *arg)
+{
+    struct sim_client *c = arg;
+    struct room *r = &c->sim->room;
+    bool is_over = r->now_us >= c->sim->end_us;
+    int dice = is_over ? 100 : (int)room_below(r, 100);
+    struct sim_task *t = NULL;
+
+    if ((t = sim_task_pick(c, sim_task_is_unknown)) != NULL) {
+        sim_client_ask(c, SIM_RESUBMIT, t);
+    } else if ((t = sim_task_pick(c, sim_task_must_stop)) != NULL) {
+        sim_client_ask(c, SIM_STOP, t);
+    } else if (dice < 30 && (t = sim_task_new(c)) != NULL) {
+        t->sent_us = r->now_us;
+        sim_client_ask(c, SIM_SUBMIT, t);
+    } else if (dice < 40 && (t = sim_task_pick(c, sim_task_is_acked))) {
+        sim_client_ask(c, SIM_RESUBMIT, t);
+    } else if (dice < 45 && (t = sim_task_pick(c, sim_task_is_acked))) {
+        sim_client_ask(c, SIM_TWIST, t);
+    } else if (dice < 60 && (t = sim_task_pick(c, sim_task_may_stop))) {
+        t->stop_us = r->now_us;
+        sim_client_ask(c, SIM_STOP, t);
+    } else if (dice < 70 && (t = sim_task_pick(c, sim_task_may_go))) {
+        t->remove_us = r->now_us;
+        sim_client_ask(c, SIM_RM, t);
+    } else if (dice < 85 && (t = sim_task_pick(c, sim_task_is_acked))) {
+        sim_client_ask(c, SIM_GET, t);
+    } else if (!is_over) {
+        sim_client_ask(c, SIM_LIST, NULL);
+    }
+    cube_timer_set(c->proc->loop, &c->act,
+                   is_over ? 1000 : 200 + room_below(r, 12000),
+                   sim_client_act, c);
+}
+
+/* ---- Watching ---- */
+
+static void sim_client_watch(void *arg);
+
+/* A task's line of the stream: it follows from what was told before. */
+static void sim_watch_task(struct sim_client *c, struct json_value_s *task,
+                           uint64_t seq)
+{
+    const char *id = cube_json_str(cube_json_get(task, "ID"), NULL);
+    struct sim_task *t = id ? sim_task_find(c->sim, id) : NULL;
+    struct sim_seen *seen;
+    int64_t state = -1;
+
+    (void)cube_json_i64(cube_json_get(task, "State"), &state);
+    if (!t)
+        return;
+    seen = &c->seen[t->number];
+    if (seen->is_known && !c->is_listing && seq > seen->seq) {
+        sim_check(c->sim, SIM_CHECK_STATES);
+        if ((int64_t)seen->state != state &&
+            !cube_state_may(seen->state, (enum cube_state)state))
+            sim_break(c->sim, sim_check_names[SIM_CHECK_STATES],
+                      "c%d was told that t%d went from %s to %s at event "
+                      "%llu", c->number + 1, t->number,
+                      cube_state_name(seen->state),
+                      cube_state_name((enum cube_state)state),
+                      (unsigned long long)seq);
+    }
+    if (seen->is_known && seq < seen->seq)
+        return; /* changed while it was listed: told again, as it was */
+    seen->is_known = true;
+    seen->state = (enum cube_state)state;
+    seen->seq = seq;
+}
+
+/* Events have the number after the last one, or a reset comes before. */
+static void sim_watch_line(struct sim_client *c, const char *p, size_t len)
+{
+    struct sim *s = c->sim;
+    struct json_value_s *root = cube_json_parse(p, len, NULL);
+    const char *type = cube_json_str(cube_json_get(root, "Type"), NULL);
+    const char *stream = cube_json_str(cube_json_get(root, "Stream"), NULL);
+    int64_t seq = 0;
+    bool is_event;
+
+    (void)cube_json_i64(cube_json_get(root, "Seq"), &seq);
+    if (!type) {
+        sim_break(s, sim_check_names[SIM_CHECK_EVENTS],
+                  "c%d got the line %.100s", c->number + 1, p);
+        cube_json_free(root);
+        return;
+    }
+    is_event = !strcmp(type, "task") || !strcmp(type, "gone") ||
+               !strcmp(type, "node");
+    if (!strcmp(type, "reset")) {
+        c->is_listing = true;
+        c->resets++;
+        sim_check(s, SIM_CHECK_RESET);
+        memset(c->seen, 0, sizeof c->seen);
+    } else if (!strcmp(type, "listed")) {
+        c->is_listing = false;
+        c->has_cursor = true;
+        c->seq = (uint64_t)seq;
+        (void)snprintf(c->stream, sizeof c->stream, "%s", stream);
+    } else if (is_event && !c->is_listing) {
+        c->events++;
+        sim_check(s, SIM_CHECK_EVENTS);
+        if (!c->has_cursor || (uint64_t)seq != c->seq + 1 ||
+            strcmp(stream, c->stream) != 0)
+            sim_break(s, sim_check_names[SIM_CHECK_EVENTS],
+                      "c%d was told event %lld behind %llu",
+                      c->number + 1, (long long)seq,
+                      (unsigned long long)c->seq);
+        c->seq = (uint64_t)seq;
+    }
+    if (!strcmp(type, "task"))
+        sim_watch_task(c, cube_json_get(root, "Task"), (uint64_t)seq);
+    if (!strcmp(type, "gone")) {
+        const char *id = cube_json_str(cube_json_get(root, "ID"), NULL);
+        struct sim_task *t = id ? sim_task_find(s, id) : NULL;
+
+        if (t)
+            c->seen[t->number].is_known = false;
+    }
+    cube_json_free(root);
+}
+
+static void sim_watch_data(void *arg, const char *p, size_t len)
+{
+    struct sim_client *c = arg;
+    const char *end;
+
+    cube_buf_add(&c->line, p, len);
+    while (c->line.len > 0 &&
+           (end = memchr(c->line.data, '\n', c->line.len)) != NULL) {
+        size_t size = (size_t)(end - c->line.data);
+
+        sim_watch_line(c, c->line.data, size);
+        cube_buf_drop(&c->line, size + 1);
+    }
+}
+
+static void sim_watch_done(void *arg, const struct cube_http_answer *a)
+{
+    struct sim_client *c = arg;
+
+    (void)a;
+    c->watch = NULL;
+    cube_buf_clear(&c->line);
+    if (c->is_listing) /* half a list is none */
+        c->has_cursor = c->is_listing = false;
+    cube_timer_set(c->proc->loop, &c->rewatch, 500, sim_client_watch, c);
+}
+
+static void sim_client_watch(void *arg)
+{
+    struct sim_client *c = arg;
+    struct cube_http_request r;
+    char target[100] = "/events";
+
+    if (c->has_cursor)
+        (void)snprintf(target, sizeof target, "/events?after=%s:%llu",
+                       c->stream, (unsigned long long)c->seq);
+    memset(&r, 0, sizeof r);
+    r.method = "GET";
+    r.target = target;
+    r.idle_timeout_ms = 5000;
+    r.on_data = sim_watch_data;
+    r.on_done = sim_watch_done;
+    r.arg = c;
+    c->watch = cube_http_call(c->http, &r);
+}
+
+/* ---- Beginning and end ---- */
+
+static void sim_clients_open(struct sim *s)
+{
+    s->history = room_new(sizeof *s->history);
+    for (int i = 0; i < SIM_CLIENTS; i++) {
+        struct sim_client *c = s->clients[i] = room_new(sizeof *c);
+        struct room_host *h;
+        char name[16];
+
+        (void)snprintf(name, sizeof name, "c%d", i + 1);
+        h = room_host_add(&s->room, name);
+        c->sim = s;
+        c->number = i;
+        c->proc = room_proc_add(&s->room, h, name);
+        (void)sim_proc_open(c->proc);
+        c->http = cube_http_client_new(c->proc->loop, i ? "http://10.0.0.1:5555"
+                                                        : "http://m:5555",
+                                       NULL, NULL);
+        cube_timer_set(c->proc->loop, &c->act, 2000 + 300 * i, sim_client_act,
+                       c);
+        cube_timer_set(c->proc->loop, &c->rewatch, 1000 + 100 * i,
+                       sim_client_watch, c);
+        room_running = NULL;
+    }
+}
+
+static void sim_clients_close(struct sim *s)
+{
+    for (int i = 0; i < SIM_CLIENTS; i++) {
+        struct sim_client *c = s->clients[i];
+
+        room_proc_end(c->proc, true);
+        room_running = c->proc;
+        cube_timer_clear(c->proc->loop, &c->act);
+        cube_timer_clear(c->proc->loop, &c->rewatch);
+        if (c->watch)
+            cube_http_call_cancel(c->watch);
+        cube_http_client_free(c->http);
+        cube_timer_clear(c->proc->loop, &c->rewatch);
+        cube_buf_free(&c->line);
+        cube_loop_free(c->proc->loop);
+        room_running = NULL;
+        free(c);
+    }
+    for (int i = 0; i < s->history->count; i++)
+        free(s->history->tasks[i]);
+    free(s->history);
+}
+
+#endif
