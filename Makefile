@@ -50,8 +50,8 @@ fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
 benches  := $(or $(wildcard tools/bench), \
               $(filter-out %.c,$(wildcard tools/bench_*)))
 
-.PHONY: all test sim build-tests asan valgrind fuzz bench lint single static \
-        install clean help demo
+.PHONY: all test sim build-tests asan valgrind fuzz bench bench-store lint \
+        single static install clean help demo
 .DELETE_ON_ERROR:
 
 all: $(examples)                ## build examples/cube and the other examples
@@ -121,6 +121,9 @@ valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS
 	@tools/fuzz $(FUZZ_SECONDS) $(fuzzers)
 
+bench-store:                    ## the store beside its peers (ROWS="get scan")
+	@tools/bench_store $(ROWS)
+
 bench: all                      ## the figures, each beside its bar
 	@for bench in $(benches); do $$bench || exit 1; done
 
@@ -164,6 +167,6 @@ clean:                          ## remove what was built
 	rm -rf build $(patsubst %.c,%,$(wildcard examples/*.c))
 
 help:                           ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile | expand -t 14
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/examples/*.d)
