@@ -36,6 +36,7 @@
 #include <ctype.h>
 
 #define SIM_PORTS 8
+#define SIM_LABELS 8 /* of which sim_label knows; containers may have more */
 #define SIM_EVENTS 256 /* remembered for `since`, as the engine does */
 #define SIM_NEVER INT64_MAX
 
@@ -65,6 +66,10 @@ struct sim_box {
     char id[65], name[300], image[256];
     char *text;                /* what it was created from */
     struct json_value_s *spec; /* the same, parsed */
+    struct {
+        const char *name, *value; /* the spec's */
+    } labels[SIM_LABELS];
+    int label_count;
     enum sim_box_state state;
     int code;
     bool is_oom;
@@ -196,10 +201,15 @@ static struct json_value_s *sim_labels(const struct sim_box *b)
     return cube_json_get(b->spec, "Labels");
 }
 
-/* "" when it has none of that name. */
+/* "" when it has none of that name. Asked all the time by who looks for all
+ * containers of a task, and so not of the JSON. */
 static const char *sim_label(const struct sim_box *b, const char *name)
 {
-    return sim_text(sim_labels(b), name);
+    for (int i = 0; i < b->label_count; i++) {
+        if (!strcmp(b->labels[i].name, name))
+            return b->labels[i].value;
+    }
+    return "";
 }
 
 /* By ID, the beginning of one, or name; NULL: there is none. */
@@ -305,21 +315,35 @@ static bool sim_matches(struct json_value_s *wanted, struct json_value_s *have)
     return true;
 }
 
+/* Does it want events of containers? There are no others. */
+static bool sim_stream_is_wanting(const struct sim_stream *s)
+{
+    struct json_array_element_s *i =
+        cube_json_items(cube_json_get(s->filters, "type"));
+
+    if (!i)
+        return true;
+    for (; i; i = i->next) {
+        const char *type = cube_json_str(i->value, NULL);
+
+        if (type && !strcmp(type, "container"))
+            return true;
+    }
+    return false;
+}
+
 /* One event of the log, if the stream's filters let it pass. */
 static void sim_stream_event(struct sim_stream *s, const struct cube_buf *text)
 {
-    struct json_value_s *root = cube_json_parse(text->data, text->len, NULL);
-    struct json_value_s *actor = cube_json_get(root, "Actor");
-    struct json_value_s *types = cube_json_get(s->filters, "type");
-    bool is_wanted = !cube_json_items(types);
+    struct json_value_s *labels = cube_json_get(s->filters, "label");
+    struct json_value_s *root = NULL;
 
-    for (struct json_array_element_s *i = cube_json_items(types); i;
-         i = i->next)
-        is_wanted |= !strcmp(cube_json_str(i->value, NULL)
-                                 ? cube_json_str(i->value, NULL) : "",
-                             sim_text(root, "Type"));
-    if (is_wanted && sim_matches(cube_json_get(s->filters, "label"),
-                                 cube_json_get(actor, "Attributes")))
+    if (!sim_stream_is_wanting(s))
+        return;
+    if (labels)
+        root = cube_json_parse(text->data, text->len, NULL);
+    if (sim_matches(labels, cube_json_get(cube_json_get(root, "Actor"),
+                                          "Attributes")))
         cube_http_stream_write(s->req, text->data, text->len);
     cube_json_free(root);
 }
@@ -992,6 +1016,13 @@ static struct sim_box *sim_box_new(struct sim_call *c)
     b->created_ns = sim_now_ns(e);
     b->end_ms = SIM_NEVER;
     sim_box_ports(b);
+    for (struct json_object_element_s *m = cube_json_members(sim_labels(b));
+         m && b->label_count < SIM_LABELS; m = m->next) {
+        const char *value = cube_json_str(m->value, NULL);
+
+        b->labels[b->label_count].name = m->name->string;
+        b->labels[b->label_count++].value = value ? value : "";
+    }
     cube_list_add(&e->boxes, &b->link);
     return b;
 }
