@@ -9809,7 +9809,8 @@ CUBE_API void cube_store_stats(const struct cube_store *s,
 /*
  * The problem. A manager talks to many workers, each of which may be slow,
  * and to many clients, each of which may be silent. Threads would need locks
- * around everything that this program knows.
+ * around everything that this program knows, and a run of them cannot be
+ * repeated; a process for each peer could not share what it knows at all.
  *
  * The simplest thing that works is one thread that asks the kernel which
  * descriptors are ready, calls back whoever watches them, and never blocks
@@ -9835,7 +9836,7 @@ CUBE_API void cube_store_stats(const struct cube_store *s,
  * A callback may clear, or free with its object, any watch, timer or deferred
  * call, its own included. Readiness that was already collected for a watch
  * that is gone is recognised by its generation: a descriptor number is reused
- * at once, a generation never.
+ * at once, a generation after four billion others.
  *
  *     token of a watch:  | generation, 32 bits | descriptor, 32 bits |
  *
@@ -9858,22 +9859,26 @@ CUBE_API void cube_store_stats(const struct cube_store *s,
  *   cube_loop_run(l, &err);          until somebody calls cube_loop_stop(l)
  *
  * Naive on purpose: the watches are an array indexed by descriptor. Linux
- * gives the lowest free number, so the array is as long as the most
- * descriptors that were ever open at once.
+ * gives the lowest free number, so the array is at most twice as long as the
+ * most descriptors that were ever open at once. A callback that takes long
+ * holds up all others; nothing here interrupts it or reports it.
  */
 
 #define CUBE_LOOP_BATCH 64  /* ready descriptors taken at once */
 #define CUBE_SLICE_MS 5     /* the most that background work takes of a turn */
 
+/* An object; ends with cube_loop_free. It owns no watch, timer or deferred
+ * call: those are pointers into objects of its users, who clear them before
+ * they go. */
 struct cube_loop {
     const struct cube_world *world;
     struct cube_poll *poll;
     struct cube_watch **watches; /* by descriptor; NULL where none */
     size_t watch_cap;
-    unsigned generation;
+    unsigned generation; /* of the newest watch */
     struct cube_timer **heap;    /* [0] is due first */
     size_t heap_len, heap_cap;
-    uint64_t timer_order;
+    uint64_t timer_order; /* of the newest timer */
     struct cube_defer *first_defer, *last_defer;
     struct cube_ready ready[CUBE_LOOP_BATCH]; /* this turn's */
     int ready_count;
@@ -9884,6 +9889,7 @@ struct cube_loop {
     void *log_arg;
 };
 
+/* The poll is all that can fail: its descriptors may be used up. */
 CUBE_API struct cube_loop *cube_loop_new(const struct cube_world *w,
                                          struct cube_err *err)
 {
@@ -9900,6 +9906,9 @@ CUBE_API struct cube_loop *cube_loop_new(const struct cube_world *w,
     return l;
 }
 
+/* Whoever still has a commit open would write to a store that nobody syncs:
+ * that is a bug of the caller's. Watches and timers that are still set are
+ * forgotten; nothing calls them any more. */
 CUBE_API void cube_loop_free(struct cube_loop *l)
 {
     if (!l)
@@ -9916,6 +9925,8 @@ CUBE_API const struct cube_world *cube_loop_world(struct cube_loop *l)
     return l->world;
 }
 
+/* Asked of the world at each call and not once a turn: a callback that took
+ * long should not set its timers in the past. */
 CUBE_API int64_t cube_loop_now_ms(struct cube_loop *l)
 {
     return l->world->now_ms(l->world->ctx);
@@ -9928,10 +9939,11 @@ CUBE_API void cube_loop_set_log(struct cube_loop *l, cube_log_fn *fn,
     l->log_arg = arg;
 }
 
+/* Words for the operator, cut at 1000 bytes, to whoever set a log; nobody: they
+ * are not even formatted. The text is valid during the call. */
 __attribute__((format(printf, 3, 4))) static void
 cube_log(struct cube_loop *l, enum cube_level level, const char *format, ...)
 {
-    struct cube_buf text = {0};
     char line[1000];
     va_list args;
 
@@ -9940,9 +9952,7 @@ cube_log(struct cube_loop *l, enum cube_level level, const char *format, ...)
     va_start(args, format);
     (void)vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    cube_buf_puts(&text, line);
-    l->log(l->log_arg, level, text.data);
-    cube_buf_free(&text);
+    l->log(l->log_arg, level, line);
 }
 
 /* ---- Watches ---- */
@@ -9993,6 +10003,11 @@ static int cube_watch_add(struct cube_loop *l, struct cube_watch *watch,
     return 0;
 }
 
+/* Sets or changes. Only a change of events is a system call, so users may say
+ * what they want anew after each step, and do (cube_http_set_watch). A
+ * descriptor that was closed without clearing its watch is forgotten by the
+ * kernel, and the assertion in cube_watch_add finds the watch when its number
+ * comes back. */
 CUBE_API int cube_watch_set(struct cube_loop *l, struct cube_watch *watch,
                             int fd, unsigned events, cube_watch_fn *fn,
                             void *arg)
@@ -10011,6 +10026,9 @@ CUBE_API int cube_watch_set(struct cube_loop *l, struct cube_watch *watch,
     return r < 0 ? -1 : 0;
 }
 
+/* Before the descriptor is closed. The kernel may still have reported it for
+ * this turn: the dispatch finds no watch there, or one of another
+ * generation. */
 CUBE_API void cube_watch_clear(struct cube_loop *l, struct cube_watch *watch)
 {
     if (!cube_watch_is_set(l, watch))
@@ -10030,14 +10048,25 @@ static bool cube_timer_is_before(const struct cube_timer *a,
     return a->at_ms != b->at_ms ? a->at_ms < b->at_ms : a->order < b->order;
 }
 
-/* Puts a timer at a place of the heap, and tells it where it is. */
+/* Puts a timer at a place of the heap, and tells it where it is: `slot` is the
+ * place + 1, so that a zeroed timer is not set, and a timer can be taken out of
+ * the middle without a search. */
 static void cube_heap_put(struct cube_loop *l, size_t at, struct cube_timer *t)
 {
     l->heap[at] = t;
     t->slot = at + 1;
 }
 
-/* Moves `t` from the hole `at` up or down to where it belongs. */
+/*
+ * Moves `t` from the hole `at` up or down to where it belongs. The children of
+ * i stand at 2i + 1 and 2i + 2, and none is before its parent:
+ *
+ *     heap   10 30 40 70 50 90       10 is cleared: 90, the last one, fills
+ *            [] 30 40 70 50          its hole
+ *            30 [] 40 70 50          30 is earlier than 90 and moves up
+ *            30 50 40 70 []          so does 50; there 90 stays
+ *            30 50 40 70 90
+ */
 static void cube_heap_settle(struct cube_loop *l, size_t at,
                              struct cube_timer *t)
 {
@@ -10059,6 +10088,8 @@ static void cube_heap_settle(struct cube_loop *l, size_t at,
     cube_heap_put(l, at, t);
 }
 
+/* The last timer of the heap fills the hole, wherever that is: it may have to
+ * go up as well as down from there. */
 CUBE_API void cube_timer_clear(struct cube_loop *l, struct cube_timer *timer)
 {
     size_t at = timer->slot - 1;
@@ -10072,6 +10103,9 @@ CUBE_API void cube_timer_clear(struct cube_loop *l, struct cube_timer *timer)
         cube_heap_settle(l, at, last);
 }
 
+/* Set again it is a new timer, with a new place in the order of equals. A time
+ * in the past is now: it runs in the next turn, or in this one if its timers
+ * are still to come. */
 CUBE_API void cube_timer_set(struct cube_loop *l, struct cube_timer *timer,
                              int64_t in_ms, cube_call_fn *fn, void *arg)
 {
@@ -10110,6 +10144,8 @@ static void cube_loop_run_timers(struct cube_loop *l)
 
 /* ---- Deferred calls ---- */
 
+/* To the end of the queue. One that is queued keeps its place and gets the new
+ * function: what was put off is done once, however often it was asked for. */
 CUBE_API void cube_defer_set(struct cube_loop *l, struct cube_defer *defer,
                              cube_call_fn *fn, void *arg)
 {
@@ -10174,7 +10210,9 @@ struct cube_loop_job {
     bool is_started;
 };
 
-/* Starts `j->job`, whose kind and input are set; `fn` runs once, later. */
+/* Starts `j->job`, whose kind and input are set; `fn` runs once, in a later
+ * turn or later in this one. A negative errno value: no thread could be had,
+ * and `fn` will not run. */
 static int cube_loop_job_start(struct cube_loop *l, struct cube_loop_job *j,
                                cube_job_fn *fn, void *arg)
 {
@@ -10201,7 +10239,8 @@ static void cube_loop_job_cancel(struct cube_loop *l, struct cube_loop_job *j)
     j->is_started = false;
 }
 
-/* Finds the addresses of a name; see struct cube_job for the result. */
+/* Finds the addresses of a name; see struct cube_job for the result. A name
+ * that is too long for the job is cut, and then not found. */
 static int cube_resolve_start(struct cube_loop *l, struct cube_loop_job *j,
                               const char *host, cube_job_fn *fn, void *arg)
 {
@@ -10238,6 +10277,9 @@ struct cube_commit_wait {
     void *arg;
 };
 
+/* Group commit of one store; ends with cube_commit_close. Its two lists are the
+ * two batches of the drawing: `filling` is empty or waits for the next begin,
+ * `syncing` is empty unless is_syncing. */
 struct cube_commit {
     struct cube_loop *loop;
     struct cube_store *store;
@@ -10302,9 +10344,14 @@ static uint64_t cube_commit_number(const struct cube_commit *c)
     return c->number;
 }
 
-/* Tells all of a list. A callback may wait again, or close what it likes but
- * this commit: the list is emptied from the front, and what is added while it
- * is told waits behind a mark. */
+/*
+ * Tells all of a list. A callback may wait again, or close what it likes but
+ * this commit: the members are moved to a ring of their own before the first
+ * one is told, so that who waits again waits for the next time.
+ *
+ *     list -> a -> b -> list    +told:  list -> a -> b -> told -> list
+ *                               -list:  told -> a -> b -> told,   list alone
+ */
 static void cube_commit_tell(struct cube_list *list,
                              const struct cube_err *err)
 {
@@ -10340,7 +10387,9 @@ static void cube_commit_close(struct cube_commit *c)
 }
 
 /* The sync is over: the store takes note, and whoever waited for that commit is
- * told, in the order in which they came. */
+ * told, in the order in which they came. After a failed sync the batch that was
+ * filling goes too, before anything else can be staged: it was built on changes
+ * that are now gone. */
 static void cube_commit_synced(void *arg, struct cube_job *job)
 {
     struct cube_commit *c = arg;
@@ -10383,6 +10432,9 @@ static void cube_commit_sync(struct cube_commit *c)
     }
 }
 
+/* A compaction's sync is over; the store goes on, or gives the compaction up,
+ * with its next slice. That is in the end of this turn, since jobs are told
+ * before. */
 static void cube_commit_slice_synced(void *arg, struct cube_job *job)
 {
     struct cube_commit *c = arg;
@@ -10412,8 +10464,16 @@ static bool cube_commit_slice(struct cube_commit *c)
     return !c->is_slice_syncing; /* no thread to be had: try again */
 }
 
-/* One store at the end of a turn. While a sync is under way nothing new is
- * written: what is staged gathers, and becomes one commit. */
+/*
+ * One store at the end of a turn. While a sync is under way nothing new is
+ * written: what is staged gathers, and becomes one commit. So a slow disk makes
+ * fewer, larger commits and no queue: 10 ms a sync and 1000 changes a second
+ * are 100 commits of 10.
+ *
+ *     cube_store_commit_begin   > 0   written: to be synced; then told
+ *                               0     nothing staged, or a store in memory
+ *                               < 0   not written and dropped: told why
+ */
 static void cube_commit_turn(struct cube_commit *c)
 {
     struct cube_err err;
@@ -10436,17 +10496,17 @@ static void cube_commit_turn(struct cube_commit *c)
         cube_commit_tell(&c->filling, r < 0 ? &err : NULL);
 }
 
-/* The end of a turn: every store with staged changes commits them, then a
- * slice of background work for each. */
+/* The end of a turn: every store with staged changes commits them, then a slice
+ * of background work for each. The step to the next store comes after its
+ * callbacks, as they may have closed that one. */
 static void cube_loop_commit(struct cube_loop *l)
 {
-    struct cube_list *link, *next;
+    struct cube_list *link = l->commits.next;
 
     l->has_slices = false;
-    for (link = l->commits.next; link != &l->commits; link = next) {
+    for (; link != &l->commits; link = link->next) {
         struct cube_commit *c = CUBE_OF(link, struct cube_commit, link);
 
-        next = link->next;
         cube_commit_turn(c);
         if (cube_commit_slice(c))
             l->has_slices = true;
@@ -10460,6 +10520,9 @@ CUBE_API int cube_loop_fd(struct cube_loop *l)
     return l->world->poll_fd(l->world->ctx, l->poll);
 }
 
+/* How long the loop may sleep. With deferred calls or slices left over not at
+ * all, though it still asks for descriptors in between: background work takes
+ * turns with everything else. */
 CUBE_API int cube_loop_timeout_ms(struct cube_loop *l)
 {
     int64_t in_ms;
@@ -10497,6 +10560,8 @@ static void cube_loop_dispatch(struct cube_loop *l,
         watch->fn(watch->arg, ready->events);
 }
 
+/* The essay's drawing, line by line. When waiting fails nothing was run, and
+ * nothing is lost: the next turn may go better. */
 CUBE_API int cube_loop_turn(struct cube_loop *l, int timeout_ms,
                             struct cube_err *err)
 {
@@ -10526,6 +10591,8 @@ CUBE_API void cube_loop_stop(struct cube_loop *l)
     cube_loop_wake(l);
 }
 
+/* Turns until a stop, which may come from inside the first one. A stop before
+ * this is forgotten. */
 CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 {
     l->is_stopped = false;
@@ -17183,11 +17250,11 @@ static void cube_health_start(struct cube_health *h, struct cube_loop *l,
  * decide by and that `cube node` shows.
  *
  * Linux tells it in text files. The problem is less to read them than to say
- * seventy numbers the same way in four places: in a struct, out of /proc, out
- * as JSON, and back in at the manager. The simplest thing that works, seventy
- * lines in each of four functions, is wrong in one of 280 lines and nobody
- * sees it. So each number stands in one table, with its key on the wire, its
- * line in /proc and its place in the struct, and four loops do the rest.
+ * 64 numbers the same way in four places: in a struct, out of /proc, out as
+ * JSON, and back in at the manager. The simplest thing that works, 64 lines in
+ * each of four functions, is wrong in one of 256 lines and nobody sees it. So
+ * each number stands in one table, with its key on the wire, its line in /proc
+ * and its place in the struct, and four loops do the rest.
  *
  *    /proc/meminfo   MemTotal:       24684096 kB         -> mem
  *                    Active(anon):       1644 kB
@@ -17244,6 +17311,9 @@ static void cube_health_start(struct cube_health *h, struct cube_loop *l,
 
 /* ---- The table of all numbers ---- */
 
+/* One number. The struct's field is found by its offset, and read and
+ * written with memcpy: at that place there is a uint64_t or a double, as
+ * is_float says. */
 struct cube_machine_field {
     const char *key;  /* on the wire */
     const char *line; /* of /proc/meminfo; NULL for the others */
@@ -17251,6 +17321,8 @@ struct cube_machine_field {
     bool is_float;    /* a double, else a uint64_t */
 };
 
+/* For the list of cube.h, which has the same 44 names twice: as fields of
+ * struct cube_mem, and here with the lines of /proc/meminfo that fill them. */
 #define CUBE_MACHINE_FIELD(name, line)                                        \
     {#name, line, offsetof(struct cube_mem, name), false},
 #define CUBE_MACHINE_CPU(name)                                                \
@@ -17288,6 +17360,8 @@ static const struct cube_machine_field cube_machine_load[] = {
     CUBE_MACHINE_LOAD(last_pid, false),
 };
 
+/* An object of the JSON, a struct within struct cube_stats, and what lies
+ * between them. */
 struct cube_machine_group {
     const char *key;
     const char *lead; /* the first member, when it is a constant */
@@ -17307,7 +17381,9 @@ static const struct cube_machine_group cube_machine_groups[] = {
      offsetof(struct cube_stats, load)},
 };
 
-/* Sets a field from its text; what is no number leaves it as it was. */
+/* Sets a field from its text; -1 for what is no number, or none that the field
+ * can have: a negative one, an integer beyond 63 bits. The field is then as it
+ * was. */
 static int cube_machine_set(const struct cube_machine_field *f, void *base,
                             const char *p, size_t len)
 {
@@ -17335,8 +17411,13 @@ struct cube_machine_text {
     size_t left;
 };
 
-/* Takes the characters up to the first of `ends`, and skips all such. False:
- * nothing is left. */
+/*
+ * Takes the characters up to the first of `ends`, and skips all such. False:
+ * nothing is left. A NUL in the text ends a word too, as strchr finds the end
+ * of `ends` for it.
+ *
+ *     take("MemFree:   12 kB", ": ")     "MemFree", left is "12 kB"
+ */
 static bool cube_machine_take(struct cube_machine_text *t, const char *ends,
                               struct cube_machine_text *out)
 {
@@ -17349,7 +17430,9 @@ static bool cube_machine_take(struct cube_machine_text *t, const char *ends,
     return out->left > 0 || t->left > 0;
 }
 
-/* /proc/meminfo: a line is `Name:`, spaces, a number, and often ` kB`. */
+/* /proc/meminfo: a line is `Name:`, spaces, a number, and often ` kB`. The unit
+ * is not looked at: it is kB wherever it stands, and the numbers without one
+ * are counts of pages. */
 static void cube_machine_parse_mem(const char *p, size_t len,
                                    struct cube_mem *out)
 {
@@ -17381,7 +17464,9 @@ static bool cube_machine_is_number(const struct cube_machine_text *t)
     return t->left > 0;
 }
 
-/* Numbers between spaces, as many as there are, into a group's fields. */
+/* Numbers between `ends`, as many as there are, into a group's fields, by their
+ * order. A word that is no number takes its place all the same, so that the
+ * next one does not slip into its field. */
 static void cube_machine_parse_row(struct cube_machine_text row,
                                    const char *ends,
                                    const struct cube_machine_field *fields,
@@ -17398,7 +17483,8 @@ static void cube_machine_parse_row(struct cube_machine_text row,
 }
 
 /* /proc/stat: the line `cpu` is the sum; those of `cpu0` and on are counted.
- * They come first, so the reading ends at the first other line. */
+ * They come first, so the reading ends at the first other line: the next one,
+ * `intr`, has a number for every interrupt there is, and can be 10 KB long. */
 static void cube_machine_parse_cpu(const char *p, size_t len,
                                    struct cube_cpu *out, int64_t *cpus)
 {
@@ -17431,6 +17517,8 @@ static void cube_machine_parse_load(const char *p, size_t len,
 
 /* ---- CPU use ---- */
 
+/* The essay's two sides of a reading. Old kernels have fewer columns; what is
+ * missing is 0. */
 static uint64_t cube_machine_ticks(const struct cube_cpu *c, bool is_idle)
 {
     return is_idle ? c->idle + c->iowait
@@ -17439,9 +17527,13 @@ static uint64_t cube_machine_ticks(const struct cube_cpu *c, bool is_idle)
 }
 
 /*
- * The busy share of the time between two readings, 0 to 1, or -1 when the
- * clock did not tick between them. A manager also uses this for workers that
- * send ticks and no share.
+ * The busy share of the time between two readings, 0 to 1, or -1 when the clock
+ * did not tick between them. A manager also uses this for workers that send
+ * ticks and no share.
+ *
+ *     user  system  idle  iowait     busy            idle
+ *      100     20    800      80
+ *      130     30    850      90     40 more         60 more      0.4
  */
 static double cube_machine_use(const struct cube_cpu *before,
                                const struct cube_cpu *after)
@@ -17461,14 +17553,15 @@ static double cube_machine_use(const struct cube_cpu *before,
 
 /* ---- Reading a machine ---- */
 
-/* An object; `_new` and `_free`. */
+/* An object; `_new` and `_free`. Between readings it holds what CPU use is the
+ * difference to, and nothing else of them. */
 struct cube_machine {
     const struct cube_world *w;
     char id[40];           /* the machine's, for `machine` */
     struct cube_cpu cpu;   /* the reading that CPU use is counted from */
     int64_t at_ms;         /* when that was */
     double cpu_use;
-    bool has_use;          /* cpu_use is of an interval, or of a start */
+    bool has_use;          /* there was a first reading */
     struct cube_buf text;  /* of the file being read */
 };
 
@@ -17487,6 +17580,8 @@ static bool cube_machine_read_id(struct cube_machine *m, const char *path)
     return true;
 }
 
+/* The ID is read once: it does not change while the machine runs. It is empty
+ * where neither file can be read. */
 CUBE_API struct cube_machine *cube_machine_new(const struct cube_world *w)
 {
     struct cube_machine *m = cube_alloc(sizeof *m);
@@ -17525,8 +17620,8 @@ static double cube_machine_count(struct cube_machine *m,
     return m->cpu_use;
 }
 
-/* The text of a file in /proc; empty when it cannot be read, which is noted
- * in `is_failed` and said in `err`. Lives until the next one. */
+/* The text of a file in /proc; empty when it cannot be read, which is noted in
+ * `is_failed` and said in `err`. Borrowed, until the next file is read. */
 static struct cube_machine_text cube_machine_file(struct cube_machine *m,
                                                   const char *path,
                                                   bool *is_failed,
@@ -17543,6 +17638,10 @@ static struct cube_machine_text cube_machine_file(struct cube_machine *m,
     return text;
 }
 
+/* Reads all it can: what fails leaves its part 0, the rest is filled, and -1
+ * with the words of the last failure says that something is missing. A worker
+ * does not start then; one that is running warns, and goes on telling what it
+ * knows. */
 CUBE_API int cube_machine_read(struct cube_machine *m, const char *path,
                                struct cube_stats *out, struct cube_err *err)
 {
@@ -17577,12 +17676,13 @@ CUBE_API int cube_machine_read(struct cube_machine *m, const char *path,
  *    {"MemStats":{"mem_total":24684096, ... 44 numbers},
  *     "DiskStats":{"all":270553174016,"used":...,"free":...,"freeInodes":...},
  *     "CpuStats":{"id":"cpu","user":87060, ... 10 numbers},
- *     "LoadStats":{"last1min":1.99, ... 3 more and 3 integers},
+ *     "LoadStats":{"last1min":1.99, ... 2 more and 3 integers},
  *     "TaskCount":0
  *     ,"Machine":"3d12...","Engine":"...","Runtime":"docker",    when set
  *     "CpuUse":0.25,"Cpus":4}                                    when Cpus > 0
  */
 
+/* One group, with the comma behind it: TaskCount always follows. */
 static void cube_stats_print_group(const struct cube_machine_group *g,
                                    const void *base, struct cube_buf *out)
 {
@@ -17605,6 +17705,8 @@ static void cube_stats_print_group(const struct cube_machine_group *g,
     cube_buf_puts(out, "},");
 }
 
+/* Cube's own texts, only when set: Go's manager refuses fields that it does not
+ * know. */
 static void cube_stats_print_text(const char *key, const char *text,
                                   struct cube_buf *out)
 {
@@ -17614,6 +17716,7 @@ static void cube_stats_print_text(const char *key, const char *text,
     cube_json_put_text(out, text);
 }
 
+/* Go's fields in Go's order, then our own. */
 CUBE_API void cube_stats_print(const struct cube_stats *s,
                                struct cube_buf *out)
 {
@@ -17636,7 +17739,8 @@ CUBE_API void cube_stats_print(const struct cube_stats *s,
     cube_buf_puts(out, "}");
 }
 
-/* The fields of one group; a group that is missing or null is all 0. */
+/* The fields of one group; one that is missing or null is 0. A key that the
+ * table does not know is passed over, since a newer worker may send more. */
 static int cube_stats_read_group(const struct cube_machine_group *g,
                                  struct json_value_s *group, void *base,
                                  struct cube_err *err)
@@ -17672,6 +17776,8 @@ static int cube_stats_read_text(struct json_value_s *root, const char *key,
     return 0;
 }
 
+/* What is not in the table, with its ranges: these are divided by, and
+ * compared, when tasks are placed. */
 static int cube_stats_read_own(struct json_value_s *root,
                                struct cube_stats *out, struct cube_err *err)
 {
@@ -17697,7 +17803,8 @@ static int cube_stats_read_own(struct json_value_s *root,
     return 0;
 }
 
-/* From a tree that the caller has, such as that of an event. */
+/* From a tree that the caller has, such as that of an event. On failure `out`
+ * is filled in part, and not to be used. */
 static int cube_stats_from_json(struct json_value_s *root,
                                 struct cube_stats *out, struct cube_err *err)
 {
@@ -17714,6 +17821,7 @@ static int cube_stats_from_json(struct json_value_s *root,
     return cube_stats_read_own(root, out, err);
 }
 
+/* The same from a text. */
 CUBE_API int cube_stats_parse(const char *json, size_t len,
                               struct cube_stats *out, struct cube_err *err)
 {

@@ -108,6 +108,32 @@ TEST(timers_run_by_time_and_equal_ones_in_the_order_set)
     cube_loop_free(l);
 }
 
+static void check_heap(const struct cube_loop *l, const char *want)
+{
+    char text[100] = "";
+
+    for (size_t i = 0; i < l->heap_len; i++)
+        (void)snprintf(text + strlen(text), sizeof text - strlen(text),
+                       " %d", (int)(l->heap[i]->at_ms - clock_ms));
+    CHECK_STR(text, want);
+}
+
+/* The drawing at cube_heap_settle. */
+TEST(a_timer_leaves_the_heap_as_it_is_drawn)
+{
+    static const int in_ms[] = {10, 30, 40, 70, 50, 90};
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    struct cube_timer timers[6] = {0};
+
+    for (int i = 0; i < 6; i++)
+        cube_timer_set(l, &timers[i], in_ms[i], note_it, "");
+    check_heap(l, " 10 30 40 70 50 90");
+    cube_timer_clear(l, &timers[0]);
+    check_heap(l, " 30 50 40 70 90");
+    cube_loop_free(l);
+}
+
 struct rearm {
     struct cube_loop *loop;
     struct cube_timer timer, victim;

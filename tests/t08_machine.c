@@ -319,6 +319,9 @@ TEST(cpu_use_is_the_busy_share_of_what_passed)
         const char *why;
     } rows[] = {
         {{.user = 100, .idle = 100}, {.user = 150, .idle = 150}, 0.5, "half"},
+        {{.user = 100, .system = 20, .idle = 800, .iowait = 80},
+         {.user = 130, .system = 30, .idle = 850, .iowait = 90}, 0.4,
+         "as it is drawn"},
         {{.idle = 100}, {.idle = 200}, 0, "idle"},
         {{.idle = 100}, {.idle = 150, .iowait = 50}, 0,
          "waiting for a disk leaves the CPU free"},
