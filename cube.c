@@ -28898,7 +28898,8 @@ static int cube_client_outcome(struct cube_client_wait *w,
 {
     if (w->is_enough)
         return 0;
-    if (w->err.code == CUBE_ETIMEOUT || w->err.code == CUBE_ETOOBIG)
+    if (w->err.code == CUBE_ETIMEOUT || w->err.code == CUBE_ETOOBIG ||
+        w->err.code == CUBE_EINVAL)
         return cube_fail(err, w->err.code, "%s", w->err.text);
     if (w->err.code != CUBE_OK || w->status == 0)
         return cube_fail(err, CUBE_ECONN, "%s", w->err.text);
@@ -29032,6 +29033,24 @@ static void cube_client_curl_options(CURL *curl, struct cube_client_wait *w,
     curl_easy_setopt(curl, CURLOPT_HEADERDATA, w);
 }
 
+/* libcurl's failures as ours. Whoever shows a certificate that cannot be
+ * verified is there, but not to be talked to. */
+static void cube_client_curl_fail(struct cube_client_wait *w, CURLcode code)
+{
+    const char *base = w->client->base;
+    const char *words = curl_easy_strerror(code);
+
+    if (code == CURLE_PEER_FAILED_VERIFICATION)
+        (void)cube_fail(&w->err, CUBE_EINVAL, "%s: its certificate cannot be "
+                        "verified (%s); if an authority of your own signed "
+                        "it, name that one's file in CURL_CA_BUNDLE", base,
+                        words);
+    else
+        (void)cube_fail(&w->err, code == CURLE_OPERATION_TIMEDOUT
+                                     ? CUBE_ETIMEOUT : CUBE_ECONN,
+                        "%s: %s", base, words);
+}
+
 /* By libcurl, which waits by itself, and verifies the certificate and the
  * host's name as it does by default. One connection a request: a command line
  * makes two or three. */
@@ -29052,10 +29071,7 @@ static int cube_client_by_curl(struct cube_client_wait *w,
         code = curl_easy_perform(curl);
     }
     if (code != CURLE_OK && !w->is_enough && w->err.code == CUBE_OK)
-        (void)cube_fail(&w->err,
-                        code == CURLE_OPERATION_TIMEDOUT ? CUBE_ETIMEOUT
-                                                         : CUBE_ECONN,
-                        "%s: %s", w->client->base, curl_easy_strerror(code));
+        cube_client_curl_fail(w, code);
     curl_easy_cleanup(curl);
     curl_slist_free_all(fields);
     cube_buf_free(&url);

@@ -386,9 +386,10 @@ class Https(Case):
         self.assertEqual(code, 1)
         self.assertIn("not so", err)
 
-    def test_a_certificate_that_nobody_vouches_for_is_no_manager(self):
+    def test_a_certificate_that_nobody_vouches_for_gets_no_request(self):
         code, _, err = self.cube("status", env={"CURL_CA_BUNDLE": ""})
-        self.assertEqual(code, 3, err)
+        self.assertEqual(code, 1, err)
+        self.assertIn("name that one's file in CURL_CA_BUNDLE", err)
         self.assertEqual(self.fake.requests, [])
 
     def test_nobody_there_exits_3(self):
