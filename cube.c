@@ -25730,6 +25730,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *   run, on a node       newer attempt          adopt it (an older copy of
  *                                               the store was restored)
  *   stop, Pending        -                      Completed
+ *   stop, on a node      (node lost)            Completed; stopped when the
+ *                                               node is back
  *   stop, on a node      active                 order the stop
  *   stop, on a node      ended, or none         Completed
  *   (none)               active                 adopt it
@@ -25740,12 +25742,56 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * delivered. A worker obeys the newest of both, so an order that was late
  * changes nothing, and an order may be repeated until it is answered.
  *
+ * Invariants. A record whose change is not on disk is left alone, so an order
+ * never speaks of what a crash could undo. There is at most one order under
+ * way for a task, and one stop for each report. Nothing is concluded from
+ * what a worker does not say before it has listed all that it has.
+ *
+ * Four races, and why each of them ends well. None has code of its own: what
+ * happens is always the next row of the table.
+ *
+ * 1. A node is cut off and comes back. Its copy is of an older attempt, which
+ *    makes it a stray:
+ *
  *        manager            worker a           worker b
  *          | attempt 1 ------> runs 1
  *          |        x----------- (link cut: a is lost after 5 s)
  *          | attempt 2 -------------------------> runs 2
  *          | <---- "I run 1" -- (link back)
  *          | stop <= 1 ------> stops 1            runs 2
+ *
+ * 2. The answer to an order is lost, or the manager dies before it comes. The
+ *    order is repeated until there is a report; the worker sees by its
+ *    attempt that it has it already:
+ *
+ *        manager            worker
+ *          | attempt 1 ------> on disk, starts
+ *          |        x--------- 201
+ *          x  (killed; starts again, reads: Scheduled, on that node)
+ *          | <---- "I run 1"   a report: nothing to deliver
+ *          |   or, if that comes later:
+ *          | attempt 1 ------> 201, nothing changes
+ *
+ * 3. A stop overtakes the order to run. Nothing is reported, so the task is
+ *    Completed; what is active although it has ended is a stray again:
+ *
+ *        manager            worker
+ *          | attempt 1 --...   (under way, and given up after 10 s)
+ *          | stop: Completed
+ *          |           ...---> on disk, starts
+ *          | <---- "I run 1"
+ *          | stop <= 1 ------> stops 1
+ *
+ * 4. The store is an older copy: epochs and attempts in it have been used.
+ *    Workers tell theirs, and the manager goes past the one and takes over
+ *    the other, before it orders anything:
+ *
+ *        manager            worker
+ *          | (epoch 8)         obeys epoch 9, runs attempt 5
+ *          | <---- hello: 9
+ *          | epoch 10, to disk
+ *          | <---- "I run 5"   its record says 3, or nothing
+ *          | attempt 5, to disk: it runs there already
  *
  * A lost node is one that gave no sign of life for 5 s. A manager that was
  * itself asleep (its own clock tells: more than 2 s between two ticks) blames
@@ -25776,11 +25822,38 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    DELETE /nodes/{name}          forget a worker
  *    GET    /events, /healthz
  *
- * Naive on purpose: each pass over waiting tasks adds up what is promised to
- * every node anew. That is linear in the tasks, and fine for tens of
- * thousands of them.
+ * A typical sequence, as the loop makes the calls:
+ *
+ *    cube_manager_post      a task comes     cube_manager_accept stages it
+ *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
+ *    cube_manager_pass      Pending          cube_charge_schedule, _assign
+ *    cube_manager_changed   it is on disk
+ *    cube_manager_pass      no report        cube_charge_deliver
+ *    cube_charge_delivered  201: a report    cube_member_heard
+ *    cube_member_data       an event         cube_member_on_task, _heard
+ *    cube_manager_pass      a report         cube_charge_copy: Running
+ *
+ * Naive on purpose: all records are looked at once a second, and each pass
+ * over waiting tasks adds up what is promised to every node anew, which is
+ * tasks times nodes. Both are fine for tens of thousands of tasks on some
+ * hundred nodes; beyond that sums would be kept, and only records that can
+ * change be touched. Two managers at once on copies of one store are not
+ * told apart: each would go past the other's epoch, for ever.
  */
 
+/*
+ * The trees of its store; `tasks` and `meta` are the ledger's (chapter 7):
+ *
+ *    tree     key                          value
+ *    tasks    number of arrival            the record
+ *    meta     cluster, epoch, since        a UUID, a number, a time; as text
+ *    nodes    host:port                    the UUID it has joined with
+ *    events   number of the event          a line of the feed
+ *    past     a task's ID, or              the last line on it that is not
+ *             "node host:port", or "start" among the events any more
+ *
+ * Numbers are eight bytes, big-endian, so that they sort.
+ */
 #define CUBE_TREE_NODES "nodes"
 #define CUBE_TREE_EVENTS "events"
 #define CUBE_TREE_PAST "past"   /* of each, the last line before `events` */
@@ -25831,16 +25904,18 @@ struct cube_manager {
     struct cube_promises *promises; /* of this pass, or NULL */
 };
 
-/* An event that is staged; shown when its commit is on disk. */
+/* An event that is staged, in the order of its number; shown when its commit
+ * is on disk, dropped with it. */
 struct cube_line {
     struct cube_list link;
     uint64_t commit;
     char *text;
 };
 
-/* What a worker says of a task. */
+/* What a worker says of a task; of the worker's list of reports, by the
+ * task's ID. Only memory: a new manager hears it all again. */
 struct cube_report {
-    struct cube_task *task;
+    struct cube_task *task;        /* owned */
     bool is_seen;                  /* in the listing that is under way */
     struct cube_http_call *order;  /* a stop that is under way */
     int64_t next_ms;               /* not to be ordered again before */
@@ -25850,16 +25925,31 @@ struct cube_report {
     struct cube_member *member;
 };
 
+/*
+ * A member's life. Tasks are given to one that is up, has listed what it has
+ * (is_listed), and takes our orders (no refusal):
+ *
+ *                    sign of life              silent for too long
+ *      (new) ---> NEW ------------> UP -----------------------------> LOST
+ *                  |                 ^                                 | ^
+ *                  |                 +--- sign of life ----------------+ |
+ *                  +--- silent for too long: it never answered ----------+
+ *
+ * FORGOTTEN is said in the last event only: the member is freed then. The
+ * default member, which nobody named, is not lost before it was there.
+ */
 enum cube_member_state {
     CUBE_NODE_NEW, CUBE_NODE_UP, CUBE_NODE_LOST, CUBE_NODE_FORGOTTEN
 };
 
-/* A worker, as its manager knows it. */
+/* A worker, as its manager knows it. Its name is "host:port", under which it
+ * was named or has joined, and never changes; who answers there may. Lives
+ * until it is forgotten; reports point to it and go with it. */
 struct cube_member {
     struct cube_manager *manager;
     struct cube_list link;
     char *name, *api;
-    char uuid[CUBE_UUID_TEXT];
+    char uuid[CUBE_UUID_TEXT];     /* "": it has not said hello */
     bool is_default;      /* nobody named it: shown once it has answered */
     bool is_polled;       /* a worker of the Go program */
     bool is_doubted;      /* it may be another program by now */
@@ -25867,29 +25957,41 @@ struct cube_member {
     bool is_listed;       /* its reports are complete */
     char *refusal;        /* why it takes no orders from us, or NULL */
     enum cube_member_state state;
-    int64_t last_sign_ms;
+    int64_t last_sign_ms;          /* the loop's clock, as all that ends so */
     struct cube_http_client *client;
     struct cube_http_call *call;   /* events, or a poll */
     struct cube_timer dial;
-    int64_t dial_ms;
+    int64_t dial_ms;               /* before the next dial; doubles */
     struct cube_buf text;          /* of an event's line so far */
-    char stream[CUBE_UUID_TEXT];
-    uint64_t seq;
+    char stream[CUBE_UUID_TEXT];   /* where its events were read up to: */
+    uint64_t seq;                  /* there; 0: it is to list all anew */
     struct cube_stats stats;
     bool has_stats;
     struct cube_map reports;       /* by task ID */
 };
 
-/* A task that the manager has in its charge: its record, and the order that
- * is under way for it. */
+/*
+ * A task that the manager has in its charge: its record, and the order that
+ * is under way for it. It is the `owner` of its record and goes with it.
+ *
+ *              deliver            201: heard as a report
+ *      (idle) --------> (order) -------------------------> (idle)
+ *        ^                 |
+ *        |                 | 400: Failed for good
+ *        |                 | anything else, or no answer
+ *        |   0.5 s .. 8 s  v
+ *        +------------- (retry)      touched again: is it reported by now?
+ *
+ * A new attempt, or a lost node, cancels both.
+ */
 struct cube_charge {
     struct cube_manager *manager;
     struct cube_record *rec;
     struct cube_list dirty;
-    struct cube_http_call *order;
+    struct cube_http_call *order;  /* a delivery; stops are of the report */
     struct cube_timer retry;
     int tries;
-    int64_t explained_ms;
+    int64_t explained_ms;          /* when it last said why it waits */
     struct cube_health health;     /* of a task on a polled worker */
 };
 
@@ -25964,7 +26066,9 @@ static struct cube_time cube_manager_now(struct cube_manager *m)
 
 /* ---- Events ---- */
 
-/* Stages a line for the feed in the commit that fills; takes it over. */
+/* Stages a line for the feed in the commit that fills, under the number that
+ * the line already holds: staged_seq + 1. Takes the text over. When the store
+ * refuses it the whole commit fails, and with it the change that it tells. */
 static void cube_manager_log_event(struct cube_manager *m,
                                    struct cube_buf *text)
 {
@@ -26011,7 +26115,9 @@ static void cube_manager_log_node(struct cube_manager *m,
     cube_manager_log_event(m, &text);
 }
 
-/* A commit is done: show its events, or drop all that was staged. */
+/* A commit is done: show its events, or drop all that was staged, of later
+ * commits too, as the ledger does. Their numbers are given out again: nobody
+ * has seen them. */
 static void cube_manager_committed(void *arg, uint64_t commit,
                                    const struct cube_err *err)
 {
@@ -26063,7 +26169,8 @@ static void cube_report_free(struct cube_report *r)
     cube_free(r);
 }
 
-/* What this worker says of a task, or NULL; `n` may be NULL. */
+/* What this worker says of a task, or NULL; `n` may be NULL. Borrowed: the
+ * next event of that worker may free it. */
 static struct cube_report *cube_member_report(struct cube_member *n,
                                               const char *id)
 {
@@ -26081,7 +26188,8 @@ static void cube_member_drop(struct cube_member *n, const char *id)
 }
 
 /* Forgets all reports, or those that a listing has not shown, unless it is
- * too early for that. */
+ * too early for that: an order to a polled worker counts before the list
+ * shows it. The ID is copied, since the map's goes with its entry. */
 static void cube_member_forget(struct cube_member *n, bool unseen_only)
 {
     const char *id;
@@ -26099,7 +26207,8 @@ static void cube_member_forget(struct cube_member *n, bool unseen_only)
     }
 }
 
-/* Takes it off the list. Its tasks stay where their records say. */
+/* Takes it off the list. Its tasks stay where their records say; the next
+ * look finds no such node, which is as good as a lost one. */
 static void cube_member_free(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -26131,6 +26240,8 @@ static const char *cube_member_state_name(const struct cube_member *n)
     return n->refusal ? "refuses" : "up";
 }
 
+/* Is it one worker, under two names or one? Who has not said hello, or is of
+ * the Go program, has no UUID and is the same as itself only. */
 static bool cube_member_is_same(const struct cube_member *a,
                                 const struct cube_member *b)
 {
@@ -26194,7 +26305,8 @@ static void cube_member_print(struct cube_member *n, struct cube_buf *out)
     cube_buf_puts(out, "}");
 }
 
-/* It gave a sign of life. */
+/* It gave a sign of life: any line of its events, or an answered poll. One
+ * that was lost begins with a list, as `seq` is 0 since then. */
 static void cube_member_lives(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -26212,7 +26324,8 @@ static void cube_member_lives(struct cube_member *n)
 
 /* ---- What workers say ---- */
 
-/* Takes a task over as the newest word on it. */
+/* Takes a task over as the newest word on it, and owns it. Its record is
+ * looked at in this turn. */
 static void cube_member_heard(struct cube_member *n, struct cube_task *t)
 {
     struct cube_report *r = cube_map_get(&n->reports, t->id);
@@ -26418,7 +26531,8 @@ static int cube_member_line(struct cube_member *n, const char *text,
 
 static void cube_member_dial(void *arg); /* mutual recursion */
 
-/* Ends what is said on the line, and dials again. */
+/* Ends what is said on the line, and dials again. No callback of the call
+ * runs any more. Called from within one, the caller returns at once. */
 static void cube_member_hang_up(struct cube_member *n)
 {
     if (n->call)
@@ -26569,6 +26683,7 @@ static void cube_member_polled(void *arg, const struct cube_http_answer *a)
                    n);
 }
 
+/* Asks a polled worker; `fn` is called once, with the member. */
 static struct cube_http_call *
 cube_member_get(struct cube_member *n, const char *target,
                 void (*fn)(void *arg, const struct cube_http_answer *a))
@@ -26613,8 +26728,9 @@ static void cube_member_head(void *arg, const struct cube_http_head *h)
         n->is_polled = n->is_doubted = false;
 }
 
-/* The stream has ended. 404 means a worker without events; other refusals are
- * kept, since `cube node` shows them. */
+/* The stream has ended, or did not begin. 404 means a worker without events;
+ * other refusals are kept, since `cube node` shows them. The next dial comes
+ * after 0.2 s, then 0.4 and so on; 404 is no trouble, and polled at once. */
 static void cube_member_cut(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -26637,8 +26753,10 @@ static void cube_member_cut(void *arg, const struct cube_http_answer *a)
         n->dial_ms = n->dial_ms * 2 + 1;
 }
 
-/* Opens the event stream, from where the last one broke off if that is known.
- */
+/* Opens the event stream, from where the last one broke off if that is known;
+ * silence ends it. A polled worker is asked for its list instead, unless it
+ * has not answered lately: then the events are tried first, since a worker of
+ * ours may have taken its place. */
 static void cube_member_dial(void *arg)
 {
     struct cube_member *n = arg;
@@ -26705,7 +26823,8 @@ static int64_t cube_retry_ms(int tries)
 }
 
 /* A worker has orders of a later start: this store is an older copy. The
- * number goes up, on disk, before the next order. */
+ * number goes up at once and is on disk with this turn's commit. Should that
+ * be lost, the worker tells of it again. */
 static void cube_member_raise_epoch(struct cube_member *n, int64_t seen)
 {
     struct cube_manager *m = n->manager;
@@ -26724,7 +26843,13 @@ static void cube_member_raise_epoch(struct cube_member *n, int64_t seen)
              (long long)m->epoch);
 }
 
-/* A worker said 409: it learned of another cluster, or of a later epoch. */
+/* A worker said 409, with the cluster and the epoch that it obeys:
+ *
+ *     {"HTTPStatusCode":409,"Message":"...","Cluster":"5f..","Epoch":9}
+ *
+ * Of our cluster, we are an older copy and go past that epoch. Of another one,
+ * it takes no orders from us until it says another hello. A 409 without
+ * these two is about one attempt, and the reports tell of that. */
 static void cube_member_refused(struct cube_member *n,
                                 const struct cube_http_answer *a)
 {
@@ -26748,7 +26873,8 @@ static void cube_charge_retry(void *arg)
     cube_charge_touch(arg);
 }
 
-/* The order was not answered well: again, but later each time. */
+/* The order was not answered well: again, but later each time. The counter
+ * begins anew with a placement, or with an order that was answered. */
 static void cube_charge_later(struct cube_charge *c)
 {
     cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(++c->tries),
@@ -26824,7 +26950,10 @@ static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
     cube_charge_later(c);
 }
 
-/* Sends the task to its node. It may be sent again: the attempt tells. */
+/* Sends the task to its node, as the record on disk has it; nothing of it is
+ * borrowed until the answer. It may be sent again: the attempt tells. To a
+ * worker of the Go program the container that it had is named, which it takes
+ * for the order to replace that one. */
 static void cube_charge_deliver(struct cube_charge *c, struct cube_member *n)
 {
     struct cube_manager *m = c->manager;
@@ -26904,7 +27033,9 @@ static void cube_report_stop(struct cube_report *r, bool forget)
 
 /* ---- Placing ---- */
 
-/* What is promised to each node, added up once for a pass. */
+/* What is promised to each node, added up once for a pass, with the placements
+ * of that pass on top; its nodes borrow from the members. A pass does not
+ * free members, and so it ends with the pass. */
 struct cube_promises {
     struct cube_node *nodes;
     struct cube_member **members; /* the same order */
@@ -26977,7 +27108,8 @@ static const char *cube_manager_name_of(struct cube_manager *m,
     return NULL;
 }
 
-/* The node for a task, or NULL with the reasons in `why`. */
+/* The node for a task, or NULL with the reasons in `why`. `avoid` is the UUID
+ * of a worker, not a name: the same worker may be here under two. */
 static struct cube_member *cube_charge_place(struct cube_charge *c,
                                              const char *avoid,
                                              struct cube_buf *why)
@@ -27070,7 +27202,9 @@ static void cube_charge_schedule(struct cube_charge *c)
 
 /* ---- Reconciliation ---- */
 
-/* Its node is gone: it waits for another one. */
+/* Its node is gone: it waits for another one. The attempt stays what it is, so
+ * that it can still be found running there should the node be back first; it
+ * goes up with the next placement. */
 static void cube_charge_displace(struct cube_charge *c, const char *why)
 {
     struct cube_manager *m = c->manager;
@@ -27088,7 +27222,9 @@ static void cube_charge_displace(struct cube_charge *c, const char *why)
     cube_manager_stage(m, c->rec, "it needs another node");
 }
 
-/* The fields that a report tells. */
+/* The fields that a report tells; what was asked for is not among them, and
+ * `state` is the caller's. The ports change hands instead of being copied
+ * twice. */
 static void cube_task_observe(struct cube_task *t, const struct cube_task *r)
 {
     struct cube_task *from = cube_task_copy(r);
@@ -27166,8 +27302,9 @@ static void cube_charge_copy(struct cube_charge *c, const struct cube_task *r)
     cube_manager_stage(m, c->rec, why);
 }
 
-/* A worker has given up on a task. Another one may try once, with one start;
- * true when it was sent there. */
+/* A worker has given up on a task. Another one may try once, with one start
+ * (budget 0); true when it was sent there. Only one that was started again in
+ * vain, by a worker that restarts, and that has not been moved before. */
 static bool cube_charge_move(struct cube_charge *c, struct cube_member *n,
                              const struct cube_task *r)
 {
@@ -27214,7 +27351,8 @@ static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
                                       const struct cube_task *r);
 
-/* The rows of the table above that begin with `run`. */
+/* The rows of the essay's table that begin with `run`; `n` is the node that
+ * the record names, or NULL, and `r` what it says of the task, or NULL. */
 static void cube_charge_keep_running(struct cube_charge *c,
                                      struct cube_member *n,
                                      struct cube_report *r)
@@ -27257,7 +27395,9 @@ static void cube_charge_complete(struct cube_charge *c, const char *words)
     cube_manager_stage(m, c->rec, "it was stopped");
 }
 
-/* The rows of the table above that begin with `stop`. */
+/* The rows of the essay's table that begin with `stop`. An order to run that
+ * is under way is waited for: its answer says whether there is anything to
+ * stop. It ends for a worker that does not answer, too. */
 static void cube_charge_keep_stopped(struct cube_charge *c,
                                      struct cube_member *n,
                                      struct cube_report *r)
@@ -27332,7 +27472,9 @@ static bool cube_charge_see_strays(struct cube_charge *c)
     return false;
 }
 
-/* The one place where wanted and observed meet. */
+/* The one place where wanted and observed meet; the essay's table. Takes at
+ * most one step, and none while the last one is not on disk. Copies elsewhere
+ * come first: one of them may be newer than the record. */
 static void cube_charge_reconcile(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
@@ -27356,6 +27498,9 @@ static void cube_charge_reconcile(struct cube_charge *c)
         cube_charge_keep_running(c, n, r);
 }
 
+/* Looks at each charge that was touched. A step may touch others: then the
+ * pass goes on until none is left. What was promised is added up when the
+ * first task is placed, and dropped behind the last. */
 static void cube_manager_pass(void *arg)
 {
     struct cube_manager *m = arg;
@@ -27611,6 +27756,7 @@ struct cube_past {
     struct cube_map seen; /* keys; the values mean nothing */
 };
 
+/* Also when the one who asked has gone. */
 static void cube_past_free(void *arg)
 {
     struct cube_past *p = arg;
@@ -27647,6 +27793,9 @@ static void cube_past_add(struct cube_past *p, const char *line, size_t len,
     cube_buf_add(out, at, (size_t)(line + len - at) - 2); /* without }\n */
 }
 
+/* One line a call: events from the newest backwards, then `past`. For
+ * cube_reply_sliced: 1 more, 0 the end, -1 the store cannot be read, which
+ * cuts the answer short. */
 static int cube_past_piece(void *arg, struct cube_buf *out)
 {
     struct cube_past *p = arg;
@@ -27723,6 +27872,7 @@ struct cube_story {
     struct cube_buf first; /* its line from `past` */
 };
 
+/* Also when the one who asked has gone. */
 static void cube_story_free(void *arg)
 {
     struct cube_story *y = arg;
@@ -27732,6 +27882,7 @@ static void cube_story_free(void *arg)
     cube_free(y);
 }
 
+/* One line a call, as cube_past_piece; the line from `past` comes first. */
 static int cube_story_piece(void *arg, struct cube_buf *out)
 {
     struct cube_story *y = arg;
@@ -28134,6 +28285,7 @@ struct cube_relay {
     bool is_stream;
 };
 
+/* Its request must be answered, or gone. */
 static void cube_relay_free(struct cube_relay *y)
 {
     cube_buf_free(&y->refusal);
@@ -28149,6 +28301,7 @@ static void cube_relay_gone(void *arg)
     cube_relay_free(y);
 }
 
+/* The worker's status is not sent on yet: see below. */
 static void cube_relay_head(void *arg, const struct cube_http_head *head)
 {
     struct cube_relay *y = arg;
@@ -28196,7 +28349,9 @@ static void cube_relay_done(void *arg, const struct cube_http_answer *a)
     cube_relay_free(y);
 }
 
-/* Passes a request on to the task's worker: /tasks/{id} and `tail`. */
+/* Passes a request on to the task's worker: /tasks/{id} and `tail`. Answers at
+ * once when there is none to ask. A stream has no limit of time, since a task
+ * may say nothing for days; it ends with either side's connection. */
 static void cube_manager_relay(struct cube_manager *m,
                                struct cube_http_req *req, const char *tail,
                                bool is_stream)
@@ -28440,6 +28595,7 @@ static bool cube_manager_feed_list(void *arg, size_t *at, const char *only,
     return rec && !only;
 }
 
+/* What its feed says first to who begins to follow. */
 static void cube_manager_hello(void *arg, struct cube_buf *out)
 {
     struct cube_manager *m = arg;
@@ -28452,7 +28608,14 @@ static void cube_manager_hello(void *arg, struct cube_buf *out)
  * The cluster and its epoch. With the persistent store both stand in its meta
  * tree; a manager whose store is in memory keeps them in a small file, since
  * without them no worker would take its orders after a restart. On disk
- * before anything else is said.
+ * before anything else is said. The file, manager.id, with an example:
+ *
+ *      offset  size    meaning
+ *      0       36      the cluster's UUID     5f0c2a9e-...-9d3b1c77e0a4
+ *      36      1       a space
+ *      37      1..19   the epoch, in digits   12
+ *
+ * A file that cannot be read so is another cluster's beginning.
  */
 static int cube_manager_identify(struct cube_manager *m, bool is_memory,
                                  struct cube_err *err)
@@ -28488,7 +28651,9 @@ static int cube_manager_identify(struct cube_manager *m, bool is_memory,
     return r;
 }
 
-/* The last events of the store fill the ring, so that streams resume. */
+/* The last events of the store fill the ring, so that streams resume. Numbers
+ * go on from the last one on disk. Gaps occur where a sweep has removed old
+ * lines: the ring then begins behind the gap. */
 static int cube_manager_load_events(struct cube_manager *m,
                                     struct cube_err *err)
 {
@@ -28567,7 +28732,8 @@ static bool cube_manager_has_task_on(struct cube_manager *m, const char *name)
     return false;
 }
 
-/* "a:5556,b:5557" */
+/* "a:5556,b:5557"; NULL is the default, and empty names are passed over. Those
+ * that have joined before are here already and stay one node. */
 static int cube_manager_add_workers(struct cube_manager *m, const char *list,
                                     struct cube_err *err)
 {
