@@ -25747,51 +25747,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * way for a task, and one stop for each report. Nothing is concluded from
  * what a worker does not say before it has listed all that it has.
  *
- * Four races, and why each of them ends well. None has code of its own: what
- * happens is always the next row of the table.
- *
- * 1. A node is cut off and comes back. Its copy is of an older attempt, which
- *    makes it a stray:
- *
- *        manager            worker a           worker b
- *          | attempt 1 ------> runs 1
- *          |        x----------- (link cut: a is lost after 5 s)
- *          | attempt 2 -------------------------> runs 2
- *          | <---- "I run 1" -- (link back)
- *          | stop <= 1 ------> stops 1            runs 2
- *
- * 2. The answer to an order is lost, or the manager dies before it comes. The
- *    order is repeated until there is a report; the worker sees by its
- *    attempt that it has it already:
- *
- *        manager            worker
- *          | attempt 1 ------> on disk, starts
- *          |        x--------- 201
- *          x  (killed; starts again, reads: Scheduled, on that node)
- *          | <---- "I run 1"   a report: nothing to deliver
- *          |   or, if that comes later:
- *          | attempt 1 ------> 201, nothing changes
- *
- * 3. A stop overtakes the order to run. Nothing is reported, so the task is
- *    Completed; what is active although it has ended is a stray again:
- *
- *        manager            worker
- *          | attempt 1 --...   (under way, and given up after 10 s)
- *          | stop: Completed
- *          |           ...---> on disk, starts
- *          | <---- "I run 1"
- *          | stop <= 1 ------> stops 1
- *
- * 4. The store is an older copy: epochs and attempts in it have been used.
- *    Workers tell theirs, and the manager goes past the one and takes over
- *    the other, before it orders anything:
- *
- *        manager            worker
- *          | (epoch 8)         obeys epoch 9, runs attempt 5
- *          | <---- hello: 9
- *          | epoch 10, to disk
- *          | <---- "I run 5"   its record says 3, or nothing
- *          | attempt 5, to disk: it runs there already
+ * Four races, and why each ends well, are drawn under Reconciliation, below.
  *
  * A lost node is one that gave no sign of life for 5 s. A manager that was
  * itself asleep (its own clock tells: more than 2 s between two ticks) blames
@@ -25822,23 +25778,10 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    DELETE /nodes/{name}          forget a worker
  *    GET    /events, /healthz
  *
- * A typical sequence, as the loop makes the calls:
- *
- *    cube_manager_post      a task comes     cube_manager_accept stages it
- *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
- *    cube_manager_pass      Pending          cube_charge_schedule, _assign
- *    cube_manager_changed   it is on disk
- *    cube_manager_pass      no report        cube_charge_deliver
- *    cube_charge_delivered  201: a report    cube_member_heard
- *    cube_member_data       an event         cube_member_on_task, _heard
- *    cube_manager_pass      a report         cube_charge_copy: Running
- *
  * Naive on purpose: all records are looked at once a second, and each pass
- * over waiting tasks adds up what is promised to every node anew, which is
- * tasks times nodes. Both are fine for tens of thousands of tasks on some
- * hundred nodes; beyond that sums would be kept, and only records that can
- * change be touched. Two managers at once on copies of one store are not
- * told apart: each would go past the other's epoch, for ever.
+ * that places adds up all promises anew: tasks times nodes, fine for tens of
+ * thousands of tasks on some hundred nodes. Two managers on copies of one
+ * store would go past each other's epoch for ever.
  */
 
 /*
@@ -27201,6 +27144,65 @@ static void cube_charge_schedule(struct cube_charge *c)
 }
 
 /* ---- Reconciliation ---- */
+
+/*
+ * A typical sequence, as the loop makes the calls:
+ *
+ *    cube_manager_post      a task comes     cube_manager_accept stages it
+ *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
+ *    cube_manager_pass      Pending          cube_charge_schedule, _assign
+ *    cube_manager_changed   it is on disk
+ *    cube_manager_pass      no report        cube_charge_deliver
+ *    cube_charge_delivered  201: a report    cube_member_heard
+ *    cube_member_data       an event         cube_member_on_task, _heard
+ *    cube_manager_pass      a report         cube_charge_copy: Running
+ *
+ * Four races, and why each of them ends well. None has code of its own: what
+ * happens is always the next row of the table.
+ *
+ * 1. A node is cut off and comes back. Its copy is of an older attempt, which
+ *    makes it a stray:
+ *
+ *        manager            worker a           worker b
+ *          | attempt 1 ------> runs 1
+ *          |        x----------- (link cut: a is lost after 5 s)
+ *          | attempt 2 -------------------------> runs 2
+ *          | <---- "I run 1" -- (link back)
+ *          | stop <= 1 ------> stops 1            runs 2
+ *
+ * 2. The answer to an order is lost, or the manager dies before it comes. The
+ *    order is repeated until there is a report; the worker sees by its
+ *    attempt that it has it already:
+ *
+ *        manager            worker
+ *          | attempt 1 ------> on disk, starts
+ *          |        x--------- 201
+ *          x  (killed; starts again, reads: Scheduled, on that node)
+ *          | <---- "I run 1"   a report: nothing to deliver
+ *          |   or, if that comes later:
+ *          | attempt 1 ------> 201, nothing changes
+ *
+ * 3. A stop overtakes the order to run. Nothing is reported, so the task is
+ *    Completed; what is active although it has ended is a stray again:
+ *
+ *        manager            worker
+ *          | attempt 1 --...   (under way, and given up after 10 s)
+ *          | stop: Completed
+ *          |           ...---> on disk, starts
+ *          | <---- "I run 1"
+ *          | stop <= 1 ------> stops 1
+ *
+ * 4. The store is an older copy: epochs and attempts in it have been used.
+ *    Workers tell theirs, and the manager goes past the one and takes over
+ *    the other, before that worker gets an order:
+ *
+ *        manager            worker
+ *          | (epoch 8)         obeys epoch 9, runs attempt 5
+ *          | <---- hello: 9
+ *          | epoch 10, to disk
+ *          | <---- "I run 5"   its record says 3, or nothing
+ *          | attempt 5, to disk: it runs there already
+ */
 
 /* Its node is gone: it waits for another one. The attempt stays what it is, so
  * that it can still be found running there should the node be back first; it
