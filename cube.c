@@ -23881,6 +23881,9 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
  *   run      runs                record that it does; watch its health
  *   run      runs, but Failed    stop it (its health check failed)
  *   run      ended               record how; restart it when that is due
+ *   run      ended with its      Scheduled again, at no cost
+ *            engine, or by hand
+ *   run      created, no more    remove it: half a start
  *   run      an older attempt    stop and remove it, then as with nothing
  *   stop     runs                stop it, with its grace period
  *   stop     ended, created      remove it
@@ -23891,7 +23894,8 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
  * under way, or a change of its record is not on disk, it is left alone. The
  * restart count is on disk before the restart. When the engine is in trouble,
  * nothing is known any more: all units wait until it has listed its
- * containers again, and no task pays for it.
+ * containers again, and no task pays for it. The worst races are drawn under
+ * Reconciliation, below.
  *
  * Who owns what. A record carries the cluster, the epoch and the attempt of
  * its assignment, and so do the labels of its container. An order with an
@@ -23930,12 +23934,19 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_RETRY_COMMIT_MS 1000
 #define CUBE_REST_MS 2000                   /* after a step was refused */
 
+/*
+ * An object, made by cube_worker_new; on disk it is worker-NAME.cube, with the
+ * trees of the ledger (chapter 7), of which `meta` holds
+ *
+ *    worker    its UUID              cluster   whose orders it takes
+ *    runtime   where its tasks are   epoch     the highest that gave one
+ */
 struct cube_worker {
     struct cube_loop *loop;
     const struct cube_world *world;
     char *name, *listen, *data_dir, *join, *advertise, *token;
-    int64_t keep_ms;
-    bool take_over;
+    int64_t keep_ms;              /* what has ended is kept for so long */
+    bool take_over;               /* by the next manager, whoever it is */
     char uuid[CUBE_UUID_TEXT];
     char cluster[CUBE_UUID_TEXT]; /* "": of none yet */
     int64_t epoch;                /* the highest that gave an order */
@@ -23963,16 +23974,43 @@ struct cube_worker {
     struct cube_defer pass;
     struct cube_timer beat, sweep, rejoin, retry;
     struct cube_list peeks, askers; /* who waits for the engine */
-    struct cube_http_client *joiner;
-    struct cube_http_call *joining;
+    struct cube_http_client *joiner; /* NULL: it joins nobody */
+    struct cube_http_call *joining; /* a registration that is under way */
     bool has_joined;
 };
 
-/* A task on this worker: its record, and what is observed of it. */
+/*
+ * A task on this worker: its record, and what is observed of it. It is the
+ * `owner` of its record and goes with it. What it is doing:
+ *
+ *       (touched) -- cube_unit_reconcile --+--> nothing to do:      (idle)
+ *           ^                              +--> edits the record:   (pending)
+ *           |                              +--> asks the engine:    (busy)
+ *           |                                                         |
+ *           |  (idle)     something has changed                       |
+ *           +- (pending)  it is on disk                               |
+ *           +- (busy)     the step is over                            |
+ *           +- (resting)  2 s later  <--- refused, with a well engine +
+ *
+ * And what its record says meanwhile; a stop leads to Completed from each:
+ *
+ *        ordered, or adopted
+ *                 |
+ *                 v         its start is refused
+ *       +---> Scheduled ----------------------------> Failed (for good, when
+ *       |       ^    | it runs                         ^  |   no restart is
+ *       |       |    v         exits, is sick, is gone |  |   left)
+ *       |       +- Running ----------------------------+  |
+ *       |   taken    | exit 0, and the policy is          | restart_time
+ *       |   along by | not to run without end             | has come
+ *       |   its      v                                    |
+ *       |   engine Completed                              |
+ *       +-------------------------------------------------+
+ */
 struct cube_unit {
     struct cube_worker *worker;
     struct cube_record *rec;
-    struct cube_list dirty;
+    struct cube_list dirty;        /* in the worker's, while touched */
     struct cube_container *box;    /* of the record's attempt, or NULL */
     struct cube_container *stray;  /* of another attempt: to be removed */
     bool is_busy;                  /* a step is under way */
@@ -24011,7 +24049,7 @@ static void cube_box_free(struct cube_container *box)
     cube_free(box);
 }
 
-/* What a callback lends, to keep. */
+/* What a callback lends, to keep; cube_box_free frees it. */
 static struct cube_container *cube_box_copy(const struct cube_container *from)
 {
     struct cube_container *box = cube_alloc(sizeof *box);
@@ -24029,7 +24067,8 @@ static struct cube_container *cube_box_copy(const struct cube_container *from)
     return box;
 }
 
-/* The unit of a record, made when it is first asked for. */
+/* The unit of a record, made when it is first asked for. It is freed where the
+ * ledger says that the record goes, and nowhere before. */
 static struct cube_unit *cube_unit_of(struct cube_worker *w,
                                       struct cube_record *rec)
 {
@@ -24102,8 +24141,8 @@ static struct cube_time cube_worker_now(struct cube_worker *w)
 
 /* ---- The engine in trouble ---- */
 
-/* Nothing is known until the containers have been listed again: soon, then
- * at growing intervals. */
+/* Nothing is known until the containers have been listed again: in 0.1 s, then
+ * at growing intervals, up to 10 s. No unit takes a step meanwhile. */
 static void cube_worker_doubt(struct cube_worker *w)
 {
     int64_t in_ms = 100;
@@ -24128,7 +24167,8 @@ static int64_t cube_backoff_ms(int64_t restarts)
     return ms < CUBE_BACKOFF_MAX_MS ? ms : CUBE_BACKOFF_MAX_MS;
 }
 
-/* May this version be started again by the worker? */
+/* May this version be started again by the worker? A budget that came with the
+ * order (after a move: 0) is the limit, else it is the policy's. */
 static bool cube_version_may_restart(const struct cube_version *v)
 {
     if (v->keep.follows || v->task->wanted == CUBE_WANT_STOP ||
@@ -24163,8 +24203,9 @@ static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
     cube_version_plan(w, v);
 }
 
-/* The same as a change of the record on its own. What has run for long has
- * earned a new budget, however it came to its end. */
+/* The same as a change of the record on its own, for what did not end by an
+ * exit: it never started, is sick, or its container is gone. What has run for
+ * long has earned a new budget, however it came to its end. */
 static void cube_unit_fail(struct cube_unit *u, const char *words)
 {
     struct cube_worker *w = u->worker;
@@ -24199,9 +24240,11 @@ static void cube_unit_rest(struct cube_unit *u, const struct cube_err *err)
                    u);
 }
 
-/* A step is over: the unit may take the next one. When it ended in trouble,
- * nothing that was observed is believed any more. A list of containers that
- * is under way may be older than what the step has done. */
+/* A step is over: the unit may take the next one. `err` NULL: it worked. When
+ * it ended in trouble, nothing that was observed is believed any more. A list
+ * of containers that is under way may be older than what the step has done,
+ * and says nothing of this unit. What the engine said of it during the step
+ * is looked at now. A refused start is no reason to rest: it is Failed. */
 static void cube_unit_step_ends(struct cube_unit *u,
                                 const struct cube_err *err)
 {
@@ -24223,7 +24266,8 @@ static void cube_unit_step_ends(struct cube_unit *u,
     }
 }
 
-/* Puts a word about a start that waits for the engine on the record. */
+/* Puts a word about a start that waits for the engine on the record, once for
+ * each reason, so that an engine that is down for long writes one line. */
 static void cube_unit_explain(struct cube_unit *u, const char *words)
 {
     struct cube_ledger *g = u->worker->ledger;
@@ -24297,11 +24341,11 @@ static void cube_unit_start(struct cube_unit *u)
     w->runtime->ops->start(w->runtime, &what, cube_unit_started, u);
 }
 
-/* A stop is over. Its container is not gone yet: the next step removes it. */
+/* A stop is over. Its container is not gone yet: the next step removes it.
+ * While there is a stray, steps are about that (cube_unit_reconcile). */
 static void cube_unit_stopped(void *arg, const struct cube_err *err)
 {
     struct cube_unit *u = arg;
-
     struct cube_container *box = u->stray ? u->stray : u->box;
 
     if (!err && box)
@@ -24323,7 +24367,8 @@ static void cube_unit_removed(void *arg, const struct cube_err *err)
     cube_unit_step_ends(u, err);
 }
 
-/* Stops what runs, removes what does not: the next step to be rid of it. */
+/* Stops what runs, removes what does not: the next step to be rid of it. With
+ * the task's grace period; health is watched no longer. */
 static void cube_unit_dispose(struct cube_unit *u, struct cube_container *box)
 {
     struct cube_worker *w = u->worker;
@@ -24397,7 +24442,10 @@ static void cube_unit_exit_words(const struct cube_container *box,
         cube_buf_printf(out, "exited with code %d", (int)box->exit_code);
 }
 
-/* It has ended by itself: record how, and when it starts again. */
+/* It has ended by itself: record how, and when it starts again. Exit code 0 is
+ * Completed, unless the policy is to run without end; any other is Failed, for
+ * good when no restart is left. The container stays, for its logs, until the
+ * restart or the stop puts it away. */
 static void cube_unit_record_exit(struct cube_unit *u)
 {
     struct cube_worker *w = u->worker;
@@ -24429,7 +24477,8 @@ static void cube_unit_record_exit(struct cube_unit *u)
 }
 
 /* Its engine took it along, or a hand stopped it: it is put away and started
- * again, and that counts as nothing. */
+ * again, and that counts as nothing. Two steps: the record goes to Scheduled,
+ * then the container, which is still seen, goes. */
 static void cube_unit_record_interrupted(struct cube_unit *u)
 {
     struct cube_ledger *g = u->worker->ledger;
@@ -24476,7 +24525,8 @@ static void cube_unit_record_restart(struct cube_unit *u)
 
 /* ---- Health ---- */
 
-/* Failed on the record; the next steps stop it and start it again. */
+/* Failed on the record; the next steps stop it and start it again. `words` say
+ * what the checks met. */
 static void cube_unit_sick(void *arg, const char *words)
 {
     struct cube_unit *u = arg;
@@ -24487,6 +24537,44 @@ static void cube_unit_sick(void *arg, const char *words)
 
 /* ---- Reconciliation ---- */
 
+/*
+ * Four races, and why each of them ends well. None has code of its own: what
+ * happens is always the next row of the table.
+ *
+ * 1. The worker is killed between two steps. The record says what was wanted,
+ *    the labels what came of it, and a start begins with a look for them:
+ *
+ *        worker                      engine
+ *          | Scheduled, on disk
+ *          | create, start --------> runs (task, attempt 1, restart 0)
+ *          x  killed                 ... runs
+ *          | begins, lists --------> "I have that one"
+ *          | run, runs: Running
+ *
+ * 2. A stop comes while an image is pulled. The start is called off, and
+ *    whatever has come of it by then is what is observed:
+ *
+ *        stop, on disk --> start_cancel --> cube_unit_started, ECANCELED
+ *                                            | no container:   Completed
+ *                                            | a container:    stop, remove
+ *
+ * 3. A list is older than a step that ends before it arrives. What it says of
+ *    that unit is passed over (is_ahead), and the step believed:
+ *
+ *        list ----------> (engine counts: x)
+ *        remove x ------> (gone)
+ *              <--------- removed: is_ahead
+ *        <--------------- list, with x         not a container that is back
+ *
+ * 4. A newer attempt is ordered while the older one starts. The order changes
+ *    the record at once; the container that comes is then of another attempt:
+ *
+ *        attempt 1: start ----------------> (under way)
+ *        attempt 2, on disk                  busy: left alone
+ *        cube_unit_started  <-------------- container of attempt 1
+ *        stop it, remove it, start attempt 2
+ */
+
 /* Its time to be started again has come. */
 static void cube_unit_due(void *arg)
 {
@@ -24496,7 +24584,10 @@ static void cube_unit_due(void *arg)
     cube_unit_touch(u);
 }
 
-/* It waits for its time, or its time has come. */
+/* It waits for its time, or its time has come: then its old container goes
+ * first, as a step of its own, and the count goes up after. The time is the
+ * wall's, since it is kept over restarts of this program; a clock that was set
+ * back can make it wait for one backoff at the most. */
 static void cube_unit_await_restart(struct cube_unit *u)
 {
     struct cube_worker *w = u->worker;
@@ -24522,7 +24613,8 @@ static void cube_unit_watch(struct cube_unit *u)
                           cube_unit_sick, u);
 }
 
-/* What there is to see of a task that should run. */
+/* The rows of the essay's table that begin with `run`, where the container is
+ * of the attempt that the record names, or there is none. */
 static void cube_unit_keep_running(struct cube_unit *u)
 {
     const struct cube_task *t = u->rec->now->task;
@@ -24551,7 +24643,9 @@ static void cube_unit_keep_running(struct cube_unit *u)
         cube_unit_await_restart(u);
 }
 
-/* The one place where wanted and observed meet; takes at most one step. */
+/* The one place where wanted and observed meet; the essay's table. Takes at
+ * most one step, and none while the last one is under way or not on disk. A
+ * stray goes first: it may hold the ports that the right one needs. */
 static void cube_unit_reconcile(struct cube_unit *u)
 {
     struct cube_worker *w = u->worker;
@@ -24587,7 +24681,9 @@ static void cube_worker_pass(void *arg)
     }
 }
 
-/* A change is on disk: tell those who follow, and look at what it asks for. */
+/* A change is on disk: tell those who follow, and look at what it asks for.
+ * Frees the unit of a record that is gone. A start that is under way is called
+ * off when the wish is to stop: a pull can take minutes. */
 static void cube_worker_changed(void *arg, struct cube_record *rec,
                                 const struct cube_version *before)
 {
@@ -24651,7 +24747,8 @@ static void cube_worker_committed(void *arg, uint64_t commit,
 /* ---- Looking: what the engine has ---- */
 
 /* A container that nobody here knows, with our label: the store was lost, or
- * is older than it. Its labels say what it is. */
+ * is older than it. Its labels say what it is; one whose spec cannot be read is
+ * left alone and named in the log. */
 static void cube_worker_adopt(struct cube_worker *w,
                               const struct cube_container *box)
 {
@@ -24686,7 +24783,9 @@ static void cube_worker_adopt(struct cube_worker *w,
 }
 
 /* Gives a container to the unit it belongs to. Of two of one start the one
- * that runs is it; what is left over is a stray. */
+ * that runs is it; what is left over is a stray. One stray at a time is
+ * enough: the next look finds the next one. A container that is newer than
+ * the record is adopted, but not while the record is changing. */
 static void cube_worker_assign(struct cube_worker *w,
                                const struct cube_container *box)
 {
@@ -24711,7 +24810,9 @@ static void cube_worker_assign(struct cube_worker *w,
     }
 }
 
-/* Is every container that the engine was asked for accounted for. */
+/* The engine's list is here: what was observed of each unit is replaced by
+ * what it says. `list` is the runtime's, for this call. After an error nothing
+ * is touched, and it is asked again. */
 static void cube_worker_seen(void *arg, const struct cube_container *list,
                              size_t count, const struct cube_err *err)
 {
@@ -24815,7 +24916,9 @@ static void cube_worker_look_soon(struct cube_worker *w)
                        w);
 }
 
-/* The engine says that something changed: at one task, or (NULL) anywhere. */
+/* The engine says that something changed: at one task, or (NULL) anywhere. It
+ * is a hint and says where to look: one inspection for a container that is
+ * known, else a look at all, soon, which serves a hundred hints at once. */
 static void cube_worker_stirred(void *arg, const char *task_id)
 {
     struct cube_worker *w = arg;
@@ -24894,7 +24997,9 @@ static void cube_worker_belongs(void *arg)
     w->epoch = w->next_epoch;
 }
 
-/* Stages whose orders it takes, in the commit that fills. */
+/* Stages whose orders it takes, in the commit that fills. Until that is on
+ * disk next_cluster and next_epoch are what later orders are measured by, and
+ * a commit that fails sets them back (cube_worker_committed). */
 static void cube_worker_note_cluster(struct cube_worker *w,
                                      const char *cluster, int64_t epoch)
 {
@@ -24912,7 +25017,9 @@ static void cube_worker_note_cluster(struct cube_worker *w,
     cube_ledger_join(w->ledger);
 }
 
-/* Makes a record, new or not, what the event asks for. */
+/* Makes a record, new or not, what the event asks for, and stages it; takes the
+ * event's task over. All that is observed begins anew; the old container, if
+ * there is one, is of an older attempt from now on. */
 static void cube_worker_take(struct cube_worker *w, struct cube_event *e)
 {
     struct cube_record *rec = cube_ledger_find(w->ledger, e->task->id);
@@ -25385,7 +25492,9 @@ static bool cube_host_is_any(const char *where)
            cube_text_starts(where, "[::]");
 }
 
-/* Where managers find this worker: what was said, or where it listens. */
+/* Where managers find this worker: what was said, or where it listens. -1: no
+ * manager elsewhere could reach that, which is better said at once than found
+ * out from a node that never comes up. */
 static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
 {
     struct cube_buf base = {0};
@@ -25668,6 +25777,8 @@ static void cube_worker_free_texts(struct cube_worker *w)
     cube_free(w->token);
 }
 
+/* Whoever could call back goes first: server, runtime, timers, calls. Then
+ * what they would have called for. Containers run on. */
 CUBE_API void cube_worker_free(struct cube_worker *w)
 {
     if (!w)
@@ -25758,8 +25869,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * Events. Each change is a line in the tree `events` under its number, in the
  * same commit as the change, and says why; the feed shows it once it is on
  * disk. The stream's name is the cluster, so those who follow can resume
- * across restarts of the manager. The same lines are the cluster's history:
- * what was at some time is what they say when they are read back from there.
+ * across restarts of the manager. The same lines are the cluster's history.
  *
  * Workers of the Go program know no events: they answer 404, and are asked
  * for tasks and stats every two seconds. They neither restart nor check
