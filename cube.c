@@ -14118,8 +14118,22 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
  *    cube_task_print(e->task, &out);
  *    cube_event_free(e);
  *
+ * The second half is what worker and manager have in common as keepers of
+ * tasks, so that both keep to the rule of the 201 by the same code:
+ *
+ *    ledger   records, committed or on their way; memory follows the disk
+ *    vow      an answer that leaves once what it says is on disk
+ *    sliced   an answer that is too long for one turn
+ *    feed     every change, pushed to whoever follows
+ *    health   a GET on the task's path, until it fails too often
+ *
+ *    edit, stage --> commit --> on_change --> feed --> followers
+ *         `--> vow ......on disk......> 201
+ *
  * Naive on purpose: a key is found by walking the table, from behind the key
- * before it, so that what we wrote ourselves is found at the first look.
+ * before it, so that what we wrote ourselves is found at the first look. All
+ * records are in memory, a kilobyte or two each: a million tasks would want a
+ * cache over the store.
  */
 
 #define CUBE_TASK_NAME_MAX 255   /* characters of a name, or an image's */
@@ -14128,21 +14142,21 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
 
 /* ---- States ----
  *
- *    submitted            placed                  it runs
- *   ----------> PENDING -----------> SCHEDULED -----------> RUNNING --+
- *                ^ | ^                | ^ | ^ |             | ^ | |   | looks
- *                | | |   node lost    | | | +-+ told again  | +-+-|---+ the
- *                | | +----------------+ | |                 |     |     same
- *                | | |                  | +-----------------|---+ |
- *                | | +-- node lost -----|-------------------+   | |
- *                | |                    | restart, move         v v
- *                | |                    +-------------------- FAILED
- *                | +-----------+                              | |
- *                +-------------|--- nothing fits -------------+ |
- *                              v                                |
- *                          COMPLETED <--- stopped --------------+
- *                     (also from SCHEDULED when stopped, and from RUNNING
- *                      when it ends with 0; nothing leaves COMPLETED)
+ *    submitted --> PENDING --placed--> SCHEDULED --it runs--> RUNNING --+
+ *                     ^                 ^     |                | | looks|
+ *         node lost,  |         restart |     | cannot start   | | the  |
+ *         nothing fits|                 |     v                | | same |
+ *                     +---------------- FAILED <---exited, sick+ +------+
+ *                                                              |
+ *                                                              v ended with 0
+ *                    (stopped in whichever state) -------> COMPLETED
+ *
+ *    from       to Pending     Scheduled     Running    Completed  Failed
+ *    Pending       -           placed        -          stopped    -
+ *    Scheduled     node lost   told again    it runs    stopped    cannot start
+ *    Running       node lost   moved         it runs    ended, 0   exited, sick
+ *    Completed     -           -             -          -          -
+ *    Failed        none fits   restart       -          stopped    -
  *
  * A manager asks this of what a worker reports: a step that may not be is not
  * taken over. Both must be one of the five.
@@ -14359,6 +14373,8 @@ static void cube_text_print(const void *field, struct cube_buf *out)
     cube_json_put_text(out, *(char *const *)field);
 }
 
+/* An empty text counts as not set: of our own fields it is not written, and in
+ * a specification it is the same as none. */
 static bool cube_text_is_set(const void *field)
 {
     return **(char *const *)field != 0;
@@ -14472,6 +14488,8 @@ static int cube_f64_read(void *field, struct json_value_s *v, bool is_strict,
     return cube_json_f64(v, field);
 }
 
+/* In the fewest digits that read back as the same number: 0.1, not
+ * 0.1000000000000000055. */
 static void cube_f64_print(const void *field, struct cube_buf *out)
 {
     cube_json_put_f64(out, *(const double *)field);
@@ -14567,6 +14585,8 @@ static const struct cube_kind cube_kind_of_state = {
 
 /* Wishes: enum cube_wanted. */
 
+/* Words and not numbers, as this field is Cube's own: it needs no place in Go's
+ * enumeration. */
 static int cube_wanted_read(void *field, struct json_value_s *v,
                             bool is_strict, struct cube_err *err)
 {
@@ -14689,6 +14709,8 @@ static int cube_words_read(void *field, struct json_value_s *v, bool is_strict,
     return 0;
 }
 
+/* Its fields are our own and printed when set only, so there is no null
+ * here. */
 static void cube_words_print(const void *field, struct cube_buf *out)
 {
     const struct cube_texts *t = field;
@@ -14807,6 +14829,8 @@ static void cube_publishes_init(void *field)
     ((struct cube_publishes *)field)->is_null = true;
 }
 
+/* To what init makes, as all frees here: a field is freed before it is read
+ * anew, and must be valid if that read then fails. */
 static void cube_publishes_free(void *field)
 {
     struct cube_publishes *p = field;
@@ -14847,6 +14871,7 @@ static int cube_publishes_read(void *field, struct json_value_s *v,
     return 0;
 }
 
+/* The null of a map that was never made; see cube_exposed_print. */
 static void cube_publishes_print(const void *field, struct cube_buf *out)
 {
     const struct cube_publishes *p = field;
@@ -15024,6 +15049,7 @@ static bool cube_ports_is_set(const void *field)
     return ((const struct cube_ports *)field)->count > 0;
 }
 
+/* Three levels deep: ports, their bindings, the texts of these. */
 static void cube_ports_copy(void *field, const void *from)
 {
     const struct cube_ports *p = from;
@@ -15138,7 +15164,8 @@ static const struct cube_field cube_task_fields[] = {
     CUBE_TASK_OWN("CreatedTime", cube_kind_of_time, created_time),
 };
 
-/* The record must be zeros. Kinds without an init are right that way. */
+/* Makes every field valid and unset. The record must be zeros; kinds without an
+ * init are right that way. */
 static void cube_record_init(const struct cube_field *fields, size_t count,
                              void *record)
 {
@@ -15478,6 +15505,7 @@ CUBE_API void cube_event_free(struct cube_event *e)
     cube_free(e);
 }
 
+/* Go's four keys always, ours when they are set. */
 CUBE_API void cube_event_print(const struct cube_event *e,
                                struct cube_buf *out)
 {
@@ -15500,6 +15528,7 @@ static struct cube_event *cube_event_from_json(struct json_value_s *v,
     return NULL;
 }
 
+/* `*out` is the caller's after 0, NULL after -1. */
 CUBE_API int cube_event_parse(const char *json, size_t len, bool is_strict,
                               struct cube_event **out, struct cube_err *err)
 {
@@ -15552,7 +15581,8 @@ CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
 
 /* ---- Could it ever run? ---- */
 
-/* Not isalnum, which follows the program's locale. */
+/* A letter or a digit of ASCII. Not isalnum, which follows the program's
+ * locale. */
 static bool cube_is_alnum(char c)
 {
     return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
@@ -15619,8 +15649,8 @@ static bool cube_image_is_host(const char *p, size_t len)
     return false;
 }
 
-/* host, host:port, [ipv6]:port Letters are not checked for being hexadecimal
- * in brackets: what resolves is the engine's to find out. */
+/* host, host:port or [ipv6]:port. Letters in brackets are not checked for
+ * being hexadecimal: what resolves is the engine's to find out. */
 static bool cube_image_host_ok(const char *p, size_t len)
 {
     const char *bracket = p[0] == '[' ? memchr(p, ']', len) : NULL;
@@ -15643,7 +15673,7 @@ static bool cube_image_host_ok(const char *p, size_t len)
             !cube_text_u64(p + host + 1, len - host - 1, 65535, &port));
 }
 
-/* [host[:port]/]part[/part...] The host counts towards the length. */
+/* [host[:port]/]part[/part...]; the host counts towards the length. */
 static bool cube_image_name_ok(const char *p, size_t len)
 {
     const char *slash = memchr(p, '/', len);
@@ -15924,9 +15954,14 @@ typedef void cube_ledger_drop_fn(void *arg, struct cube_record *rec);
 
 struct cube_ledger;
 
-/* The ledger's place among those who wait for a commit. Two, chosen by the
+/*
+ * The ledger's place among those who wait for a commit. Two, chosen by the
  * lowest bit of the commit's number: at any time one commit syncs and one
- * fills, and their numbers are neighbours. */
+ * fills, and their numbers are neighbours.
+ *
+ *     commit 8 syncs    waits[0] {commit 8}     waits[1] {commit 9} fills
+ *     8 is on disk      waits[0] free           waits[1] syncs next
+ */
 struct cube_ledger_wait {
     struct cube_commit_wait wait;
     struct cube_ledger *ledger;
@@ -15958,7 +15993,9 @@ struct cube_ledger {
 #define CUBE_RESTARTS 3                     /* of policy on-failure */
 #define CUBE_KEEP_MS (168LL * 3600 * 1000)  /* what has ended, and events */
 
-/* Is it restarted without limit, also after a success? */
+/* Is it restarted without limit, also after a success? To Docker the two
+ * policies differ in what its own restart does to a container that was stopped;
+ * here a task that was stopped is Completed, and stays so under both. */
 static bool cube_task_is_endless(const struct cube_task *t)
 {
     return strcmp(t->restart_policy, "always") == 0 ||
@@ -16016,7 +16053,7 @@ static struct cube_version *cube_record_latest(const struct cube_record *rec)
 }
 
 /* The numbers of a keep, by their names on disk. As in the task's table, one
- * row serves reading and printing. */
+ * row serves reading and printing. Flags and UUIDs are too few for a table. */
 static const struct cube_keep_field {
     const char *name;
     size_t offset;
@@ -16104,6 +16141,8 @@ static void cube_number_key(int64_t number, unsigned char key[8])
         key[i] = (unsigned char)((uint64_t)number >> (56 - 8 * i));
 }
 
+/* The way back. The store's keys are as long as they were put; what is behind
+ * eight bytes would not be ours. */
 static int64_t cube_number_of_key(const unsigned char *key, size_t len)
 {
     uint64_t n = 0;
@@ -16443,6 +16482,7 @@ static void cube_vow_keep(void *arg, const struct cube_err *err)
     cube_vow_free(p);
 }
 
+/* The client has hung up. The vow stays: `kept` is still to be called. */
 static void cube_vow_gone(void *arg)
 {
     struct cube_vow *p = arg;
@@ -16455,8 +16495,8 @@ static void cube_vow_gone(void *arg)
  * itself; it is returned so that `kept` can be set. `req` may be NULL, for a
  * change that nobody is to be told of. */
 static struct cube_vow *cube_reply_kept(struct cube_commit *c,
-                                            struct cube_http_req *req,
-                                            int status, struct cube_buf *body)
+                                        struct cube_http_req *req, int status,
+                                        struct cube_buf *body)
 {
     struct cube_vow *p = cube_alloc(sizeof *p);
 
@@ -16518,7 +16558,8 @@ static void cube_reply_healthy(void *arg, struct cube_http_req *req)
  * that was the last, -1 what it comes from cannot be read. */
 typedef int cube_piece_fn(void *arg, struct cube_buf *out);
 
-/* Of the request's lifetime. `arg` is freed with it, by `end`. */
+/* Of the request's lifetime, or shorter: it ends with the last piece, or when
+ * the client has gone. `arg` is freed with it, by `end`. */
 struct cube_sliced {
     struct cube_loop *loop;
     struct cube_http_req *req;
@@ -16528,6 +16569,8 @@ struct cube_sliced {
     void *arg;
 };
 
+/* Runs once: at the end of the answer, or as the request's on_gone, whichever
+ * comes. The request itself is the server's. */
 static void cube_sliced_free(void *arg)
 {
     struct cube_sliced *g = arg;
@@ -16595,7 +16638,8 @@ static void cube_reply_sliced(struct cube_loop *l, struct cube_http_req *req,
     cube_defer_set(l, &g->next, cube_sliced_turn, g);
 }
 
-/* A list of all tasks that is being sent. */
+/* A list of all tasks that is being sent. Its cursor pins the commit that it
+ * began with. */
 struct cube_listing {
     struct cube_cursor *cursor;
     int place; /* 1: at a record, 0: at the end, -1: it cannot be read */
@@ -16636,6 +16680,8 @@ static void cube_listing_add(struct cube_listing *g, const char *value,
     cube_buf_add(out, at, (size_t)(value + len - 1 - at));
 }
 
+/* A record, or at the end the bracket: `[` came with the first record, so a
+ * list without one is written whole here. */
 static int cube_listing_piece(void *arg, struct cube_buf *out)
 {
     struct cube_listing *g = arg;
@@ -16703,8 +16749,8 @@ typedef bool cube_feed_list_fn(void *arg, size_t *at, const char *only,
 typedef void cube_feed_hello_fn(void *arg, struct cube_buf *out);
 
 /* One stream of changes, numbered from 1 without gaps. It is a member of its
- * keeper, which sets `list`, `hello` and `arg` after cube_feed_init. The
- * ring's lines are `first` to `last`; `first` is `last + 1` while it is
+ * keeper, which sets `list`, `moved`, `hello` and `arg` after cube_feed_init.
+ * The ring's lines are `first` to `last`; `first` is `last + 1` while it is
  * empty. */
 struct cube_feed {
     struct cube_loop *loop;
@@ -16753,6 +16799,8 @@ static const char *cube_line_find(const char *line, size_t len,
     return at ? at + strlen(mark) : NULL;
 }
 
+/* Is it a line of that type? All lines begin with {"Type":" and so nothing has
+ * to be searched: the type stands at byte 9. */
 static bool cube_line_is(const char *line, size_t len, const char *type)
 {
     size_t n = strlen(type);
@@ -16782,6 +16830,8 @@ static bool cube_line_task(const char *line, size_t len,
     return true;
 }
 
+/* Does it tell of that task? Lines about nodes, and signs of life, are of
+ * none. */
 static bool cube_line_is_about(const char *line, size_t len, const char *id)
 {
     char whose[CUBE_UUID_TEXT];
@@ -16810,6 +16860,7 @@ static void cube_follower_free(struct cube_follower *w)
     cube_free(w);
 }
 
+/* As the on_gone of its request, which the server is about to free. */
 static void cube_follower_gone(void *arg)
 {
     cube_follower_free(arg);
@@ -16831,7 +16882,10 @@ static void cube_feed_close(struct cube_feed *f)
         cube_free(f->ring[i]);
 }
 
-/* Begins the listing, or begins it anew when the ring overtook a slow one. */
+/* Begins the listing, or begins it anew: when the ring overtook a slow one, or
+ * the list's places moved under its reader. What is in `listed` at the end is
+ * the number from here, so that whoever resumes from it misses nothing of what
+ * changed meanwhile. */
 static void cube_follower_reset(struct cube_follower *w)
 {
     struct cube_buf line = {0};
@@ -17095,7 +17149,8 @@ struct cube_health {
     void *arg;
 };
 
-/* A member of a task at 0 asks for the default. */
+/* A member of a task at 0 (a negative one is refused at the door) asks for the
+ * default. */
 static int64_t cube_or(int64_t value, int64_t otherwise)
 {
     return value > 0 ? value : otherwise;

@@ -632,6 +632,123 @@ TEST(states_change_as_the_table_says)
     }
 }
 
+/* ---- Drawings ---- */
+
+/* At cube_listing_add and cube_number_key: what a store holds of a record. */
+TEST(a_record_lies_in_the_store_as_it_is_drawn)
+{
+    struct cube_version v = {.task = cube_task_new(), .keep = {.number = 7}};
+    struct cube_listing list = {0};
+    struct cube_buf value = {0}, task = {0}, out = {0};
+    unsigned char key[8];
+
+    cube_number_key(7, key);
+    CHECK(memcmp(key, "\0\0\0\0\0\0\0\7", 8) == 0);
+    CHECK_INT(cube_number_of_key(key, 8), 7);
+    cube_text_set(&v.task->name, "\"Hidden\":1, \"Task\":");
+    cube_task_print(v.task, &task);
+    cube_version_print(&v, &value);
+    CHECK(cube_text_starts(value.data, "{\"Number\":7,\"Epoch\":0,"));
+    CHECK_HAS(value.data, ",\"Hidden\":0,");
+    CHECK_STR(strstr(value.data, ",\"Task\":") + 8 + task.len, "}");
+    cube_listing_add(&list, value.data, value.len, &out);
+    CHECK_STR(out.data + 1, task.data);
+    cube_buf_clear(&out);
+    cube_buf_clear(&value);
+    v.keep.is_hidden = true;
+    cube_version_print(&v, &value);
+    cube_listing_add(&list, value.data, value.len, &out);
+    CHECK_STR(out.data, "");
+    cube_task_free(v.task);
+    cube_buf_free(&value);
+    cube_buf_free(&task);
+    cube_buf_free(&out);
+}
+
+/* At cube_task_add and cube_ports_slot. */
+TEST(lists_grow_and_are_sorted_as_they_are_drawn)
+{
+    static const size_t room[] = {0, 1, 2, 4, 4, 8, 8, 8, 8};
+    struct cube_task *t = cube_task_new();
+
+    for (size_t n = 1; n < COUNT(room); n++) {
+        cube_task_add(&t->cmd, "x");
+        if (room[n] > room[n - 1]) /* the new room is ours to write to */
+            memset(t->cmd.list + n, 0, (room[n] - n) * sizeof *t->cmd.list);
+    }
+    cube_task_expose(t, "443");
+    cube_task_expose(t, "80");
+    cube_task_expose(t, "53/udp");
+    REQUIRE(t->exposed_ports.count == 3);
+    CHECK_STR(t->exposed_ports.list[0], "443/tcp");
+    CHECK_STR(t->exposed_ports.list[1], "53/udp");
+    CHECK_STR(t->exposed_ports.list[2], "80/tcp");
+    cube_task_free(t);
+}
+
+static bool list_nothing(void *arg, size_t *at, const char *only,
+                         struct cube_buf *out)
+{
+    (void)arg;
+    (void)at;
+    (void)only;
+    (void)out;
+    return false;
+}
+
+/* At cube_feed_push, with the ring as large as it is; and at struct
+ * cube_feed: what can be resumed from. */
+TEST(a_ring_of_lines_turns_as_it_is_drawn)
+{
+    struct cube_loop *l = cube_loop_new(cube_world_real(), NULL);
+    struct cube_feed f;
+    uint64_t next = 0;
+
+    cube_feed_init(&f, l, "S", 0);
+    f.list = list_nothing;
+    CHECK_UINT(f.first, 1);
+    for (int i = 0; i < CUBE_FEED_RING; i++)
+        cube_feed_push(&f, cube_text_dup("x\n"));
+    CHECK_UINT(f.first, 1);
+    CHECK_UINT(f.last, CUBE_FEED_RING);
+    CHECK(cube_feed_can_resume(&f, "S:0", &next));
+    cube_feed_push(&f, cube_text_dup("new\n"));
+    CHECK_UINT(f.first, 2);
+    CHECK_UINT(f.last, CUBE_FEED_RING + 1);
+    CHECK_STR(f.ring[f.last % CUBE_FEED_RING], "new\n");
+    CHECK(!cube_feed_can_resume(&f, "S:0", &next));   /* line 1 is gone */
+    CHECK(cube_feed_can_resume(&f, "S:1", &next));
+    CHECK_UINT(next, 2);
+    CHECK(cube_feed_can_resume(&f, "S:4097", &next)); /* has seen all */
+    CHECK(!cube_feed_can_resume(&f, "S:4098", &next));
+    CHECK(!cube_feed_can_resume(&f, "T:4097", &next));
+    CHECK(!cube_feed_can_resume(&f, NULL, &next));
+    cube_feed_close(&f);
+    cube_loop_free(l);
+}
+
+/* At cube_line_is and cube_line_task. */
+TEST(lines_say_what_they_are_and_of_whom)
+{
+    static const char task[] =
+        "{\"Type\":\"task\",\"Seq\":1,\"Task\":{\"ID\":"
+        "\"efeadce0-d016-4a39-882a-d2c5196cce1c\",\"Name\":\"a\"}}\n";
+    static const char gone[] =
+        "{\"Type\":\"gone\",\"Seq\":2,\"Why\":\"\\\"ID\\\":\\\"x\","
+        "\"ID\":\"efeadce0-d016-4a39-882a-d2c5196cce1c\"}\n";
+    static const char node[] = "{\"Type\":\"node\",\"Node\":{}}\n";
+    char id[CUBE_UUID_TEXT];
+
+    CHECK(cube_line_is(task, sizeof task - 1, "task"));
+    CHECK(!cube_line_is(task, sizeof task - 1, "tas"));
+    CHECK(cube_line_task(task, sizeof task - 1, id));
+    CHECK_STR(id, "efeadce0-d016-4a39-882a-d2c5196cce1c");
+    id[0] = 0;
+    CHECK(cube_line_task(gone, sizeof gone - 1, id));
+    CHECK_STR(id, "efeadce0-d016-4a39-882a-d2c5196cce1c");
+    CHECK(!cube_line_task(node, sizeof node - 1, id));
+}
+
 TEST(failed_is_finished_only_when_no_restart_is_due)
 {
     struct cube_task *t = cube_task_new();
