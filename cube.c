@@ -8966,6 +8966,11 @@ CUBE_API int cube_store_del(struct cube_store *s, const char *tree,
     return cube_store_stage(s, tree, key, key_len, NULL, 0, true, err);
 }
 
+CUBE_API const char *cube_store_tree(const struct cube_store *s, int i)
+{
+    return i >= 0 && i < s->name_count ? s->names[i] : NULL;
+}
+
 CUBE_API bool cube_store_is_dirty(const struct cube_store *s)
 {
     return s->batch.len > CUBE_STORE_HEAD;
@@ -12522,8 +12527,8 @@ static bool cube_http_check_access(struct cube_http_req *req,
     if (!is_public && host && !req->is_unix &&
         !cube_http_host_is_known(req->server, host))
         return cube_http_refuse(req, 403, "this server is not known as "
-                                "'%.200s': use its address, or add the name "
-                                "to its host names", host);
+                                "'%.200s': use its address, or allow the name "
+                                "(--allow-host %.200s)", host, host);
     if (cube_http_is_health(req) || cube_http_has_token(req))
         return true;
     cube_http_reply_header(req, "WWW-Authenticate", "Bearer");
@@ -14138,6 +14143,7 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
 
 #define CUBE_TASK_NAME_MAX 255   /* characters of a name, or an image's */
 #define CUBE_TASK_PORTS_MAX 1024 /* ports in one map of a task */
+#define CUBE_TASK_MEM_MIN (6 << 20) /* bytes; Docker takes no less */
 #define CUBE_TASK_CPU_MAX 1e6    /* cores; engines count in 10^-9 of one */
 
 /* ---- States ----
@@ -15806,6 +15812,10 @@ static int cube_task_check_numbers(const struct cube_task *t,
     if (!(t->cpu >= 0 && t->cpu <= CUBE_TASK_CPU_MAX))
         return cube_fail(err, CUBE_EINVAL,
                          "Cpu: %g is no number of cores", t->cpu);
+    if (t->mem_bytes > 0 && t->mem_bytes < CUBE_TASK_MEM_MIN)
+        return cube_fail(err, CUBE_EINVAL, "Memory: %lld bytes are less than "
+                         "an engine takes: at least %d (6m), or 0 for no limit",
+                         (long long)t->mem_bytes, CUBE_TASK_MEM_MIN);
     for (size_t i = 0; i < CUBE_COUNT(rows); i++) {
         if (rows[i].value < 0)
             return cube_fail(err, CUBE_EINVAL, "%s: %lld is negative",
@@ -16708,6 +16718,181 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
     g->place = cube_cursor_first(g->cursor, NULL);
     cube_reply_sliced(l->loop, req, "application/json", cube_listing_piece,
                       cube_listing_free, g);
+}
+
+/* ---- Copies of a store, sent ---- */
+
+/*
+ * All trees of a store as of one commit, as frames:
+ *
+ *       0      1          5          9          9 + a      9 + a + b
+ *       +------+----------+----------+----------+----------+
+ *       | kind |    a     |    b     | a bytes  | b bytes  |   a, b: lengths,
+ *       +------+----------+----------+----------+----------+   low byte first
+ *       'T'     a tree's name, b is 0: what follows is of this tree
+ *       'R'     a key, and its value
+ *       'E'     how many R there were, in digits; the last frame
+ *
+ * The tree "t" in which "k" is "v", whole:
+ *
+ *       54 01 00 00 00 00 00 00 00 74           T 1 0 t
+ *       52 01 00 00 00 01 00 00 00 6b 76        R 1 1 k v
+ *       45 01 00 00 00 00 00 00 00 31           E 1 0 1
+ *
+ * Records and not the file's bytes, since so a store in memory can be copied
+ * too, and what arrives is a new file without garbage that has been read
+ * through, here and there.
+ */
+#define CUBE_COPY_HEAD 9
+#define CUBE_COPY_COMMIT (1u << 20) /* bytes that a receiver commits at once */
+
+static void cube_copy_frame(struct cube_buf *out, char kind, const void *a,
+                            size_t a_len, const void *b, size_t b_len)
+{
+    uint8_t head[CUBE_COPY_HEAD];
+
+    head[0] = (uint8_t)kind;
+    cube_store_put32(head + 1, (uint32_t)a_len);
+    cube_store_put32(head + 5, (uint32_t)b_len);
+    cube_buf_add(out, head, sizeof head);
+    cube_buf_add(out, a, a_len);
+    cube_buf_add(out, b, b_len);
+}
+
+/* The sender; of its request's lifetime. */
+struct cube_copy {
+    struct cube_store *store;
+    struct cube_store_snap *snap;
+    struct cube_cursor *cursor; /* in tree number `tree`; NULL: to be opened */
+    int tree, place;
+    uint64_t count;
+};
+
+static void cube_copy_free(void *arg)
+{
+    struct cube_copy *y = arg;
+
+    cube_cursor_close(y->cursor);
+    cube_store_snapshot_close(y->snap);
+    cube_free(y);
+}
+
+/* Begins the next tree, or ends: what cube_piece_fn returns. */
+static int cube_copy_next_tree(struct cube_copy *y, struct cube_buf *out)
+{
+    const char *name;
+    char count[24];
+
+    cube_cursor_close(y->cursor);
+    y->cursor = NULL;
+    name = cube_store_tree(y->store, y->tree++);
+    if (!name) {
+        (void)snprintf(count, sizeof count, "%llu",
+                       (unsigned long long)y->count);
+        cube_copy_frame(out, 'E', count, strlen(count), "", 0);
+        return 0;
+    }
+    cube_copy_frame(out, 'T', name, strlen(name), "", 0);
+    y->cursor = cube_cursor_open_snapshot(y->snap, name, NULL);
+    y->place = cube_cursor_first(y->cursor, NULL);
+    return 1;
+}
+
+static int cube_copy_piece(void *arg, struct cube_buf *out)
+{
+    struct cube_copy *y = arg;
+    const void *key, *value;
+    size_t key_len, value_len;
+
+    if (!y->cursor || y->place == 0)
+        return cube_copy_next_tree(y, out);
+    if (y->place < 0 ||
+        cube_cursor_value(y->cursor, &value, &value_len, NULL) < 0)
+        return -1;
+    key = cube_cursor_key(y->cursor, &key_len);
+    cube_copy_frame(out, 'R', key, key_len, value, value_len);
+    y->count++;
+    y->place = cube_cursor_next(y->cursor, NULL);
+    return 1;
+}
+
+/* Answers with all that is committed now, whatever is committed meanwhile. */
+static void cube_reply_copy(struct cube_loop *l, struct cube_http_req *req,
+                            struct cube_store *s)
+{
+    struct cube_copy *y = cube_alloc(sizeof *y);
+
+    y->store = s;
+    y->snap = cube_store_snapshot(s);
+    cube_reply_sliced(l, req, "application/octet-stream", cube_copy_piece,
+                      cube_copy_free, y);
+}
+
+/* The receiver: of the caller's lifetime; `rest` is to be freed. */
+struct cube_copy_reader {
+    struct cube_store *store; /* borrowed; what comes is put into it */
+    struct cube_buf rest;     /* a frame that is not whole yet */
+    char tree[CUBE_STORE_NAME_MAX + 1];
+    uint64_t count;
+    size_t staged;            /* bytes, not committed yet */
+    bool is_whole;            /* the last frame was there, and right */
+};
+
+/* Takes one frame. */
+static int cube_copy_take_frame(struct cube_copy_reader *r, char kind,
+                                const char *a, size_t a_len, const char *b,
+                                size_t b_len, struct cube_err *err)
+{
+    uint64_t count;
+
+    if (r->is_whole)
+        return cube_fail(err, CUBE_EPROTO, "the copy goes on behind its end");
+    if (kind == 'T' && a_len > 0 && a_len <= CUBE_STORE_NAME_MAX) {
+        memcpy(r->tree, a, a_len);
+        r->tree[a_len] = 0;
+        return 0;
+    }
+    if (kind == 'R' && *r->tree) {
+        r->count++;
+        r->staged += a_len + b_len;
+        return cube_store_put(r->store, r->tree, a, a_len, b, b_len, err);
+    }
+    if (kind == 'E' && cube_text_u64(a, a_len, UINT64_MAX, &count) == 0 &&
+        count == r->count) {
+        r->is_whole = true;
+        return 0;
+    }
+    return cube_fail(err, CUBE_EPROTO, "record %llu of the copy makes no sense",
+                     (unsigned long long)r->count);
+}
+
+/* Takes a piece of any size. After -1 the copy is of no use. */
+static int cube_copy_take(struct cube_copy_reader *r, const char *data,
+                          size_t len, struct cube_err *err)
+{
+    size_t at = 0;
+
+    cube_buf_add(&r->rest, data, len);
+    while (r->rest.len - at >= CUBE_COPY_HEAD) {
+        const char *p = r->rest.data + at;
+        size_t a = cube_store_get32((const uint8_t *)p + 1);
+        size_t b = cube_store_get32((const uint8_t *)p + 5);
+
+        if (a > CUBE_STORE_KEY_MAX || b > CUBE_STORE_VALUE_MAX)
+            return cube_fail(err, CUBE_EPROTO, "this is no copy of a store");
+        if (r->rest.len - at < CUBE_COPY_HEAD + a + b)
+            break;
+        p += CUBE_COPY_HEAD;
+        if (cube_copy_take_frame(r, p[-CUBE_COPY_HEAD], p, a, p + a, b,
+                                 err) < 0)
+            return -1;
+        at += CUBE_COPY_HEAD + a + b;
+    }
+    cube_buf_drop(&r->rest, at);
+    if (r->staged < CUBE_COPY_COMMIT)
+        return 0;
+    r->staged = 0;
+    return cube_store_commit(r->store, err);
 }
 
 /* ---- The feed: changes, pushed ---- */
@@ -25386,12 +25571,26 @@ static void cube_worker_stats(void *arg, struct cube_http_req *req)
     cube_buf_free(&body);
 }
 
-/* GET /events: the feed of chapter 7. */
+/* GET /events: the feed of chapter 7. A manager of our cluster tells its epoch
+ * with it: if it is a later one, earlier ones are over, and learn it from the
+ * next beat. */
 static void cube_worker_events(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
+    const char *cluster = cube_http_query(req, "cluster");
+    const char *epoch = cube_http_query(req, "epoch");
+    uint64_t e;
+    struct cube_vow *p;
 
     cube_feed_follow(&w->feed, req);
+    if (!cluster || !*cluster || strcmp(cluster, w->next_cluster) != 0 ||
+        !epoch || cube_text_u64(epoch, strlen(epoch), INT64_MAX, &e) < 0 ||
+        (int64_t)e <= w->next_epoch || w->take_over)
+        return;
+    cube_worker_note_cluster(w, cluster, (int64_t)e);
+    p = cube_reply_kept(w->commit, NULL, 0, NULL);
+    p->kept = cube_worker_belongs;
+    p->kept_arg = w;
 }
 
 static const struct cube_http_route cube_worker_routes[] = {
@@ -25433,6 +25632,15 @@ static int64_t cube_worker_count(struct cube_worker *w)
     return n;
 }
 
+/* Whose orders it takes. A worker that waits to be taken over belongs to
+ * nobody. */
+static void cube_worker_tell_epoch(struct cube_worker *w, struct cube_buf *out)
+{
+    cube_buf_printf(out, ",\"Cluster\":\"%s\",\"Epoch\":%lld",
+                    w->take_over ? "" : w->cluster,
+                    w->take_over ? 0 : (long long)w->epoch);
+}
+
 /* Once a second: the machine's metrics, to all who follow. It is the sign of
  * life by which a manager knows that this worker is there. */
 static void cube_worker_beat(void *arg)
@@ -25444,7 +25652,9 @@ static void cube_worker_beat(void *arg)
     if (cube_machine_read(w->machine, "/", &w->stats, &err) < 0)
         cube_log(w->loop, CUBE_WARN, "%s", err.text);
     w->stats.task_count = cube_worker_count(w);
-    cube_buf_puts(&line, "{\"Type\":\"stats\",\"Stats\":");
+    cube_buf_puts(&line, "{\"Type\":\"stats\"");
+    cube_worker_tell_epoch(w, &line);
+    cube_buf_puts(&line, ",\"Stats\":");
     cube_stats_print(&w->stats, &line);
     cube_buf_puts(&line, "}\n");
     cube_feed_beat(&w->feed, line.data, line.len);
@@ -25452,17 +25662,14 @@ static void cube_worker_beat(void *arg)
     cube_timer_set(w->loop, &w->beat, CUBE_BEAT_MS, cube_worker_beat, w);
 }
 
-/* What the feed says first to who begins to follow. A worker that waits to be
- * taken over belongs to nobody. A manager gives no tasks to a worker before it
- * has seen its stats, so these come soon after. */
+/* What the feed says first to who begins to follow. A manager gives no tasks
+ * to a worker before it has seen its stats, so these come soon after. */
 static void cube_worker_hello(void *arg, struct cube_buf *out)
 {
     struct cube_worker *w = arg;
 
-    cube_buf_printf(out, ",\"Worker\":\"%s\",\"Cluster\":\"%s\","
-                    "\"Epoch\":%lld", w->uuid,
-                    w->take_over ? "" : w->cluster,
-                    w->take_over ? 0 : (long long)w->epoch);
+    cube_buf_printf(out, ",\"Worker\":\"%s\"", w->uuid);
+    cube_worker_tell_epoch(w, out);
     cube_timer_set(w->loop, &w->beat, CUBE_FIRST_BEAT_MS, cube_worker_beat, w);
 }
 
@@ -25906,7 +26113,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * Who may say what. Each start of a manager raises its epoch on disk first,
  * and each placement raises the task's attempt on disk before it is
  * delivered. A worker obeys the newest of both, so an order that was late
- * changes nothing, and an order may be repeated until it is answered.
+ * changes nothing, and an order may be repeated until it is answered. The
+ * manager that was started last leads: see cube_member_know_epoch.
  *
  * Invariants. A record whose change is not on disk is left alone, so an order
  * never speaks of what a crash could undo. There is at most one order under
@@ -25942,11 +26150,11 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    POST   /nodes                 a worker joins
  *    DELETE /nodes/{name}          forget a worker
  *    GET    /events, /healthz
+ *    GET    /backup                a copy of all that is stored (chapter 7)
  *
  * Naive on purpose: all records are looked at once a second, and each pass
  * that places adds up all promises anew: tasks times nodes, fine for tens of
- * thousands of tasks on some hundred nodes. Two managers on copies of one
- * store would go past each other's epoch for ever.
+ * thousands of tasks on some hundred nodes.
  */
 
 /*
@@ -25990,6 +26198,8 @@ struct cube_manager {
     int64_t keep_ms, lost_after_ms;
     char cluster[CUBE_UUID_TEXT];
     int64_t epoch;
+    int64_t next_epoch;             /* staged, not on disk yet; else epoch */
+    int64_t successor;              /* the epoch of who took over; 0: nobody */
 
     struct cube_store *store;
     struct cube_commit *commit;
@@ -26062,6 +26272,7 @@ struct cube_member {
     bool is_polled;       /* a worker of the Go program */
     bool is_doubted;      /* it may be another program by now */
     bool is_told;         /* its events come; else what comes is an error */
+    bool is_led;          /* it knows our epoch: a later one is another's */
     bool is_listed;       /* its reports are complete */
     char *refusal;        /* why it takes no orders from us, or NULL */
     enum cube_member_state state;
@@ -26247,6 +26458,7 @@ static void cube_manager_committed(void *arg, uint64_t commit,
     if (!err)
         return;
     m->staged_seq = m->feed.last;
+    m->next_epoch = m->epoch;
     m->has_room = true; /* the next tick looks at all of them again */
     cube_log(m->loop, CUBE_ERROR, "commit: %s", err->text);
 }
@@ -26432,6 +26644,20 @@ static void cube_member_lives(struct cube_member *n)
 
 /* ---- What workers say ---- */
 
+static void cube_member_dial(void *arg); /* mutual recursion */
+
+/* Ends what is said on the line, and dials again. No callback of the call
+ * runs any more. Called from within one, the caller returns at once. */
+static void cube_member_hang_up(struct cube_member *n)
+{
+    if (n->call)
+        cube_http_call_cancel(n->call);
+    n->call = NULL;
+    cube_buf_clear(&n->text);
+    cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
+                   n);
+}
+
 /* Takes a task over as the newest word on it, and owns it. Its record is
  * looked at in this turn. */
 static void cube_member_heard(struct cube_member *n, struct cube_task *t)
@@ -26461,9 +26687,13 @@ static bool cube_task_is_active(const struct cube_task *t)
 static void cube_manager_adopt(struct cube_manager *m, struct cube_member *n,
                                const struct cube_task *t)
 {
-    struct cube_record *rec = cube_ledger_add(m->ledger, t->id);
-    struct cube_version *v = cube_record_edit(m->ledger, rec);
+    struct cube_record *rec;
+    struct cube_version *v;
 
+    if (m->successor > 0)
+        return;
+    rec = cube_ledger_add(m->ledger, t->id);
+    v = cube_record_edit(m->ledger, rec);
     cube_task_free(v->task);
     v->task = cube_task_copy(t);
     v->task->wanted = CUBE_WANT_RUN;
@@ -26495,8 +26725,87 @@ static void cube_member_listed(struct cube_member *n)
     cube_manager_touch_all(m);
 }
 
-/* mutual recursion */
-static void cube_member_raise_epoch(struct cube_member *n, int64_t seen);
+/* Another manager of this cluster was started after this one, on a copy of
+ * its store: that one leads now. To take the cluster back, start this one
+ * again. */
+static void cube_manager_stand_down(struct cube_manager *m, const char *node,
+                                    int64_t epoch)
+{
+    if (m->successor == 0)
+        cube_log(m->loop, CUBE_ERROR, "node %s takes orders from another "
+                 "manager of this cluster, of epoch %lld, which was started "
+                 "after this one (epoch %lld): this one gives no orders any "
+                 "more; stop one of them", node, (long long)epoch,
+                 (long long)m->epoch);
+    m->successor = epoch > m->successor ? epoch : m->successor;
+}
+
+/* A higher epoch is on disk: tell it to all workers. */
+static void cube_manager_raised(void *arg)
+{
+    struct cube_manager *m = arg;
+    struct cube_list *link;
+
+    m->epoch = m->next_epoch;
+    for (link = m->members.next; link != &m->members; link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+        if (n->call && !n->is_polled)
+            cube_member_hang_up(n);
+    }
+}
+
+/*
+ * What epoch a worker knows, as told by it in any way. A manager says its own
+ * with the question for events; a worker notes the highest, and tells it with
+ * each beat. What it knows at the first word with it may be higher than what
+ * this store says, when that is an older copy: then this manager goes beyond
+ * it. Once a worker knows our epoch, a later one is of a manager that was
+ * started after us: then this one gives no orders any more, and takes none.
+ *
+ *        old manager, epoch 5       worker        a copy of epoch 4 starts: 5
+ *             |  <---- knows 5 ------ |                     |
+ *             |                       | ---- knows 5 -----> |
+ *             |                       | <---- 6 ----------- | 6, on disk first
+ *             |  <---- beat: 6 ------ |                     |
+ *             stands down             |                     leads
+ */
+static void cube_member_know_epoch(struct cube_member *n, int64_t seen)
+{
+    struct cube_manager *m = n->manager;
+    struct cube_err err;
+    char text[24];
+    struct cube_vow *p;
+
+    if (n->is_led && seen > m->next_epoch)
+        cube_manager_stand_down(m, n->name, seen);
+    if (n->is_led || seen < m->next_epoch || m->successor > 0)
+        return;
+    m->next_epoch = seen + 1;
+    (void)snprintf(text, sizeof text, "%lld", (long long)m->next_epoch);
+    if (cube_meta_put(m->store, "epoch", text, &err) < 0)
+        cube_commit_refuse(m->commit, &err);
+    cube_ledger_join(m->ledger);
+    p = cube_reply_kept(m->commit, NULL, 0, NULL);
+    p->kept = cube_manager_raised;
+    p->kept_arg = m;
+    cube_log(m->loop, CUBE_WARN, "node %s has seen epoch %lld: this store is "
+             "an older copy; epoch is %lld now", n->name, (long long)seen,
+             (long long)m->next_epoch);
+}
+
+/* A line that tells whose orders a worker takes, and of which epoch. */
+static void cube_member_on_epoch(struct cube_member *n,
+                                 struct json_value_s *line)
+{
+    char cluster[CUBE_UUID_TEXT];
+    int64_t epoch;
+
+    cube_json_uuid(cube_json_get(line, "Cluster"), cluster);
+    if (strcmp(cluster, n->manager->cluster) == 0 &&
+        cube_json_i64(cube_json_get(line, "Epoch"), &epoch) == 0)
+        cube_member_know_epoch(n, epoch);
+}
 
 /* The first line: which worker answers at this address, and whose it is. A
  * worker of another cluster keeps its tasks and gets none of ours. */
@@ -26505,13 +26814,11 @@ static void cube_member_on_hello(struct cube_member *n,
 {
     struct cube_manager *m = n->manager;
     char uuid[CUBE_UUID_TEXT], cluster[CUBE_UUID_TEXT];
-    int64_t epoch = 0;
 
     cube_json_uuid(cube_json_get(line, "Worker"), uuid);
     cube_json_uuid(cube_json_get(line, "Cluster"), cluster);
-    (void)cube_json_i64(cube_json_get(line, "Epoch"), &epoch);
     if (strcmp(uuid, n->uuid) != 0) { /* another worker has its address */
-        n->is_listed = false;
+        n->is_listed = n->is_led = false;
         cube_member_forget(n, false);
     }
     memcpy(n->uuid, uuid, sizeof uuid);
@@ -26525,8 +26832,9 @@ static void cube_member_on_hello(struct cube_member *n,
         n->refusal = cube_buf_take(&why);
         cube_log(m->loop, CUBE_WARN, "node %s: %s", n->name, n->refusal);
         cube_manager_log_node(m, n, n->refusal);
-    } else if (epoch > m->epoch) {
-        cube_member_raise_epoch(n, epoch);
+    } else {
+        cube_member_on_epoch(n, line);
+        n->is_led |= m->next_epoch == m->epoch;
     }
 }
 
@@ -26589,6 +26897,7 @@ static void cube_member_on_stats(struct cube_member *n,
 
     bool is_first = !n->has_stats;
 
+    cube_member_on_epoch(n, line);
     n->has_stats = stats && cube_stats_from_json(stats, &n->stats, NULL) == 0;
     if (!is_first)
         return;
@@ -26635,20 +26944,6 @@ static int cube_member_line(struct cube_member *n, const char *text,
     }
     cube_json_free(line);
     return 0;
-}
-
-static void cube_member_dial(void *arg); /* mutual recursion */
-
-/* Ends what is said on the line, and dials again. No callback of the call
- * runs any more. Called from within one, the caller returns at once. */
-static void cube_member_hang_up(struct cube_member *n)
-{
-    if (n->call)
-        cube_http_call_cancel(n->call);
-    n->call = NULL;
-    cube_buf_clear(&n->text);
-    cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
-                   n);
 }
 
 /* Bytes of the event stream, cut anywhere. A line may hang up, so the buffer
@@ -26868,26 +27163,31 @@ static void cube_member_cut(void *arg, const struct cube_http_answer *a)
 static void cube_member_dial(void *arg)
 {
     struct cube_member *n = arg;
+    struct cube_manager *m = n->manager;
     struct cube_http_request r;
-    char target[100] = "/events";
+    struct cube_buf target = {0};
 
     n->is_told = false;
     if (n->is_polled && !n->is_doubted) {
         n->call = cube_member_get(n, "/tasks", cube_member_poll_tasks);
         return;
     }
+    cube_buf_printf(&target, "/events?cluster=%s", m->cluster);
+    if (m->successor == 0)
+        cube_buf_printf(&target, "&epoch=%lld", (long long)m->epoch);
     if (*n->stream && n->seq > 0)
-        (void)snprintf(target, sizeof target, "/events?after=%s:%llu",
-                       n->stream, (unsigned long long)n->seq);
+        cube_buf_printf(&target, "&after=%s:%llu", n->stream,
+                        (unsigned long long)n->seq);
     memset(&r, 0, sizeof r);
     r.method = "GET";
-    r.target = target;
-    r.idle_timeout_ms = (int)n->manager->lost_after_ms;
+    r.target = target.data;
+    r.idle_timeout_ms = (int)m->lost_after_ms;
     r.on_head = cube_member_head;
     r.on_data = cube_member_data;
     r.on_done = cube_member_cut;
     r.arg = n;
     n->call = cube_http_call(n->client, &r);
+    cube_buf_free(&target);
 }
 
 /* A worker at "host:port"; dialled at once. NULL when that is no address. */
@@ -26930,34 +27230,13 @@ static int64_t cube_retry_ms(int tries)
     return ms;
 }
 
-/* A worker has orders of a later start: this store is an older copy. The
- * number goes up at once and is on disk with this turn's commit. Should that
- * be lost, the worker tells of it again. */
-static void cube_member_raise_epoch(struct cube_member *n, int64_t seen)
-{
-    struct cube_manager *m = n->manager;
-    struct cube_err err;
-    char text[24];
-
-    if (seen < m->epoch)
-        return;
-    m->epoch = seen + 1;
-    (void)snprintf(text, sizeof text, "%lld", (long long)m->epoch);
-    if (cube_meta_put(m->store, "epoch", text, &err) < 0)
-        cube_commit_refuse(m->commit, &err);
-    cube_ledger_join(m->ledger);
-    cube_log(m->loop, CUBE_WARN, "node %s has seen epoch %lld: this store is "
-             "an older copy; epoch is %lld now", n->name, (long long)seen,
-             (long long)m->epoch);
-}
-
 /* A worker said 409, with the cluster and the epoch that it obeys:
  *
  *     {"HTTPStatusCode":409,"Message":"...","Cluster":"5f..","Epoch":9}
  *
- * Of our cluster, we are an older copy and go past that epoch. Of another one,
- * it takes no orders from us until it says another hello. A 409 without
- * these two is about one attempt, and the reports tell of that. */
+ * Of our cluster, we are an older copy, or over. Of another one, it takes no
+ * orders from us until it says another hello. A 409 without these two is about
+ * one attempt, and the reports tell of that. */
 static void cube_member_refused(struct cube_member *n,
                                 const struct cube_http_answer *a)
 {
@@ -26968,7 +27247,7 @@ static void cube_member_refused(struct cube_member *n,
     cube_json_uuid(cube_json_get(root, "Cluster"), cluster);
     if (cube_json_i64(cube_json_get(root, "Epoch"), &epoch) == 0 &&
         strcmp(cluster, n->manager->cluster) == 0)
-        cube_member_raise_epoch(n, epoch);
+        cube_member_know_epoch(n, epoch);
     else if (*cluster)
         cube_text_set(&n->refusal, cube_json_str(
             cube_json_get(root, "Message"), NULL));
@@ -27649,7 +27928,7 @@ static void cube_charge_reconcile(struct cube_charge *c)
     struct cube_member *n;
     struct cube_report *r;
 
-    if (!v || c->rec->pending)
+    if (!v || c->rec->pending || m->successor > 0)
         return;
     if (cube_charge_see_strays(c))
         return;
@@ -28307,6 +28586,19 @@ static void cube_manager_want_stop(struct cube_manager *m,
     cube_manager_stage(m, rec, "a user wants it stopped");
 }
 
+/* Refuses what a manager that does not lead cannot do; true: it was. */
+static bool cube_manager_is_over(struct cube_manager *m,
+                                 struct cube_http_req *req)
+{
+    if (m->successor == 0)
+        return false;
+    cube_http_reply_error(req, 409, "another manager of this cluster, of epoch "
+                          "%lld, was started after this one and leads now: "
+                          "ask that one, or start this one again",
+                          (long long)m->successor);
+    return true;
+}
+
 /* An event that was understood. The newest version counts, committed or not:
  * two requests of one turn must not both be the first. */
 static void cube_manager_submit(struct cube_manager *m,
@@ -28354,6 +28646,8 @@ static void cube_manager_post(void *arg, struct cube_http_req *req)
     size_t len;
     const char *body = cube_http_body(req, &len);
 
+    if (cube_manager_is_over(m, req))
+        return;
     if (cube_task_or_event_parse(body, len, true, &e, &err) < 0 ||
         (!e->task && cube_fail(&err, CUBE_EINVAL, "the event has no Task")) ||
         (e->state != CUBE_RUNNING && e->state != CUBE_COMPLETED &&
@@ -28392,7 +28686,7 @@ static void cube_manager_delete(void *arg, struct cube_http_req *req)
     struct cube_record *rec = cube_manager_find(m, req);
     const struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
 
-    if (!rec)
+    if (!rec || cube_manager_is_over(m, req))
         return;
     if (!cube_http_query(req, "forget")) {
         cube_manager_want_stop(m, rec);
@@ -28435,6 +28729,14 @@ static void cube_manager_events(void *arg, struct cube_http_req *req)
     struct cube_manager *m = arg;
 
     cube_feed_follow(&m->feed, req);
+}
+
+/* GET /backup. */
+static void cube_manager_backup(void *arg, struct cube_http_req *req)
+{
+    struct cube_manager *m = arg;
+
+    cube_reply_copy(m->loop, req, m->store);
 }
 
 /* ---- Its API: what only the worker knows ---- */
@@ -28705,8 +29007,9 @@ static void cube_manager_join(void *arg, struct cube_http_req *req)
     cube_json_free(root);
 }
 
-/* DELETE /nodes/{name}. A node that is up and has tasks is not forgotten: they
- * would run on, unwatched, beside their successors. */
+/* DELETE /nodes/{name}. A node that is up is not forgotten: its tasks would run
+ * on, unwatched, beside their successors, and a worker that has joined would
+ * be back within seconds. One that refuses us belongs to others. */
 static void cube_manager_forget(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -28723,7 +29026,14 @@ static void cube_manager_forget(void *arg, struct cube_http_req *req)
         if (!cube_task_holds(rec->now->task, name))
             continue;
         cube_http_reply_error(req, 409, "node %s is up and runs task %s: stop "
-                              "its tasks, or the worker, first", name, rec->id);
+                              "its tasks, and then the worker, first", name,
+                              rec->id);
+        return;
+    }
+    if (n->state == CUBE_NODE_UP && !n->refusal && n->call && n->is_told) {
+        /* the line to it is open: it is not one that has just been ended */
+        cube_http_reply_error(req, 409, "node %s is up, and would join again: "
+                              "stop the worker first", name);
         return;
     }
     cube_manager_note_node(m, name, "", true);
@@ -28742,6 +29052,7 @@ static const struct cube_http_route cube_manager_routes[] = {
     {"POST", "/nodes", cube_manager_join},
     {"DELETE", "/nodes/{name}", cube_manager_forget},
     {"GET", "/events", cube_manager_events},
+    {"GET", "/backup", cube_manager_backup},
     {"GET", "/healthz", cube_reply_healthy},
     {NULL, NULL, NULL},
 };
@@ -28785,11 +29096,12 @@ static void cube_manager_hello(void *arg, struct cube_buf *out)
  * A file that cannot be read so is another cluster's beginning.
  */
 static int cube_manager_identify(struct cube_manager *m, bool is_memory,
-                                 struct cube_err *err)
+                                 int64_t least_epoch, struct cube_err *err)
 {
     struct cube_buf text = {0}, path = {0};
     uint64_t epoch = 0;
-    int r;
+    char number[24];
+    int r = 0;
 
     cube_buf_printf(&path, "%s/manager.id", m->data_dir);
     if (is_memory &&
@@ -28802,17 +29114,18 @@ static int cube_manager_identify(struct cube_manager *m, bool is_memory,
         (void)cube_meta_get(m->store, "cluster", &text);
     if (text.len < 36 || cube_uuid_parse(text.data, 36, m->cluster) < 0)
         cube_uuid_new(m->world, m->cluster);
-    m->epoch = (int64_t)epoch + 1;
+    m->epoch = (int64_t)epoch + 1 > least_epoch ? (int64_t)epoch + 1
+                                                : least_epoch;
+    m->next_epoch = m->epoch;
+    (void)snprintf(number, sizeof number, "%lld", (long long)m->epoch);
     cube_buf_clear(&text);
-    if (is_memory) {
-        cube_buf_printf(&text, "%s %lld", m->cluster, (long long)m->epoch);
+    cube_buf_printf(&text, "%s %s", m->cluster, number);
+    if (is_memory)
         r = cube_file_replace(m->world, path.data, text.data, text.len, err);
-    } else {
-        cube_buf_printf(&text, "%lld", (long long)m->epoch);
+    if (r == 0) /* also in memory, since copies of that are files */
         r = cube_meta_put(m->store, "cluster", m->cluster, err) < 0 ||
-            cube_meta_put(m->store, "epoch", text.data, err) < 0 ||
+            cube_meta_put(m->store, "epoch", number, err) < 0 ||
             cube_store_commit(m->store, err) < 0 ? -1 : 0;
-    }
     cube_buf_free(&text);
     cube_buf_free(&path);
     return r;
@@ -28927,9 +29240,11 @@ static int cube_manager_add_workers(struct cube_manager *m, const char *list,
 }
 
 /* Opens the manager's file (or its twin in memory) and reads what is in it. */
-static int cube_manager_open_store(struct cube_manager *m, const char *kind,
+static int cube_manager_open_store(struct cube_manager *m,
+                                   const struct cube_manager_options *o,
                                    struct cube_err *err)
 {
+    const char *kind = o->store;
     bool is_memory = kind && strcmp(kind, "memory") == 0;
     struct cube_store_options options;
     struct cube_buf path = {0};
@@ -28945,7 +29260,7 @@ static int cube_manager_open_store(struct cube_manager *m, const char *kind,
     m->store = cube_store_open(m->world, is_memory ? NULL : path.data,
                                &options, err);
     cube_buf_free(&path);
-    if (!m->store || cube_manager_identify(m, is_memory, err) < 0 ||
+    if (!m->store || cube_manager_identify(m, is_memory, o->epoch, err) < 0 ||
         cube_manager_load_events(m, err) < 0)
         return -1;
     m->feed.list = cube_manager_feed_list;
@@ -28980,7 +29295,7 @@ static int cube_manager_start(struct cube_manager *m,
         m->own_scheduler = cube_scheduler_new(name, err);
         m->scheduler = m->own_scheduler;
     }
-    if (!m->scheduler || cube_manager_open_store(m, o->store, err) < 0)
+    if (!m->scheduler || cube_manager_open_store(m, o, err) < 0)
         return -1;
     memset(&http, 0, sizeof http);
     http.tokens[0] = o->tokens[0];
@@ -29066,7 +29381,7 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
 }
 
 
-/* ==== Chapter 13. Client ==== uses: 1 2 3 5 6 7 ==== */
+/* ==== Chapter 13. Client ==== uses: 1 2 3 4 5 6 7 ==== */
 /*
  * The problem. A command line has one question at a time, and nothing to do
  * until it is answered. Everything below this chapter is callbacks.
@@ -30074,4 +30389,148 @@ CUBE_API int cube_client_history(struct cube_client *c, const char *task_id,
     return cube_client_notices(c, &target, fn, arg, &is_enough, err);
 }
 
+/* ---- Backup ---- */
 
+/*
+ * A copy is written beside its place, and is put there when all of it has
+ * come and was read through:
+ *
+ *      FILE.part  frames --> put, commit --> compact, check --> rename: FILE
+ *                   | cut off
+ *                   `--> removed; FILE is what it was, or is not there
+ *
+ * The lock of FILE.part keeps a second backup to the same place away. What a
+ * killed one left behind is begun anew.
+ */
+struct cube_client_copy {
+    struct cube_copy_reader reader;
+    struct cube_err err;
+};
+
+static bool cube_client_on_copy(void *arg, const char *data, size_t len)
+{
+    struct cube_client_copy *y = arg;
+
+    return cube_copy_take(&y->reader, data, len, &y->err) == 0;
+}
+
+/* May FILE be written? With `is_replacing`, if no store has it open. */
+static int cube_client_may_write(const struct cube_world *w, const char *path,
+                                 bool is_replacing, struct cube_err *err)
+{
+    const struct cube_store_options reading = {0, true, false};
+    struct cube_store *s;
+    struct cube_err why;
+    int fd = w->open(w->ctx, path, 0);
+
+    if (fd == -ENOENT)
+        return 0;
+    if (fd < 0)
+        return cube_fail(err, cube_errno_code(fd), "open %s: %s", path,
+                         cube_errno_text(fd));
+    w->close(w->ctx, fd);
+    if (!is_replacing)
+        return cube_fail(err, CUBE_EEXIST, "%s is there already", path);
+    s = cube_store_open(w, path, &reading, &why);
+    cube_store_close(s);
+    if (!s && why.code == CUBE_EBUSY)
+        return cube_fail(err, CUBE_EBUSY, "%s", why.text);
+    return 0;
+}
+
+/* An empty store at `part`; NULL: somebody else writes there. */
+static struct cube_store *cube_client_open_part(const struct cube_world *w,
+                                                const char *part,
+                                                struct cube_err *err)
+{
+    for (int i = 0; i < 2; i++) {
+        struct cube_err why = {CUBE_OK, ""};
+        struct cube_store *s = cube_store_open(w, part, NULL, &why);
+        struct cube_store_stats stats;
+
+        if (s)
+            cube_store_stats(s, &stats);
+        if (s && stats.commits == 0)
+            return s;
+        cube_store_close(s);
+        if (!s && why.code != CUBE_ECORRUPT)
+            return cube_fail(err, why.code, "%s", why.text), NULL;
+        (void)w->unlink(w->ctx, part);
+    }
+    (void)cube_fail(err, CUBE_EBUSY, "another backup writes %s", part);
+    return NULL;
+}
+
+/* Fetches the copy into a store, and reads that through. */
+static int cube_client_fetch_copy(struct cube_client *c, struct cube_store *s,
+                                  uint64_t *records, struct cube_err *err)
+{
+    struct cube_client_copy y;
+    int result;
+
+    memset(&y, 0, sizeof y);
+    y.reader.store = s;
+    result = cube_client_stream(c, "/backup", cube_client_on_copy, &y,
+                                c->timeout_ms, err);
+    cube_buf_free(&y.reader.rest);
+    if (result == 0 && y.err.code != CUBE_OK)
+        result = cube_fail(err, y.err.code, "%s", y.err.text);
+    if (result == 0 && !y.reader.is_whole)
+        result = cube_fail(err, CUBE_EPROTO, "%s/backup: the copy is not whole",
+                           c->base);
+    *records = y.reader.count;
+    if (result == 0)
+        result = cube_store_commit(s, err);
+    if (result == 0)
+        result = cube_store_compact(s, err);
+    return result == 0 ? cube_store_check(s, err) : result;
+}
+
+/* Renames, and has that on disk. */
+static int cube_client_put_in_place(const struct cube_world *w,
+                                    const char *part, const char *path,
+                                    struct cube_err *err)
+{
+    struct cube_buf dir = {NULL, 0, 0};
+    int r = w->rename(w->ctx, part, path);
+
+    cube_path_dir(path, &dir);
+    if (r >= 0)
+        r = w->sync_dir(w->ctx, dir.data);
+    cube_buf_free(&dir);
+    return r < 0 ? cube_fail(err, cube_errno_code(r), "rename %s to %s: %s",
+                             part, path, cube_errno_text(r))
+                 : 0;
+}
+
+CUBE_API int cube_client_backup(struct cube_client *c, const char *path,
+                                bool is_replacing, uint64_t *records,
+                                struct cube_err *err)
+{
+    const struct cube_world *w = cube_loop_world(c->loop);
+    struct cube_buf part = {NULL, 0, 0}, lock = {NULL, 0, 0};
+    struct cube_store *s = NULL;
+    uint64_t count = 0;
+    int result = cube_client_may_write(w, path, is_replacing, err);
+
+    cube_buf_printf(&part, "%s.part", path);
+    cube_buf_printf(&lock, "%s.lock", part.data);
+    if (result == 0)
+        s = cube_client_open_part(w, part.data, err);
+    if (s) {
+        result = cube_client_fetch_copy(c, s, &count, err);
+        cube_store_close(s);
+        if (result == 0) /* it may have come there meanwhile */
+            result = cube_client_may_write(w, path, is_replacing, err);
+        if (result == 0)
+            result = cube_client_put_in_place(w, part.data, path, err);
+        if (result)
+            (void)w->unlink(w->ctx, part.data);
+        (void)w->unlink(w->ctx, lock.data);
+    }
+    if (records)
+        *records = count;
+    cube_buf_free(&part);
+    cube_buf_free(&lock);
+    return s ? result : -1;
+}

@@ -383,6 +383,10 @@ CUBE_API int cube_store_put(struct cube_store *store, const char *tree,
 CUBE_API int cube_store_del(struct cube_store *store, const char *tree,
         const void *key, size_t key_len, struct cube_err *err);
 
+/* The name of the i-th tree, from 0 on, in the order of their first puts; NULL
+ * behind the last one. */
+CUBE_API const char *cube_store_tree(const struct cube_store *store, int i);
+
 /* Is anything staged that a commit would write? */
 CUBE_API bool cube_store_is_dirty(const struct cube_store *store);
 
@@ -1372,6 +1376,8 @@ struct cube_manager_options {
     const char *const *host_names; /* accepted in Host; NULL-terminated */
     int64_t keep_ms;       /* finished tasks and events; 168 h */
     int64_t lost_after_ms; /* without a sign of life; 5 s, at least 2 s */
+    int64_t epoch;         /* at least: for a copy of a store, where workers
+                              that know a later one cannot be asked */
 };
 
 struct cube_manager;
@@ -1532,6 +1538,14 @@ typedef bool cube_client_notice_fn(void *arg, const struct cube_notice *n);
 CUBE_API int cube_client_events(struct cube_client *c, const char *task_id,
                                 const char *after, cube_client_notice_fn *fn,
                                 void *arg, struct cube_err *err);
+/* GET /backup: writes all that the manager has on disk when it is asked to a
+ * new store at `path`, while the manager works; `*records` (may be NULL) is
+ * how many keys that has. The file is there when all of it has come, was read
+ * through and is on disk, or not at all. CUBE_EEXIST: there is a file, and not
+ * `is_replacing`; CUBE_EBUSY: a store has it open. */
+CUBE_API int cube_client_backup(struct cube_client *c, const char *path,
+                                bool is_replacing, uint64_t *records,
+                                struct cube_err *err);
 /* What became of a task: each change (TASK, GONE) since it was submitted, or
  * since the manager keeps history, oldest first; also of one that is removed.
  * None at all: it is unknown. */

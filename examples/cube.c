@@ -51,11 +51,11 @@ enum exit_code { DONE = 0, FAILED = 1, USAGE = 2, NO_MANAGER = 3 };
 
 enum flag_id {
     F_ADVERTISE, F_ALL, F_ALLOW_HOST, F_AT, F_COUNT, F_CPU, F_DATA, F_DB,
-    F_DETACH, F_DISK, F_ENV, F_FILE, F_FOLLOW, F_FORCE, F_HEALTH, F_HEALTH_INTERVAL,
-    F_HEALTH_RETRIES, F_HEALTH_START, F_HEALTH_TIMEOUT, F_HELP, F_HOST, F_JOIN,
-    F_KEEP, F_LOST_AFTER, F_MANAGER, F_MEMORY, F_NAME, F_OUTPUT, F_PORT,
-    F_PUBLISH, F_RESTART, F_RUNTIME, F_SCHEDULER, F_STOP_GRACE, F_TAIL,
-    F_TAKE_OVER, F_TOKEN_FILE, F_VERBOSE, F_WORKERS
+    F_DETACH, F_DISK, F_ENV, F_EPOCH, F_FILE, F_FOLLOW, F_FORCE, F_HEALTH,
+    F_HEALTH_INTERVAL, F_HEALTH_RETRIES, F_HEALTH_START, F_HEALTH_TIMEOUT,
+    F_HELP, F_HOST, F_JOIN, F_KEEP, F_LOST_AFTER, F_MANAGER, F_MEMORY,
+    F_NAME, F_OUTPUT, F_PORT, F_PUBLISH, F_RESTART, F_RUNTIME, F_SCHEDULER,
+    F_STOP_GRACE, F_TAIL, F_TAKE_OVER, F_TOKEN_FILE, F_VERBOSE, F_WORKERS
 };
 
 /*
@@ -75,7 +75,7 @@ struct flag {
 
 #define SERVERS "manager,worker,dev"
 #define CLIENTS \
-    "run,status,stop,node,node rm,logs,inspect,events,history,rm"
+    "run,status,stop,node,node rm,logs,inspect,events,history,rm,backup"
 
 static const struct flag flags[] = {
     {F_HOST, 'H', "host", "manager,worker", "ADDRESS", NULL,
@@ -114,6 +114,9 @@ static const struct flag flags[] = {
      "How long finished tasks are remembered (168h)"},
     {F_LOST_AFTER, 0, "lost-after", "manager,dev", "TIME", NULL,
      "Silence after which a node counts as lost (5s)"},
+    {F_EPOCH, 0, "epoch", "manager", "N", NULL,
+     "Begin with this epoch at least: after a backup was put in place, where "
+     "no worker can be asked"},
     {F_ALLOW_HOST, 0, "allow-host", SERVERS, "NAME", NULL,
      "Also accept requests that call this server NAME; repeatable"},
 
@@ -156,6 +159,8 @@ static const struct flag flags[] = {
      "Wait for more, until interrupted"},
     {F_TAIL, 'n', "tail", "logs", "N", NULL, "Only the last N lines"},
     {F_FORCE, 'f', "force", "rm", NULL, NULL, "Stop it first if it runs"},
+    {F_FORCE, 'f', "force", "backup", NULL, NULL,
+     "Replace FILE if it is there"},
 
     {F_MANAGER, 'm', "manager", CLIENTS, "HOST:PORT", NULL,
      "Manager to talk to; also an http:// or https:// URL "
@@ -195,6 +200,10 @@ static int run_logs(struct app *);
 static int run_inspect(struct app *);
 static int run_events(struct app *);
 static int run_history(struct app *);
+static int run_backup(struct app *);
+static int run_store_check(struct app *);
+static int run_store_dump(struct app *);
+static int run_store_compact(struct app *);
 static int run_completion(struct app *);
 static int run_help(struct app *);
 static int run_version(struct app *);
@@ -262,6 +271,30 @@ static const struct command commands[] = {
     {"node rm", "NODE...", "Forget nodes that had joined",
      "The manager forgets the node. Its tasks are started elsewhere.",
      1, -1, "@node", run_node_rm, false},
+    {"backup", "FILE", "Copy all that the manager has stored",
+     "The copy has all that was acknowledged when it began; the manager\n"
+     "works on meanwhile. FILE is there once the copy is whole, was read\n"
+     "through and is on disk, or not at all. To go on from it, put it into a\n"
+     "manager's --data DIR as manager.cube and start that manager: it asks\n"
+     "the workers what runs, and from then on they obey it and no manager\n"
+     "before it.",
+     1, 1, "@file", run_backup, false},
+    {"store check", "FILE", "Check a store's file that no process has open",
+     "Reads all of FILE: checksums, order, counts. Exit codes: 0 it is whole;\n"
+     "1 it is damaged, or cannot be read, or a process has it open; 2 wrong\n"
+     "usage.",
+     1, 1, "@file", run_store_check, false},
+    {"store dump", "FILE [TREE]", "Print the records of a store's file",
+     "Prints a line for each record: tree, key, value, with tabs between.\n"
+     "Keys that are no text are numbers; JSON is as it is. Exit codes: 0 all\n"
+     "was printed; 1 FILE is damaged, or cannot be read, or a process has it\n"
+     "open; 2 wrong usage.",
+     1, 2, "@file", run_store_dump, false},
+    {"store compact", "FILE", "Write a store's file anew, without garbage",
+     "The old file is replaced when the new one is on disk. Exit codes: 0\n"
+     "done; 1 it failed, or a process has FILE open, and FILE is as it was;\n"
+     "2 wrong usage.",
+     1, 1, "@file", run_store_compact, false},
     {"completion", "bash|zsh|fish|powershell",
      "Print the completion script of a shell",
      "  bash:        source <(cube completion bash)\n"
@@ -419,8 +452,15 @@ static int unknown_flag(const struct command *c, const char *word)
 static int unknown_command(const char *word)
 {
     const char *best = NULL;
+    size_t len = strlen(word);
     int least = 3;
 
+    for (size_t i = 0; i < COUNT(commands); i++) {
+        if (strncmp(commands[i].name, word, len) == 0 &&
+            commands[i].name[len] == ' ')
+            return usage_error(NULL, "%s needs another word, as in %s", word,
+                               commands[i].name);
+    }
     if (*word == '-')
         return usage_error(NULL, "no command before the flag %s; flags come "
                            "after it: cube COMMAND [flags]", word);
@@ -615,7 +655,7 @@ static void help_commands(void)
            "Usage: cube COMMAND [flags] [arguments]\n\nCommands:\n");
     for (size_t i = 0; i < COUNT(commands); i++) {
         if (commands[i].summary)
-            printf("  %-12s %s\n", commands[i].name, commands[i].summary);
+            printf("  %-14s %s\n", commands[i].name, commands[i].summary);
     }
     printf("\nFlags and examples of a command: cube help COMMAND\n"
            "Exit codes: 0 done, 1 the work failed, 2 wrong usage, "
@@ -862,24 +902,30 @@ static void offer_nodes(struct app *a, const char *before, const char *typed)
     cube_node_list_free(&l);
 }
 
+/* First words, each once: those that have the same one stand together. */
 static void offer_commands(const char *typed)
 {
     for (size_t i = 0; i < COUNT(commands); i++) {
-        if (commands[i].summary && !strchr(commands[i].name, ' '))
-            offer("", typed, commands[i].name,
-                  (int)strlen(commands[i].name), commands[i].summary);
+        const char *name = commands[i].name;
+        size_t len = strcspn(name, " ");
+
+        if (commands[i].summary &&
+            (i == 0 || strncmp(commands[i - 1].name, name, len) != 0 ||
+             strcspn(commands[i - 1].name, " ") != len))
+            offer("", typed, name, (int)len,
+                  name[len] ? NULL : commands[i].summary);
     }
 }
 
 /* The second words of commands that have two: `rm` of `node rm`. */
-static void offer_second(const struct command *c, const char *typed)
+static void offer_second(const char *first, const char *typed)
 {
-    size_t len = strlen(c->name);
+    size_t len = strlen(first);
 
     for (size_t i = 0; i < COUNT(commands); i++) {
         const char *name = commands[i].name;
 
-        if (strncmp(name, c->name, len) == 0 && name[len] == ' ')
+        if (strncmp(name, first, len) == 0 && name[len] == ' ')
             offer("", typed, name + len + 1, (int)strlen(name + len + 1),
                   commands[i].summary);
     }
@@ -888,14 +934,10 @@ static void offer_second(const struct command *c, const char *typed)
 /* What `cube help` can be asked for. */
 static void offer_topic(struct app *a, const char *typed)
 {
-    int used;
-    const struct command *c =
-        find_command(a->line.args, a->line.arg_count, &used);
-
     if (a->line.arg_count == 0)
         offer_commands(typed);
-    else if (c && a->line.arg_count == 1)
-        offer_second(c, typed);
+    else if (a->line.arg_count == 1)
+        offer_second(a->line.args[0], typed);
 }
 
 /* What `values` of a flag or a command stands for. */
@@ -994,7 +1036,7 @@ static void offer_word(struct app *a, const char *typed)
         offer_flags(c, typed);
     } else {
         if (a->line.arg_count == 0)
-            offer_second(c, typed);
+            offer_second(c->name, typed);
         offer_values(a, c->values, "", typed);
     }
 }
@@ -1013,6 +1055,8 @@ static int run_complete(struct app *a)
     a->line.command = find_command(words, count - 1, &used);
     if (count <= 1)
         offer_commands(typed);
+    if (count == 2 && !a->line.command)
+        offer_second(words[0], typed);
     if (!a->line.command)
         return DONE;
     a->line.arg_count = a->line.own_args = 0;
@@ -1468,6 +1512,7 @@ struct server {
     long port;
     const char **host_names; /* ends with NULL */
     int64_t keep_ms, lost_after_ms;
+    long epoch;
     bool is_verbose;
 };
 
@@ -1512,6 +1557,8 @@ static int read_server(struct app *a, struct server *s, long port,
     s->port = port;
     if (code == DONE)
         code = flag_number(a, F_PORT, 0, 65535, &s->port);
+    if (code == DONE)
+        code = flag_number(a, F_EPOCH, 1, 1000000000, &s->epoch);
     s->host = flag(&a->line, F_HOST);
     if (!s->host)
         s->host = a->tokens[0] && !*below ? "0.0.0.0" : "127.0.0.1";
@@ -1527,9 +1574,12 @@ static int read_server(struct app *a, struct server *s, long port,
     return code;
 }
 
-/* Says what failed; returns the exit code. */
+/* Says what failed; returns the exit code. What a server refuses as such is a
+ * flag that cannot be right. */
 static int server_failed(struct app *a)
 {
+    if (a->err.code == CUBE_EINVAL)
+        return usage_error(a->line.command, "%s", a->err.text);
     fprintf(stderr, "cube %s: %s\n", a->line.command->name, a->err.text);
     return FAILED;
 }
@@ -1605,6 +1655,7 @@ static void manager_options(struct app *a, struct server *s,
     o->host_names = s->host_names;
     o->keep_ms = s->keep_ms;
     o->lost_after_ms = s->lost_after_ms;
+    o->epoch = s->epoch;
 }
 
 /* Where a server's state is, for the line that it begins with. */
@@ -1734,6 +1785,34 @@ struct dev {
     struct cube_buf addresses; /* of the workers */
 };
 
+/* Says what failed; if that is that somebody is there already, then who. */
+static int dev_failed(struct app *a, struct server *s)
+{
+    int code = server_failed(a);
+    char where[300];
+    struct cube_client *c;
+    struct cube_node_list l;
+
+    if (a->err.code != CUBE_EBUSY)
+        return code;
+    join_host_port(where, sizeof where, s->host, s->port);
+    c = cube_client_new(a->loop, where, a->tokens[0], NULL);
+    if (c)
+        cube_client_set_timeout(c, 2000);
+    if (c && cube_client_nodes(c, &l, NULL) == 0) {
+        fprintf(stderr, "A manager with %zu node%s runs at %s already: `cube "
+                "status -m %s` shows its tasks.\nEnd it first, or", l.count,
+                l.count == 1 ? "" : "s", where, where);
+        cube_node_list_free(&l);
+    } else {
+        fprintf(stderr, "End what runs there, or");
+    }
+    fprintf(stderr, " start another cluster beside it: cube dev --port %ld "
+            "--data DIR\n", s->port + 100);
+    cube_client_free(c);
+    return code;
+}
+
 static int dev_start(struct app *a, struct server *s, struct dev *d)
 {
     struct cube_manager_options m;
@@ -1750,14 +1829,14 @@ static int dev_start(struct app *a, struct server *s, struct dev *d)
         w.listen = listen;
         d->workers[i] = cube_worker_new(a->loop, &w, &a->err);
         if (!d->workers[i])
-            return server_failed(a);
+            return dev_failed(a, s);
         cube_buf_printf(&d->addresses, "%s127.0.0.1:%d", i ? "," : "",
                         cube_worker_port(d->workers[i]));
     }
     manager_options(a, s, &m);
     m.workers = d->addresses.data;
     d->manager = cube_manager_new(a->loop, &m, &a->err);
-    return d->manager ? DONE : server_failed(a);
+    return d->manager ? DONE : dev_failed(a, s);
 }
 
 static int run_dev(struct app *a)
@@ -2429,9 +2508,13 @@ static void print_reason(const struct cube_task *t, char *out, size_t size)
                    sizeof span);
         n = (size_t)snprintf(out, size, "starts again in %s", span);
         out[17] = (char)tolower((unsigned char)out[17]);
-    } else if (t->restart_count > 0 && t->state == CUBE_RUNNING)
-        n = (size_t)snprintf(out, size, "restarted %d time%s",
+    } else if (t->restart_count > 0 && (t->state == CUBE_RUNNING ||
+                                        t->state == CUBE_FAILED))
+        n = (size_t)snprintf(out, size, "%s %d %s%s",
+                             t->state == CUBE_FAILED ? "gave up after"
+                                                     : "restarted",
                              (int)t->restart_count,
+                             t->state == CUBE_FAILED ? "restart" : "time",
                              t->restart_count == 1 ? "" : "s");
     if (*t->error && n < size)
         (void)snprintf(out + n, size - n, "%s%s", n ? ": " : "", t->error);
@@ -2891,6 +2974,214 @@ static int run_history(struct app *a)
     if (cube_client_history(a->client, id, on_change, &s, &a->err))
         return client_failed(a, "cannot read the history of %s", text);
     return s.count > 0 ? DONE : no_such_task(a, text);
+}
+
+/* ---- backup, store ---- */
+
+static int run_backup(struct app *a)
+{
+    const char *path = a->line.args[0];
+    uint64_t records;
+    int code = open_client(a);
+
+    if (code != DONE)
+        return code;
+    if (cube_client_backup(a->client, path, flag(&a->line, F_FORCE) != NULL,
+                           &records, &a->err) == 0) {
+        printf("copied %llu records to %s\n", (unsigned long long)records,
+               path);
+        return DONE;
+    }
+    code = client_failed(a, "cannot copy to %s", path);
+    if (a->err.code == CUBE_EEXIST)
+        fprintf(stderr, "Name another file, or replace it with --force.\n");
+    return code;
+}
+
+/* Says what is wrong with the file at rest; returns the exit code. */
+static int store_failed(struct app *a)
+{
+    fprintf(stderr, "cube %s: %s\n", a->line.command->name, a->err.text);
+    if (a->err.code == CUBE_EBUSY)
+        fprintf(stderr, "End that process first; `cube backup` copies the "
+                "store of a manager that runs.\n");
+    return FAILED;
+}
+
+/* Opens the file that the first argument names; NULL: said why not. It must be
+ * there: opening for writing would make it. */
+static struct cube_store *open_store(struct app *a, bool is_read_only)
+{
+    const char *path = a->line.args[0];
+    struct cube_store_options o = {0, is_read_only, false};
+    struct cube_store *s = NULL;
+
+    if (access(path, F_OK) != 0)
+        fprintf(stderr, "cube %s: cannot open %s: %s\n",
+                a->line.command->name, path, strerror(errno));
+    else if (!(s = cube_store_open(NULL, path, &o, &a->err)))
+        (void)store_failed(a);
+    return s;
+}
+
+/* One row of `store check`: what a tree holds. */
+static int check_tree(struct app *a, struct cube_store *s, const char *name,
+                      struct table *table)
+{
+    struct cube_cursor *c = cube_cursor_open(s, name, &a->err);
+    long long keys = 0, bytes = 0;
+    const void *value;
+    size_t key_len, value_len;
+    char text[32];
+    int r = cube_cursor_first(c, &a->err);
+
+    for (; r > 0; r = cube_cursor_next(c, &a->err)) {
+        (void)cube_cursor_key(c, &key_len);
+        if (cube_cursor_value(c, &value, &value_len, &a->err) < 0) {
+            r = -1;
+            break;
+        }
+        keys++;
+        bytes += (long long)(key_len + value_len);
+    }
+    cube_cursor_close(c);
+    add_cell(table, PLAIN, name);
+    (void)snprintf(text, sizeof text, "%lld", keys);
+    add_cell(table, PLAIN, text);
+    (void)snprintf(text, sizeof text, "%lld", bytes);
+    add_cell(table, PLAIN, text);
+    return r < 0 ? store_failed(a) : DONE;
+}
+
+static int run_store_check(struct app *a)
+{
+    static const char *const heads[] = {"TREE", "KEYS", "BYTES"};
+    struct cube_store *s = open_store(a, true);
+    struct cube_store_stats stats;
+    struct table table;
+    int code = DONE;
+
+    if (!s)
+        return FAILED;
+    add_heads(&table, heads, COUNT(heads));
+    if (cube_store_check(s, &a->err))
+        code = store_failed(a);
+    for (int i = 0; code == DONE && cube_store_tree(s, i); i++)
+        code = check_tree(a, s, cube_store_tree(s, i), &table);
+    cube_store_stats(s, &stats);
+    print_table(&table);
+    if (stats.dropped_bytes > 0)
+        printf("%llu bytes of a commit that was not finished are at its end; "
+               "nobody was told that it was.\n",
+               (unsigned long long)stats.dropped_bytes);
+    if (code == DONE)
+        printf("%s is whole: commit %llu, %llu of %llu bytes used\n",
+               a->line.args[0], (unsigned long long)stats.commits,
+               (unsigned long long)stats.used_bytes,
+               (unsigned long long)stats.file_bytes);
+    cube_store_close(s);
+    return code;
+}
+
+/* A key as text; if it is none, and has 8 bytes, as the number that they are,
+ * the highest byte first; else as hex digits. */
+static void print_key(const unsigned char *p, size_t len)
+{
+    unsigned long long number = 0;
+    bool is_text = true;
+
+    for (size_t i = 0; i < len; i++) {
+        is_text = is_text && p[i] >= 0x20 && p[i] != 0x7f;
+        number = number << 8 | p[i];
+    }
+    if (is_text)
+        fwrite(p, 1, len, stdout);
+    else if (len == 8)
+        printf("%llu", number);
+    for (size_t i = 0; !is_text && len != 8 && i < len; i++)
+        printf("%02x", p[i]);
+}
+
+/* A value in one line: JSON, as other text, has no control characters but for
+ * a line end behind it. */
+static void print_value(const unsigned char *p, size_t len)
+{
+    while (len > 0 && p[len - 1] == '\n')
+        len--;
+    for (size_t i = 0; i < len; i++) {
+        if (p[i] < 0x20 || p[i] == 0x7f)
+            printf("\\x%02x", p[i]);
+        else
+            putchar(p[i]);
+    }
+    putchar('\n');
+}
+
+static int dump_tree(struct app *a, struct cube_store *s, const char *name)
+{
+    struct cube_cursor *c = cube_cursor_open(s, name, &a->err);
+    int r = cube_cursor_first(c, &a->err);
+
+    for (; r > 0 && !ferror(stdout); r = cube_cursor_next(c, &a->err)) {
+        const void *value, *key;
+        size_t key_len, value_len;
+
+        if (cube_cursor_value(c, &value, &value_len, &a->err) < 0) {
+            r = -1;
+            break;
+        }
+        key = cube_cursor_key(c, &key_len);
+        printf("%s\t", name);
+        print_key(key, key_len);
+        putchar('\t');
+        print_value(value, value_len);
+    }
+    cube_cursor_close(c);
+    return r < 0 ? store_failed(a) : DONE;
+}
+
+static int run_store_dump(struct app *a)
+{
+    const char *only = a->line.arg_count > 1 ? a->line.args[1] : NULL;
+    struct cube_store *s = open_store(a, true);
+    const char *name;
+    bool is_found = !only;
+    int code = DONE;
+
+    if (!s)
+        return FAILED;
+    for (int i = 0; code == DONE && (name = cube_store_tree(s, i)); i++) {
+        if (only && strcmp(only, name) != 0)
+            continue;
+        is_found = true;
+        code = dump_tree(a, s, name);
+    }
+    cube_store_close(s);
+    if (is_found)
+        return code;
+    fprintf(stderr, "cube store dump: %s has no tree \"%s\"\n",
+            a->line.args[0], only);
+    return FAILED;
+}
+
+static int run_store_compact(struct app *a)
+{
+    struct cube_store *s = open_store(a, false);
+    struct cube_store_stats before, after;
+    int code = DONE;
+
+    if (!s)
+        return FAILED;
+    cube_store_stats(s, &before);
+    if (cube_store_compact(s, &a->err))
+        code = store_failed(a);
+    cube_store_stats(s, &after);
+    cube_store_close(s);
+    if (code == DONE)
+        printf("%s: %llu bytes, of %llu before\n", a->line.args[0],
+               (unsigned long long)after.file_bytes,
+               (unsigned long long)before.file_bytes);
+    return code;
 }
 
 /* ---- main ---- */

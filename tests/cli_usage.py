@@ -24,11 +24,12 @@ import harness
 from harness import CUBE, TOP
 
 COMMANDS = ["manager", "worker", "dev", "run", "status", "stop", "rm", "logs",
-            "inspect", "events", "history", "node", "node rm", "completion",
+            "inspect", "events", "history", "node", "node rm", "backup",
+            "store check", "store dump", "store compact", "completion",
             "help", "version"]
 CLIENTS = [["run", "-d", "busybox"], ["status"], ["stop", "web"],
            ["rm", "web"], ["logs", "web"], ["inspect", "web"], ["events"],
-           ["history", "web"], ["node"], ["node", "rm", "a:1"]]
+           ["history", "web"], ["backup", "copy"], ["node"], ["node", "rm", "a:1"]]
 
 IDS = ["1111aaaa-0000-4000-8000-000000000001",
        "1111bbbb-0000-4000-8000-000000000002",
@@ -783,7 +784,9 @@ class Completion(Case):
         """The line as typed, and what can follow its last word."""
         m = self.m
         return [
-            ("cube st", ["status", "stop"]),
+            ("cube st", ["status", "stop", "store"]),
+            ("cube store ", ["check", "compact", "dump"]),
+            ("cube help store c", ["check", "compact"]),
             ("cube node ", ["rm"]),
             ("cube manager --sch", ["--scheduler"]),
             ("cube manager -s ", ["epvm", "greedy", "roundrobin"]),

@@ -445,6 +445,9 @@ TEST(what_cannot_run_is_refused_with_the_field)
         {"{\"Image\":\"a\",\"Cpu\":-0.1}", "Cpu:"},
         {"{\"Image\":\"a\",\"Cpu\":1e300}", "Cpu:"},
         {"{\"Image\":\"a\",\"Memory\":-1}", "Memory: -1 is negative"},
+        {"{\"Image\":\"a\",\"Memory\":1}", "Memory: 1 bytes are less than"},
+        {"{\"Image\":\"a\",\"Memory\":6291455}", "at least 6291456 (6m)"},
+        {"{\"Image\":\"a\",\"Memory\":6291456}", NULL},
         {"{\"Image\":\"a\",\"Disk\":-1}", "Disk:"},
         {"{\"Image\":\"a\",\"RestartCount\":-1}", "RestartCount:"},
         {"{\"Image\":\"a\",\"StopGrace\":-1}", "StopGrace:"},
@@ -788,4 +791,71 @@ TEST(damaged_lines_are_refused_or_read_consistently)
         cube_buf_free(&first);
         cube_buf_free(&second);
     }
+}
+
+/* All that a copy of this store is, as it is sent. */
+static void copy_of(struct cube_store *s, struct cube_buf *out)
+{
+    struct cube_copy *y = cube_alloc(sizeof *y);
+
+    y->store = s;
+    y->snap = cube_store_snapshot(s);
+    while (cube_copy_piece(y, out) > 0)
+        continue;
+    cube_copy_free(y);
+}
+
+TEST(a_copy_is_what_the_drawing_says)
+{
+    static const unsigned char drawn[] = {
+        0x54, 1, 0, 0, 0, 0, 0, 0, 0, 0x74,
+        0x52, 1, 0, 0, 0, 1, 0, 0, 0, 0x6b, 0x76,
+        0x45, 1, 0, 0, 0, 0, 0, 0, 0, 0x31};
+    struct cube_store *s = cube_store_open(NULL, NULL, NULL, NULL);
+    struct cube_buf out = {0};
+
+    CHECK_INT(cube_store_put(s, "t", "k", 1, "v", 1, NULL), 0);
+    CHECK_INT(cube_store_commit(s, NULL), 0);
+    CHECK_INT(cube_store_put(s, "t", "later", 5, "v", 1, NULL), 0);
+    copy_of(s, &out);
+    CHECK_INT((int)out.len, (int)sizeof drawn);
+    CHECK_MEM(out.data, drawn, sizeof drawn);
+    cube_buf_free(&out);
+    cube_store_close(s);
+}
+
+/* Cut anywhere, changed anywhere in its heads: a copy is the same, or none. */
+TEST(a_copy_arrives_whole_or_not_at_all)
+{
+    struct cube_store *from = cube_store_open(NULL, NULL, NULL, NULL);
+    struct cube_buf sent = {0}, again = {0};
+    struct cube_err err;
+
+    CHECK_INT(cube_store_put(from, "a", "1", 1, "one", 3, NULL), 0);
+    CHECK_INT(cube_store_put(from, "a", "2", 1, "", 0, NULL), 0);
+    CHECK_INT(cube_store_put(from, "b", "1", 1, "uno", 3, NULL), 0);
+    CHECK_INT(cube_store_commit(from, NULL), 0);
+    copy_of(from, &sent);
+    for (size_t cut = 0; cut <= sent.len; cut++) {
+        struct cube_copy_reader r;
+
+        test_row("cut at %d", (int)cut);
+        memset(&r, 0, sizeof r);
+        r.store = cube_store_open(NULL, NULL, NULL, NULL);
+        for (size_t i = 0; i < cut; i++)
+            CHECK_INT(cube_copy_take(&r, sent.data + i, 1, &err), 0);
+        CHECK(r.is_whole == (cut == sent.len));
+        if (r.is_whole) {
+            CHECK_INT(cube_copy_take(&r, sent.data, sent.len, &err), -1);
+            CHECK_INT(cube_store_commit(r.store, NULL), 0);
+            copy_of(r.store, &again);
+            CHECK_INT((int)again.len, (int)sent.len);
+            CHECK_MEM(again.data, sent.data, sent.len);
+        }
+        cube_buf_free(&r.rest);
+        cube_store_close(r.store);
+    }
+    cube_buf_free(&sent);
+    cube_buf_free(&again);
+    cube_store_close(from);
 }

@@ -372,6 +372,10 @@ TEST(a_node_joins_and_is_forgotten)
     (void)snprintf(target, sizeof target, "127.0.0.1:%u", k.ports[1]);
     CHECK_HAS(k.body.data, target);
     (void)snprintf(target, sizeof target, "/nodes/127.0.0.1:%u", k.ports[1]);
+    CHECK_INT(ask(&k, "DELETE", target, NULL), 409); /* it would be back */
+    CHECK_HAS(k.body.data, "stop the worker first");
+    cluster_worker_down(&k, 1);
+    cluster_run(&k, 100);
     CHECK_INT(ask(&k, "DELETE", target, NULL), 204);
     CHECK_INT(ask(&k, "DELETE", target, NULL), 404);
     cluster_close(&k);
