@@ -26149,8 +26149,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    GET    /nodes                 the workers; ?at=TIME: as they were then
  *    POST   /nodes                 a worker joins
  *    DELETE /nodes/{name}          forget a worker
- *    GET    /events, /healthz
- *    GET    /backup                a copy of all that is stored (chapter 7)
+ *    GET    /events, /healthz, /backup (a copy of the store: chapter 7)
  *
  * Naive on purpose: all records are looked at once a second, and each pass
  * that places adds up all promises anew: tasks times nodes, fine for tens of
