@@ -50,8 +50,8 @@ fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
 benches  := $(or $(wildcard tools/bench), \
               $(filter-out %.c,$(wildcard tools/bench_*)))
 
-.PHONY: all test sim build-tests asan valgrind fuzz bench bench-store lint \
-        single static install clean help demo
+.PHONY: all test sim build-tests asan valgrind crash fuzz bench bench-store \
+        lint single static install clean help demo
 .DELETE_ON_ERROR:
 
 all: $(examples)                ## build examples/cube and the other examples
@@ -111,12 +111,21 @@ asan:                           ## the same under ASan and UBSan
 
 # Left out: what runs for many minutes there (the sanitizers see it), and what
 # needs processes as descriptors, which valgrind 3.19 does not know.
-checked := $(filter-out %/t03_json %/t04_store %/t09_engine, \
+checked := $(filter-out %/t03_json %/t04_store %/t04_crash %/t09_engine, \
              $(filter $(BUILD)/tests/t%,$(suites)))
 valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 	@TEST_WRAP="valgrind -q --leak-check=full --track-fds=yes \
 	    --error-exitcode=9" \
 	    tools/runtests $(or $(TESTS),$(checked))
+
+# The state of a disk after a crash, N times; and a writer killed N / 1000
+# times. What fails is printed with the command that repeats it.
+N ?= 1000000
+crash:                          ## N crashes of the store (1000000)
+	@$(MAKE) --no-print-directory TEST_CFLAGS="-O2 -g" BUILD=build/crash \
+	    build/crash/tests/t04_crash
+	TEST_TIMEOUT=100000 CRASH_STATES=$(N) CRASH_SUBSETS=64 \
+	    TEST_KILLS=$$(($(N) / 1000)) build/crash/tests/t04_crash
 
 fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS
 	@tools/fuzz $(FUZZ_SECONDS) $(fuzzers)

@@ -5350,26 +5350,28 @@ CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
 
 #define CUBE_STORE_HEAD 64     /* bytes of the file's and a record's header */
 #define CUBE_STORE_ALIGN 16    /* records start at multiples of this */
-#define CUBE_STORE_PAGE 4096   /* bytes that a page is filled to */
 #define CUBE_STORE_PAGE_MAX 16384 /* bytes that no page ever has */
 #define CUBE_STORE_PAGE_HEAD 4
 #define CUBE_STORE_INLINE 1024 /* larger values never stand in a leaf */
 #define CUBE_STORE_SMALL 64    /* smaller ones always do */
 #define CUBE_STORE_DEPTH 32    /* levels of a tree */
+#define CUBE_STORE_SLACK_MEMORY (256u << 10)
+#define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
+#define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
+#define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
+#ifndef CUBE_STORE_PAGE /* a test sets all of these, much smaller, or none */
+#define CUBE_STORE_PAGE 4096   /* bytes that a page is filled to */
 #define CUBE_STORE_GROUP 65536 /* bytes of pages that one record gathers */
+#define CUBE_STORE_CHUNK 65536 /* bytes that opening reads at once */
 #define CUBE_STORE_EXTENT_MIN (64u << 10) /* zeros laid out ahead at once */
 #define CUBE_STORE_EXTENT_MAX (1u << 20)
 #define CUBE_STORE_SLACK (4u << 20)        /* garbage that bothers nobody */
-#define CUBE_STORE_SLACK_MEMORY (256u << 10)
-#define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
+#define CUBE_STORE_LIMIT (6u << 20)        /* garbage that stops commits */
+#define CUBE_STORE_NODES 32768 /* bytes that an overlay grows by */
 #define CUBE_STORE_CACHE_MIN (256u << 10)
-#define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
 #define CUBE_STORE_TAIL_SMALL 65536        /* to replay at opening: fine */
 #define CUBE_STORE_DEBT (1u << 20)         /* background work put off */
-#define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
-#define CUBE_STORE_LIMIT (6u << 20)        /* garbage that stops commits */
-#ifndef CUBE_STORE_POLYNOMIAL /* a fuzzer's: 0, and all checksums are right */
-#define CUBE_STORE_POLYNOMIAL 0x82f63b78u
+#define CUBE_STORE_POLYNOMIAL 0x82f63b78u  /* 0: all checksums are right */
 #endif
 #define CUBE_STORE_RECORD_MAX (CUBE_STORE_COMMIT_MAX + (64u << 20))
 
@@ -6471,7 +6473,7 @@ static void *cube_store_mem_alloc(struct cube_store_mem *m, size_t len)
 
     len = (len + 7) & ~(size_t)7;
     if (!c || len > c->size - c->used) {
-        size_t size = c ? 32768 : 2048;
+        size_t size = c ? CUBE_STORE_NODES : CUBE_STORE_NODES / 16;
 
         if (size < len)
             size = len;
@@ -8603,7 +8605,6 @@ static int cube_store_work(struct cube_store *s, bool may_wait,
  * The way back in 1 is as long as the zeros ahead and what the last commit
  * wrote, the way forward in 3 as the overlays can be large; neither grows
  * with the number of keys. */
-#define CUBE_STORE_CHUNK 65536
 
 /* Looks for the last whole record, backwards from the end of the file. Leaves
  * its body in body; *used is the end of the last byte that is not zero. 1, 0
@@ -9002,7 +9003,8 @@ static bool cube_store_is_behind(const struct cube_store *s, size_t more)
  * such work waits a batch is charged three times its length: it is written
  * again by a checkpoint, and again by a compaction, along with its neighbours.
  * When the work fails or has to wait the debt is waived; a commit never fails
- * because of it. */
+ * because of it. A sync that the caller has taken over stays his: of two that
+ * run at once the system tells only one that something was lost. */
 static void cube_store_catch_up(struct cube_store *s)
 {
     if (s->view.mem[1] || s->comp || cube_store_comp_is_due(s))
@@ -9010,7 +9012,7 @@ static void cube_store_catch_up(struct cube_store *s)
     else
         s->debt = 0;
     while (cube_store_is_behind(s, s->batch.len)) {
-        if (cube_store_work(s, false, &s->last) <= 0) {
+        if (cube_store_work(s, s->options.is_sync_split, &s->last) <= 0) {
             s->debt = 0;
             return;
         }

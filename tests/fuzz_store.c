@@ -3,13 +3,14 @@
  * checking, changing, compacting and opening again must neither crash nor
  * hang nor read beyond what is theirs; an error is a fine answer. Checksums
  * would stop almost every input at once, so here their polynomial is 0, and
- * each is right when it is all ones.
+ * each is right when it is all ones (store_small.h).
  *
  *     clang -fsanitize=fuzzer,address,undefined -I. tests/fuzz_store.c
  *     cc -DFUZZ_MAIN -I. tests/fuzz_store.c && ./a.out FILE...
  *     ./a.out -s FILE       writes an input to start from
  */
 #define CUBE_STORE_POLYNOMIAL 0u
+#include "store_small.h"
 #include "../cube.c"
 
 #include <stdio.h>
