@@ -23454,7 +23454,16 @@ CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *s)
 #define CUBE_SCHED_MEM (64 << 20)     /* bytes of one that names none */
 #define CUBE_SCHED_WHY_MAX 4000       /* bytes of all reasons together */
 
-/* ---- What nodes have promised ---- */
+/* ---- What nodes have promised ----
+ *
+ * A node's promise is a sum over the tasks that hold a part of it, from their
+ * placement to their end. Of what a task does not name there is nothing to
+ * add, so those who do not are counted, and weigh the little above later:
+ *
+ *    web    0.5 cores, 256 MiB       cpu 0.5  mem 256 MiB  tasks 2
+ *    batch  names nothing            cpu_open 1  mem_open 1
+ *    load   (0.5 + 1 x 0.1) cores, 256 MiB + 1 x 64 MiB
+ */
 
 /* Sums stay at the largest number instead of wrapping. */
 static int64_t cube_sched_add(int64_t a, int64_t b)
@@ -23462,7 +23471,8 @@ static int64_t cube_sched_add(int64_t a, int64_t b)
     return b > 0 && a > INT64_MAX - b ? INT64_MAX : a + b;
 }
 
-/* Notes a host port of a task, unless it is noted or none. */
+/* Notes a host port of a task, unless it is noted or none: 0 and "" stand for
+ * any that is free. The name is copied, for the words of a refusal. */
 static void cube_node_add_port(struct cube_node *node, const char *port,
                                const char *host_port,
                                const struct cube_task *task)
@@ -23490,6 +23500,8 @@ static void cube_node_add_port(struct cube_node *node, const char *port,
     slot->task = cube_text_dup(name);
 }
 
+/* The task is not kept. Ports twice over: those that it asks for hold before
+ * it runs, those that its engine has chosen are known only once it does. */
 CUBE_API void cube_node_promise(struct cube_node *node,
                                 const struct cube_task *task)
 {
@@ -23512,6 +23524,7 @@ CUBE_API void cube_node_promise(struct cube_node *node,
     }
 }
 
+/* Its name, stats and words are borrowed, and stay. */
 CUBE_API void cube_node_clear(struct cube_node *node)
 {
     for (size_t i = 0; i < node->port_count; i++)
@@ -23524,6 +23537,7 @@ CUBE_API void cube_node_clear(struct cube_node *node)
 
 /* ---- Who shares a machine ---- */
 
+/* An empty ID is nobody's. Most differ in their first byte. */
 static bool cube_sched_is_same_id(const char *a, const char *b)
 {
     return a[0] == b[0] && a[0] && !strcmp(a, b);
@@ -23539,7 +23553,9 @@ static bool cube_sched_is_same_host(const char *a, const char *b)
     return a_len == b_len && !memcmp(a, b, a_len);
 }
 
-/* A node shares with itself. IDs decide where both have one. */
+/* A node shares with itself. One engine is one machine, whatever the workers
+ * say of theirs: one of them may be in a container. Else the machines' IDs
+ * decide where both have one, and names where not. */
 static bool cube_sched_shares(const struct cube_node *a,
                               const struct cube_node *b)
 {
@@ -23554,7 +23570,9 @@ static bool cube_sched_shares(const struct cube_node *a,
     return cube_sched_is_same_host(a->name, b->name);
 }
 
-/* All promises of those who share with `node`, its own among them. */
+/* All promises of those who share with `node`, its own among them. Those who
+ * promised nothing are not even compared, which is most, in a large cluster
+ * that is little used. */
 static struct cube_promise cube_sched_promised(const struct cube_placement *p,
                                                const struct cube_node *node)
 {
@@ -23601,6 +23619,8 @@ static void cube_sched_put_cores(struct cube_buf *out, double cores,
     cube_sched_put_hundredths(out, hundredths);
 }
 
+/* In the largest unit of which there is one at least, with one decimal:
+ * 1536 KiB are "1.5 MiB". */
 static void cube_sched_put_bytes(struct cube_buf *out, int64_t bytes,
                                  bool is_need)
 {
@@ -23621,7 +23641,9 @@ static void cube_sched_put_bytes(struct cube_buf *out, int64_t bytes,
 
 /* ---- Candidates ----
  *
- * Each check is a function; the first that says no is the reason. */
+ * Each check is a function: true, or false and in `why` the reason. The first
+ * that says no is the reason that is told; those behind the first may rely on
+ * there being stats. */
 
 /* What a check is about: the decision, one node, and what is promised by all
  * who share with it. */
@@ -23632,6 +23654,8 @@ struct cube_sched_case {
     struct cube_buf *why;
 };
 
+/* The first check. `avoid` is not for good: the manager names it for a task
+ * that failed there and has one move. */
 static bool cube_sched_is_up(const struct cube_sched_case *c)
 {
     const struct cube_node *n = c->node;
@@ -23663,7 +23687,9 @@ static bool cube_sched_runs_it(const struct cube_sched_case *c)
     return false;
 }
 
-/* Is there room for `need`, of something that is called `what`? */
+/* Is there room for `need`, of something that is called `what`? Both must hold:
+ * enough that is not promised, and enough that is free at this moment. All in
+ * bytes. Who needs nothing in particular always fits. */
 static bool cube_sched_has_room(const struct cube_sched_case *c, int64_t need,
                                 int64_t total, int64_t promised, int64_t now,
                                 const char *what)
@@ -23706,6 +23732,7 @@ static bool cube_sched_has_mem(const struct cube_sched_case *c)
                                cube_sched_mem_available(m), "memory");
 }
 
+/* Of the disk that holds `/`, where engines keep their layers by default. */
 static bool cube_sched_has_disk(const struct cube_sched_case *c)
 {
     const struct cube_disk *d = &c->node->stats->disk;
@@ -23715,6 +23742,8 @@ static bool cube_sched_has_disk(const struct cube_sched_case *c)
                                "disk");
 }
 
+/* By promises only. A core that is busy now is free in a millisecond, so what
+ * is measured is no reason to refuse; it counts in the scores. */
 static bool cube_sched_has_cpu(const struct cube_sched_case *c)
 {
     int64_t cpus = c->node->stats->cpus;
@@ -23766,6 +23795,7 @@ static bool cube_sched_has_port(const struct cube_sched_case *c, int number,
     return true;
 }
 
+/* Each host port that the task names, against all who share the machine. */
 static bool cube_sched_has_ports(const struct cube_sched_case *c)
 {
     const struct cube_publishes *want = &c->p->task->port_bindings;
@@ -23785,6 +23815,7 @@ static bool cube_sched_has_ports(const struct cube_sched_case *c)
     return true;
 }
 
+/* The cheap checks first. Ports last: they look at every node. */
 CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
                                  const struct cube_node *node,
                                  struct cube_buf *why)
@@ -23811,6 +23842,7 @@ struct cube_sched_load {
     double jobs;                 /* how many there are before it */
 };
 
+/* fmax, which would want libm. */
 static double cube_sched_max(double a, double b)
 {
     return a > b ? a : b;
@@ -23822,6 +23854,8 @@ static double cube_sched_share(double part, double total)
     return total > 0 ? part / total : 1;
 }
 
+/* The node must be up and have stats. Cores that are not known count as one,
+ * so that such a node looks full soon and not free for ever. */
 static struct cube_sched_load cube_sched_load(const struct cube_placement *p,
                                               const struct cube_node *node)
 {
@@ -23847,6 +23881,8 @@ static struct cube_sched_load cube_sched_load(const struct cube_placement *p,
 
 /* ---- Greedy ---- */
 
+/* The worse of its two loads, as it would be: 0.7 of the memory and 0.2 of the
+ * CPU is 0.7. */
 static double cube_sched_greedy(void *ctx, const struct cube_placement *p,
                                 const struct cube_node *node)
 {
@@ -23909,6 +23945,16 @@ static double cube_sched_marginal(double n, double before, double added)
     return cube_sched_pow(n, b) * (cube_sched_pow(n, a) - 1);
 }
 
+/*
+ * What the task adds to the cost of the node. For memory, with n = 2:
+ *
+ *    before   added    2^(before + added) - 2^before
+ *    0        0.25     1.189 - 1     = 0.189
+ *    0.5      0.25     1.682 - 1.414 = 0.268      the fuller, the dearer
+ *    0        0.5      1.414 - 1     = 0.414
+ *
+ * CPU and jobs are the same with their own loads, and the three are added.
+ */
 static double cube_sched_epvm(void *ctx, const struct cube_placement *p,
                               const struct cube_node *node)
 {
@@ -23932,13 +23978,16 @@ static double cube_sched_epvm(void *ctx, const struct cube_placement *p,
 
 /* ---- Round robin ---- */
 
-/* An object; its `base` is what the program sees. */
+/* An object, whose `base` is what the program sees; base.ctx points back to
+ * it. One that a program wrote itself is none of these. */
 struct cube_sched_own {
     struct cube_scheduler base;
     char *last; /* round robin: name of the node that had the last task */
 };
 
-/* The first name behind the last one, or the first of all. */
+/* The first name behind the last one, or the first of all. By names and not
+ * by places in a list, so that nodes may come and go: with "b" the last of
+ * a, b, d it is "d", also when "b" is gone by now or "c" was refused. */
 static size_t cube_sched_next(void *ctx, const struct cube_placement *p,
                               const struct cube_choice *choices, size_t count)
 {
@@ -23963,6 +24012,7 @@ static size_t cube_sched_next(void *ctx, const struct cube_placement *p,
 
 /* ---- The interface ---- */
 
+/* A NULL in a row is the step that cube_schedule takes by itself. */
 CUBE_API struct cube_scheduler *cube_scheduler_new(const char *name,
                                                    struct cube_err *err)
 {
@@ -23987,6 +24037,7 @@ CUBE_API struct cube_scheduler *cube_scheduler_new(const char *name,
     return NULL;
 }
 
+/* Only for what cube_scheduler_new has made. */
 CUBE_API void cube_scheduler_free(struct cube_scheduler *s)
 {
     struct cube_sched_own *own = s ? s->ctx : NULL;
@@ -24010,6 +24061,7 @@ static bool cube_sched_is_better(const struct cube_choice *a,
     return strcmp(a->node->name, b->node->name) < 0;
 }
 
+/* The pick of those who have none of their own. `count` is at least 1. */
 static size_t cube_sched_best(const struct cube_choice *choices, size_t count)
 {
     size_t best = 0;
@@ -24061,6 +24113,8 @@ static size_t cube_sched_candidates(const struct cube_scheduler *s,
     return count;
 }
 
+/* The three steps. A pick out of range means that none is wanted, which a
+ * scheduler of a program's own may say; it is a reason like the others. */
 CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
                                                const struct cube_placement *p,
                                                struct cube_buf *why)
@@ -29428,6 +29482,19 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
  * meanwhile, which is right for a command line and wrong for a server; no
  * server uses it. CURL_CA_BUNDLE names the certificates to trust, as it does
  * for curl itself.
+ *
+ * A typical sequence, with `cube run`:
+ *
+ *    c = cube_client_new(loop, "localhost:5555", token, &err);
+ *    cube_client_submit(c, &event, &task, &err);     201: it is on disk
+ *    cube_client_events(c, task->id, NULL, on_notice, &state, &err);
+ *                                     returns once on_notice says: enough
+ *    cube_client_logs(c, task->id, false, 10, on_data, NULL, &err);
+ *    cube_client_free(c);
+ *
+ * Invariants. A call returns with none of its callbacks left to run. What is
+ * handed out on success is whole: a list with a hole, or the first half of an
+ * answer, is an error.
  *
  * Naive on purpose: a list is held whole, as text and as records, which is
  * fine for the tens of thousands of tasks that a manager of this kind has.
