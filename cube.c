@@ -3166,6 +3166,17 @@ CUBE_API int cube_time_parse(const char *text, size_t len,
     return 0;
 }
 
+/* The delay before the next try, where each is twice the last:
+ *
+ *      first 100, most 500     times 0: 100   1: 200   2: 400   3: 500 ...
+ */
+static int64_t cube_doubled(int64_t first, int64_t times, int64_t most)
+{
+    while (times-- > 0 && first < most)
+        first = first > most / 2 ? most : first * 2;
+    return first < most ? first : most;
+}
+
 /* ---- Files ---- */
 
 /* Reads a whole file, /proc included, of at most `cap` bytes. What `out` held
@@ -18913,7 +18924,7 @@ struct cube_docker_op {
 struct cube_docker_watch {
     struct cube_docker_op op, ping;
     struct cube_timer again, check;
-    int64_t delay_ms;
+    int64_t cuts; /* since it was open */
     bool is_open; /* its head has come */
     bool is_late; /* a ping was answered while it had not */
     struct cube_objects objects;
@@ -19538,8 +19549,8 @@ static void cube_docker_on_plain(struct cube_docker_op *op,
     cube_docker_plain_end(p, a, &err);
 }
 
-static struct cube_docker_plain *
 /* Asks nothing yet; the caller sets its callback, then asks. */
+static struct cube_docker_plain *
 cube_docker_plain_new(struct cube_runtime *rt,
                       const struct cube_docker_verb *verb, const char *id,
                       void *arg)
@@ -20538,6 +20549,8 @@ static void cube_docker_logs_inspected(struct cube_docker_op *op,
     cube_docker_ask_id(op, "GET", "/containers/", l->id, after, 0);
 }
 
+/* The log is the caller's until on_end has run or it is cancelled; neither
+ * callback runs before this has returned. */
 static struct cube_logs *
 cube_docker_logs(struct cube_runtime *rt, const char *id,
                  const struct cube_logs_options *options,
@@ -20631,7 +20644,7 @@ static void cube_docker_watch_piece(struct cube_docker_op *op, const char *p,
         cube_objects_feed(&d->watch.objects, p, len, cube_docker_event, d);
         return;
     }
-    d->watch.delay_ms = 0; /* the head: it is open */
+    d->watch.cuts = 0; /* the head: it is open */
     d->watch.is_open = true;
     d->watch.is_late = false;
     if (d->watch.fn)
@@ -20648,17 +20661,13 @@ static void cube_docker_watch_cut(struct cube_docker_op *op,
                                   const struct cube_docker_answer *a)
 {
     struct cube_docker *d = op->d;
-    int64_t delay = d->watch.delay_ms * 2;
 
     (void)a;
-    if (delay < CUBE_DOCKER_AGAIN_MS)
-        delay = CUBE_DOCKER_AGAIN_MS;
-    if (delay > CUBE_DOCKER_AGAIN_MAX_MS)
-        delay = CUBE_DOCKER_AGAIN_MAX_MS;
-    d->watch.delay_ms = delay;
     d->watch.is_open = d->watch.is_late = false;
-    cube_timer_set(d->rt.loop, &d->watch.again, delay, cube_docker_watch_open,
-                   d);
+    cube_timer_set(d->rt.loop, &d->watch.again,
+                   cube_doubled(CUBE_DOCKER_AGAIN_MS, d->watch.cuts++,
+                                CUBE_DOCKER_AGAIN_MAX_MS),
+                   cube_docker_watch_open, d);
 }
 
 /* Opens the stream. The engine is asked for containers only, not for our
@@ -20724,7 +20733,7 @@ static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
     cube_timer_clear(rt->loop, &w->check);
     w->fn = fn;
     w->arg = arg;
-    w->delay_ms = 0;
+    w->cuts = 0;
     w->is_open = w->is_late = false;
     if (!fn)
         return;
@@ -21094,6 +21103,7 @@ static char *cube_process_cgroup(struct cube_process *p, const char *base,
     return NULL;
 }
 
+/* False: there is no limit now, and the caller falls back on another. */
 static bool cube_process_limit_memory(struct cube_process *p, const char *dir,
                                       int64_t bytes)
 {
@@ -21185,22 +21195,15 @@ static void cube_process_limit(struct cube_process *p, const char *id,
 
 /* ---- Processes: what a directory says ---- */
 
+/* Of memory and the descriptor; its directory stays, and its process runs. */
 static void cube_process_box_free(struct cube_process_box *box)
 {
-    struct cube_container *c = &box->c;
     const struct cube_world *w = box->p->w;
 
     cube_watch_clear(box->p->rt.loop, &box->watch);
     if (box->pid_fd >= 0)
         w->pid_close(w->ctx, box->pid_fd);
-    cube_free(c->id);
-    cube_free(c->name);
-    cube_free(c->task);
-    cube_free(c->cluster);
-    cube_free(c->worker);
-    cube_free(c->spec);
-    cube_free(c->error);
-    cube_ports_free(&c->ports);
+    cube_container_clear(&box->c);
     cube_free(box->dir);
     cube_free(box->command);
     cube_free(box->limits);
@@ -21510,6 +21513,8 @@ static void cube_process_op_late(void *arg)
     op->step(op);
 }
 
+/* A call about `id`, whose step runs in a later turn. The caller sets one
+ * callback, and what the step needs. */
 static struct cube_process_op *
 cube_process_op_new(struct cube_process *p, const char *id,
                     void (*step)(struct cube_process_op *op), void *arg)
@@ -21532,21 +21537,19 @@ static void cube_process_op_wait(struct cube_process_op *op, int64_t ms)
     cube_timer_set(op->p->rt.loop, &op->timer, ms, cube_process_op_late, op);
 }
 
-/* Answers and ends the call. The callback may free the runtime. The op is gone
- * before the callback runs, and what the callback needs of it lives on the
- * stack: so the callback may ask anew, or free the runtime. */
+/* Answers and ends the call. The op is gone before the callback runs, and what
+ * the callback needs of it lives on the stack: so it may ask anew, or free the
+ * runtime. `c` is lent to it; NULL where the call has none. */
 static void cube_process_op_end(struct cube_process_op *op,
                                 const struct cube_container *c)
 {
-    const struct cube_err *err = op->err.code == CUBE_OK ? NULL : &op->err;
     struct cube_process_op last = *op;
+    const struct cube_err *err = last.err.code == CUBE_OK ? NULL : &last.err;
 
     op->task = NULL;
     op->cluster = op->worker = op->id = NULL;
     memset(&op->path, 0, sizeof op->path);
     cube_process_op_free(op);
-    if (err)
-        err = &last.err;
     if (last.on_container)
         last.on_container(last.arg, err ? NULL : c, err);
     else if (last.on_list)
@@ -21614,6 +21617,7 @@ static void cube_process_scan_one(void *arg, const char *id)
     cube_process_refresh(box);
 }
 
+/* The directory of one worker; what is no directory is passed over. */
 static void cube_process_scan_worker(void *arg, const char *name)
 {
     struct cube_process_scan *s = arg;
@@ -21865,6 +21869,7 @@ static void cube_process_remove_step(struct cube_process_op *op)
         op->step(op);
 }
 
+/* fn runs when the files are gone. One that runs is killed first. */
 static void cube_process_remove(struct cube_runtime *rt, const char *id,
                                 cube_done_fn *fn, void *arg)
 {
@@ -21886,6 +21891,7 @@ static void cube_process_clean_old(void *arg, const char *name)
     cube_free(dir);
 }
 
+/* Looks through one worker's directory for what is to be removed still. */
 static void cube_process_clean_worker(void *arg, const char *name)
 {
     struct cube_process_scan *s = arg;
@@ -22112,6 +22118,7 @@ static void cube_process_environment(struct cube_process *p, const char *id,
     cube_process_env(env, CUBE_PROCESS_ID "%s", id);
 }
 
+/* The file `spec`, as drawn at the opening; it never changes after. */
 static void cube_process_print_spec(const struct cube_process_op *op,
                                     const struct cube_ports *ports,
                                     const char *limits, struct cube_buf *out)
@@ -22374,6 +22381,7 @@ static bool cube_process_start_clear(struct cube_process_op *op)
     return false;
 }
 
+/* The next turn may spawn again. */
 static void cube_process_next_spawn(void *arg)
 {
     struct cube_process *p = arg;
@@ -22381,11 +22389,22 @@ static void cube_process_next_spawn(void *arg)
     p->has_spawned = false;
 }
 
-/* A spawn waits for its supervisor's report, some milliseconds: one a turn, so
- * that many starts at once do not stop the loop. It can run several times:
- * once for each older process that must end first, and while others spawn.
- * Each time it begins from what the directories say, so a start that was
- * repeated finds what the first one did. */
+/*
+ * It can run several times, and each time begins from what the directories
+ * say, so a start that was repeated finds what the first one did:
+ *
+ *     step --> has one been spawned in this turn?    yes: again in the next
+ *               | no
+ *              does an older one of this task run?   yes: kill it, and again
+ *               | no                                      when it has ended
+ *              is this one there?     running, or exited: report it
+ *               | no, or no more than created
+ *              choose ports, make the directory, write `spec`, spawn
+ *               | 0                 | no                 | trouble
+ *              report it           remove it, report    leave it, report
+ *
+ * One spawn a turn, since it waits for its supervisor's word, some
+ * milliseconds, and many starts at once would stop the loop. */
 static void cube_process_start_step(struct cube_process_op *op)
 {
     struct cube_process *p = op->p;
@@ -22485,6 +22504,7 @@ static void cube_process_stop_step(struct cube_process_op *op)
     }
 }
 
+/* SIGTERM, and after the grace SIGKILL for all that the task has. */
 static void cube_process_stop(struct cube_runtime *rt, const char *id,
                               int64_t grace_ms, cube_done_fn *fn, void *arg)
 {
@@ -22530,6 +22550,7 @@ static void cube_process_list_step(struct cube_process_op *op)
     cube_free(list);
 }
 
+/* worker NULL: of all workers. */
 static void cube_process_list(struct cube_runtime *rt, const char *worker,
                               cube_containers_fn *fn, void *arg)
 {
@@ -22576,6 +22597,7 @@ static void cube_process_json_text(struct cube_buf *out, const char *key,
     cube_json_put_text(out, value);
 }
 
+/* The words from number i on, as an array. */
 static void cube_process_json_words(struct cube_buf *out, const char *key,
                                     const struct cube_texts *words, size_t i)
 {
@@ -22588,6 +22610,7 @@ static void cube_process_json_words(struct cube_buf *out, const char *key,
     cube_buf_addc(out, ']');
 }
 
+/* "State", as tools that read Docker's expect it: all fields are there. */
 static void cube_process_json_state(const struct cube_process_box *box,
                                     struct cube_buf *out)
 {
@@ -22751,6 +22774,7 @@ struct cube_process_range {
     int64_t first, last;
 };
 
+/* log.1, log.2 ... count; log itself, and what is no number, do not. */
 static void cube_process_range_one(void *arg, const char *name)
 {
     struct cube_process_range *r = arg;
@@ -22845,6 +22869,7 @@ static bool cube_process_is_running(struct cube_process *p, const char *id)
 /* mutual recursion: a step sets the timer of the next */
 static void cube_process_logs_forward(void *arg);
 
+/* Nothing tells of a file that has grown, so it is looked at again. */
 static void cube_process_logs_later(struct cube_process_logs *l)
 {
     cube_timer_set(l->p->rt.loop, &l->timer, CUBE_PROCESS_FOLLOW_MS,
@@ -23000,6 +23025,7 @@ static void cube_process_logs_begin(void *arg)
     cube_process_logs_backward(l);
 }
 
+/* As cube_docker_logs: the caller's until on_end, or the cancelling. */
 static struct cube_logs *
 cube_process_logs(struct cube_runtime *rt, const char *id,
                   const struct cube_logs_options *options,
@@ -23047,6 +23073,7 @@ static void cube_process_report(void *arg)
         p->change(p->change_arg, NULL);
 }
 
+/* fn NULL ends it. The first report comes by itself, about everything. */
 static void cube_process_on_change(struct cube_runtime *rt,
                                    cube_change_fn *fn, void *arg)
 {
@@ -23228,6 +23255,7 @@ static void cube_search_places(struct cube_runtime_search *s)
     cube_search_add(s, "unix://", "/run/podman/podman.sock");
 }
 
+/* Not of the engine that it may be greeting. */
 static void cube_search_free(struct cube_runtime_search *s)
 {
     cube_defer_clear(s->loop, &s->defer);
@@ -23338,8 +23366,8 @@ static void cube_search_next(void *arg)
     cube_docker_ask(&s->op, CUBE_DOCKER_PING_MS, 0);
 }
 
-CUBE_API struct cube_runtime_search *
 /* fn runs exactly once, in a later turn, unless the search is cancelled. */
+CUBE_API struct cube_runtime_search *
 cube_runtime_find(struct cube_loop *l, const char *which, const char *dir,
                   cube_runtime_fn *fn, void *arg)
 {
@@ -24222,7 +24250,8 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_GRACE_MS 10000                 /* from SIGTERM to SIGKILL */
 #define CUBE_BEAT_MS 1000
 #define CUBE_FIRST_BEAT_MS 20               /* to who begins to follow */
-#define CUBE_LOOK_MAX_MS 10000              /* between two tries to list */
+#define CUBE_LOOK_MS 100                    /* before the next try to list, */
+#define CUBE_LOOK_MAX_MS 10000              /* doubled each time up to here */
 #define CUBE_LOOK_SOON_MS 50
 #define CUBE_LOOK_SLOW_MS 60000             /* a look without cause */
 #define CUBE_JOIN_MS 5000
@@ -24332,16 +24361,8 @@ static void cube_worker_look(void *arg); /* mutual recursion */
 /* NULL is fine. */
 static void cube_box_free(struct cube_container *box)
 {
-    if (!box)
-        return;
-    cube_free(box->id);
-    cube_free(box->name);
-    cube_free(box->task);
-    cube_free(box->cluster);
-    cube_free(box->worker);
-    cube_free(box->spec);
-    cube_free(box->error);
-    cube_ports_free(&box->ports);
+    if (box)
+        cube_container_clear(box);
     cube_free(box);
 }
 
@@ -24441,13 +24462,9 @@ static struct cube_time cube_worker_now(struct cube_worker *w)
  * at growing intervals, up to 10 s. No unit takes a step meanwhile. */
 static void cube_worker_doubt(struct cube_worker *w)
 {
-    int64_t in_ms = 100;
-
-    for (int i = 0; i < w->look_tries && in_ms < CUBE_LOOK_MAX_MS; i++)
-        in_ms *= 2;
     w->is_listed = false;
     cube_timer_set(w->loop, &w->look,
-                   in_ms < CUBE_LOOK_MAX_MS ? in_ms : CUBE_LOOK_MAX_MS,
+                   cube_doubled(CUBE_LOOK_MS, w->look_tries, CUBE_LOOK_MAX_MS),
                    cube_worker_look, w);
 }
 
@@ -24456,11 +24473,7 @@ static void cube_worker_doubt(struct cube_worker *w)
 /* 1 s before the first restart, doubled for each one after, up to 5 min. */
 static int64_t cube_backoff_ms(int64_t restarts)
 {
-    int64_t ms = CUBE_BACKOFF_MS;
-
-    while (restarts-- > 0 && ms < CUBE_BACKOFF_MAX_MS)
-        ms *= 2;
-    return ms < CUBE_BACKOFF_MAX_MS ? ms : CUBE_BACKOFF_MAX_MS;
+    return cube_doubled(CUBE_BACKOFF_MS, restarts, CUBE_BACKOFF_MAX_MS);
 }
 
 /* May this version be started again by the worker? A budget that came with the
@@ -27207,8 +27220,7 @@ static void cube_member_cut(void *arg, const struct cube_http_answer *a)
     }
     cube_timer_set(n->manager->loop, &n->dial, n->dial_ms, cube_member_dial,
                    n);
-    if (n->dial_ms < CUBE_DIAL_MAX_MS)
-        n->dial_ms = n->dial_ms * 2 + 1;
+    n->dial_ms = cube_doubled(n->dial_ms + 1, 1, CUBE_DIAL_MAX_MS);
 }
 
 /* Opens the event stream, from where the last one broke off if that is known;
@@ -27278,11 +27290,7 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
 /* 0.5 s before the first repetition, doubled up to 8 s. */
 static int64_t cube_retry_ms(int tries)
 {
-    int64_t ms = CUBE_RETRY_MS;
-
-    while (tries-- > 1 && ms < CUBE_RETRY_MAX_MS)
-        ms *= 2;
-    return ms;
+    return cube_doubled(CUBE_RETRY_MS, tries - 1, CUBE_RETRY_MAX_MS);
 }
 
 /* A worker said 409, with the cluster and the epoch that it obeys:
@@ -27502,7 +27510,6 @@ static struct cube_promises *cube_promises_new(struct cube_manager *m)
 {
     struct cube_promises *p = cube_alloc(sizeof *p);
     struct cube_list *link;
-    struct cube_record *rec;
     void *value;
 
     p->nodes = cube_alloc((m->member_count + 1) * sizeof *p->nodes);
@@ -27523,8 +27530,8 @@ static struct cube_promises *cube_promises_new(struct cube_manager *m)
     }
     for (size_t at = 0;
          cube_map_next(&m->ledger->records, &at, NULL, &value);) {
-        rec = value;
-        const struct cube_task *t = cube_record_latest(rec)->task;
+        const struct cube_task *t =
+            cube_record_latest((struct cube_record *)value)->task;
 
         for (size_t i = 0; i < p->count; i++) {
             if (cube_task_holds(t, p->nodes[i].name))
@@ -28897,7 +28904,6 @@ static void cube_manager_relay(struct cube_manager *m,
     }
     cube_buf_printf(&target, "/tasks/%s%s", rec->id, tail);
     y = cube_alloc(sizeof *y);
-    memset(y, 0, sizeof *y);
     y->req = req;
     memset(&q, 0, sizeof q);
     q.method = "GET";

@@ -543,6 +543,16 @@ static const char *in_dir(const char *name)
     return path;
 }
 
+TEST(delays_double_up_to_a_limit)
+{
+    static const int64_t want[] = {100, 200, 400, 500, 500};
+
+    for (size_t i = 0; i < COUNT(want); i++)
+        CHECK_INT(cube_doubled(100, (int64_t)i, 500), want[i]);
+    CHECK_INT(cube_doubled(100, -1, 500), 100);
+    CHECK_INT(cube_doubled(100, INT64_MAX, INT64_MAX), INT64_MAX);
+}
+
 TEST(a_file_is_replaced_whole_and_read_back)
 {
     const struct cube_world *w = cube_world_real();
