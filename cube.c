@@ -2312,6 +2312,19 @@ CUBE_API void cube_buf_puts(struct cube_buf *b, const char *text)
     cube_buf_add(b, text, strlen(text));
 }
 
+/* A number in decimal, or in lower-case hexadecimal: what cube_buf_printf could
+ * do, at a tenth of the cost, for the dozens of them in each task and the three
+ * in each answer. */
+static void cube_buf_put_u64(struct cube_buf *b, uint64_t v, unsigned base)
+{
+    char text[24], *p = text + sizeof text;
+
+    do
+        *--p = "0123456789abcdef"[v % base];
+    while (v /= base);
+    cube_buf_add(b, p, (size_t)(text + sizeof text - p));
+}
+
 /* Formats twice: once to learn the size, once into its place. Shorter than a
  * guess with a second try, and no text here is long enough to make it
  * matter. */
@@ -5177,16 +5190,9 @@ CUBE_UNUSED static void cube_json_put_text(struct cube_buf *b, const char *s)
 /* In decimal. The magnitude is taken unsigned, where INT64_MIN has one. */
 CUBE_UNUSED static void cube_json_put_i64(struct cube_buf *b, int64_t v)
 {
-    char text[20];
-    size_t at = sizeof text;
-    uint64_t rest = v < 0 ? 0 - (uint64_t)v : (uint64_t)v;
-
-    do
-        text[--at] = (char)('0' + rest % 10);
-    while ((rest /= 10) > 0);
     if (v < 0)
-        text[--at] = '-';
-    cube_buf_add(b, text + at, sizeof text - at);
+        cube_buf_addc(b, '-');
+    cube_buf_put_u64(b, v < 0 ? 0 - (uint64_t)v : (uint64_t)v, 10);
 }
 
 /* The fewest digits that read back as `v` (which is above 0), and where the
@@ -10633,10 +10639,10 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
  * bytes in, events out, wherever the bytes were cut.
  *
  *     feed    "GET /tasks HT" | "TP/1.1\r\nHost: a\r\n\r\n"
- *     events             MORE |                 HEAD, END, MORE
+ *     events             MORE |                 HEAD, END
  *
  *     feed    "...chunked\r\n\r\n5\r\nhel" | "lo\r\n0\r\n\r\n"
- *     events                HEAD, DATA hel | DATA lo, END, MORE
+ *     events          HEAD, DATA hel, MORE | DATA lo, END
  *
  * A head is gathered line by line in one text, where each line is cut up in
  * place; what is found is kept as offsets, since the text moves as it grows.
@@ -10669,8 +10675,9 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
  *     with it, in whichever order;
  *   - handlers and callbacks may answer, cancel, close and free anything;
  *     whoever calls them is marked busy and looks again afterwards;
- *   - every wait for a peer has a deadline, but that for a handler's answer
- *     and for the next event of a stream.
+ *   - every wait of a server for a peer has a deadline, but that for the
+ *     reader of a stream that has nothing to say; a call has the deadlines
+ *     that its caller gives it.
  *
  * Interface:
  *   cube_http_parse            bytes to events (pure)
@@ -10801,7 +10808,9 @@ struct cube_http_field {
     uint32_t name, value;
 };
 
-/* A request line or status line and the fields after it. */
+/* A request line or status line and the fields after it, as offsets into one
+ * text: of a call's lifetime in the parser, and handed on whole to the call
+ * that it answers. */
 struct cube_http_head {
     struct cube_buf text;
     struct cube_http_field fields[CUBE_HTTP_MAX_FIELDS];
@@ -10869,14 +10878,23 @@ enum cube_http_event {
 };
 
 /*
- *   START -> FIELDS -+-> SIZED -------------------------------+-> DONE
- *    ^ blank line    +-> TO_CLOSE ------------- end of input -+
- *                    +-> SIZE -> CHUNK -> CHUNK_END --+       |
- *                    |    ^                           |       |
- *                    |    +---------------------------+       |
- *                    |   SIZE with 0 -> TRAILERS -------------+
- *                    +-> (no body) ---------------------------+
- *   any -> BAD
+ *     START -> FIELDS -+-> SIZED -------------------------------+-> DONE
+ *      ^ blank line    +-> TO_CLOSE ------------- end of input -+
+ *                      +-> SIZE -> CHUNK -> CHUNK_END --+       |
+ *                      |    ^                           |       |
+ *                      |    +---------------------------+       |
+ *                      |   SIZE with 0 -> TRAILERS -------------+
+ *                      +-> (no body) ---------------------------+
+ *     any -> BAD
+ *
+ *     START      the first line             CHUNK      bytes of a chunk
+ *     FIELDS     Name: value, one a line    CHUNK_END  CR LF behind it
+ *     SIZED      a body of known length     TRAILERS   fields behind the last
+ *     TO_CLOSE   a body that ends with      DONE       all was said
+ *                the connection             BAD        all was refused
+ *     SIZE       the line before a chunk
+ *
+ * The order counts: what comes up to FIELDS belongs to the head.
  */
 enum cube_http_state {
     CUBE_HTTP_START,
@@ -10897,7 +10915,10 @@ struct cube_http_input {
     size_t len;
 };
 
-/* Zeroed, and with the first two set, it is ready. Free its head's text. */
+/* Zeroed, and with the first two set, it is ready. Free its head's text.
+ * What the five framing fields said is kept as flags, and judged together at
+ * the end of the head: says_ and has_ are the peer's words, is_ what was
+ * made of them. */
 struct cube_http_parser {
     bool is_answer;         /* reads answers, else requests */
     bool is_to_head;        /* the answer is to a HEAD: it has no body */
@@ -10908,10 +10929,10 @@ struct cube_http_parser {
     uint64_t left;          /* bytes of the body or of the chunk to come */
     uint64_t length;        /* Content-Length */
     size_t extra;           /* chunk extensions and trailers so far */
-    int blanks, hosts;
+    int blanks, hosts; /* empty lines before; Host fields */
     bool has_length, has_coding, is_chunked, has_other_coding;
     bool says_close, says_keep, says_continue, says_other_expect;
-    bool has_bare_lf;
+    bool has_bare_lf; /* of an answer: not to be reused */
     bool has_body;          /* after HEAD: bytes of a body will come */
     bool is_kept;           /* after HEAD: the connection can be used again */
     const char *piece;      /* DATA: borrowed from the input */
@@ -10989,13 +11010,17 @@ static enum cube_http_event cube_http_line(struct cube_http_parser *p,
     return CUBE_HTTP_GO_ON;
 }
 
-/* Forgets the line that was read last: its text is not kept. */
+/* Forgets the line that was read last: its text is not kept. What chunks and
+ * trailers were read through takes no memory then, and the offsets of the head
+ * before it stay true. */
 static void cube_http_forget_line(struct cube_http_parser *p, const char *line)
 {
     p->line = p->head.text.len = (size_t)(line - p->head.text.data);
 }
 
-/* "HTTP/1.1": sets the minor version. 0, or the status to refuse it with. */
+/* "HTTP/1.1": sets the minor version. 0, or the status to refuse it with. A
+ * higher minor version is read as 1.1, which RFC 9110, section 2.5 promises to
+ * work; another major one may be anything. */
 static int cube_http_version(struct cube_http_parser *p, const char *text)
 {
     if (strlen(text) != 8 || memcmp(text, "HTTP/", 5) != 0 ||
@@ -11094,7 +11119,7 @@ static enum cube_http_event cube_http_step_start(struct cube_http_parser *p,
  */
 
 /* Digits, or a list of the same digits (RFC 9110, section 8.6). A number
- * beyond 64 bits is a number all the same: the largest. */
+ * beyond 63 bits is a number all the same: the largest. */
 static const char *cube_http_on_length(struct cube_http_parser *p,
                                        const char *value)
 {
@@ -11190,8 +11215,13 @@ static const struct {
     {"expect", 6, cube_http_on_expect},
 };
 
-/* Cuts "Name: value", of `len` bytes, in two; returns what is wrong with it
- * or NULL. */
+/*
+ * Cuts "Name: value", of `len` bytes, in two; returns what is wrong with it or
+ * NULL. NULs take the place of the colon and of the blanks at the end:
+ *
+ *     C o n n e c t i o n :   c l o s e _ _       line, len 19
+ *     C o n n e c t i o n 0   c l o s e 0 0       value at 12
+ */
 static const char *cube_http_cut_field(char *line, size_t len, char **value)
 {
     size_t n = 0;
@@ -11240,7 +11270,15 @@ static enum cube_http_event cube_http_field(struct cube_http_parser *p,
     return words ? cube_http_bad(p, 400, words) : CUBE_HTTP_GO_ON;
 }
 
-/* The state after a head: RFC 9112, section 6.3, where it is read strictly. */
+/*
+ * The state after a head: RFC 9112, section 6.3, where it is read strictly.
+ *
+ *     answer to a HEAD, 1xx, 204, 304   no body, whatever its fields say
+ *     chunked                           until the last chunk
+ *     Content-Length                    so many bytes
+ *     a request with neither            no body
+ *     an answer with neither            until the connection ends
+ */
 static enum cube_http_event cube_http_frame(struct cube_http_parser *p)
 {
     bool has_none = p->is_answer &&
@@ -11340,7 +11378,9 @@ static enum cube_http_event cube_http_step_data(struct cube_http_parser *p,
     return CUBE_HTTP_DATA;
 }
 
-/* "1a2b" or "1a2b;name=value": the size, or -1. */
+/* "1a2b" or "1a2b;name=value": the size, or -1. No 0x, no sign, no blank before
+ * the semicolon: each has been read in two ways by two programs. Four bits are
+ * added at a time as long as the result stays below 2^63. */
 static int64_t cube_http_chunk_size(const char *line, size_t len)
 {
     int64_t size = 0;
@@ -11434,7 +11474,9 @@ static enum cube_http_event cube_http_step_done(struct cube_http_parser *p,
     return p->state == CUBE_HTTP_DONE ? CUBE_HTTP_END : CUBE_HTTP_ERROR;
 }
 
-/* Takes bytes from `in` until something is to be said. */
+/* Takes bytes from `in` until something is to be said. After MORE all of them
+ * are used; after another event the rest is to be fed again, with the next
+ * call. DATA points into the input: use it before that changes. */
 static enum cube_http_event cube_http_parse(struct cube_http_parser *p,
                                             struct cube_http_input *in)
 {
@@ -11459,7 +11501,8 @@ static enum cube_http_event cube_http_parse(struct cube_http_parser *p,
     return e;
 }
 
-/* The input has ended: END if that ends the message, else ERROR. */
+/* The input has ended: END if that ends the message, else ERROR. Only where no
+ * length was said is an end a good one, RFC 9112, section 8. */
 static enum cube_http_event cube_http_parse_eof(struct cube_http_parser *p)
 {
     if (p->state == CUBE_HTTP_TO_CLOSE || p->state == CUBE_HTTP_DONE) {
@@ -11532,14 +11575,22 @@ static bool cube_http_ip(const char *host, struct cube_addr *out)
     return inet_pton(AF_INET6, host, out->ip) == 1;
 }
 
-/* Where to listen or to connect. */
+/* Where to listen or to connect: `host` as a user wrote it, not looked up. */
 struct cube_http_place {
     bool is_unix;
     char host[256]; /* without brackets; of a unix socket, its path */
     uint16_t port;
 };
 
-/* Splits "host:port", "[::1]:port", ":port"; the port may be missing. */
+/*
+ * Splits a text with or without a port; -1 when it is none of these.
+ * `out->port` is left alone when there is no port.
+ *
+ *     a.example:80    [::1]:80    :80    a.example    [::1]
+ *
+ * An IPv6 address without brackets is refused: where its port begins cannot be
+ * told. So is what belongs to a URL and not to a place (/ ? # @).
+ */
 static int cube_http_split_place(const char *text,
                                  struct cube_http_place *out)
 {
@@ -11570,7 +11621,8 @@ static int cube_http_split_place(const char *text,
     return 0;
 }
 
-/* Reads all forms that cube.h lists for this chapter. */
+/* Reads all forms that cube.h lists for this chapter. http:// without a port
+ * means 80, tcp:// means 2375, which is Docker's. */
 static int cube_http_place_parse(const char *text,
                                  struct cube_http_place *out,
                                  struct cube_err *err)
@@ -11714,7 +11766,9 @@ enum cube_http_phase {
     CUBE_HTTP_OVER
 };
 
-/* What a connection waits for, and so which deadline holds. */
+/* What a connection waits for, and so which deadline holds. UNSET is how
+ * progress is told: who moves bytes sets it, and the next look sets a new
+ * deadline. */
 enum cube_http_wait {
     CUBE_HTTP_WAIT_UNSET, /* something moved: count anew */
     CUBE_HTTP_WAIT_IDLE,  /* for the first byte of a request */
@@ -11730,6 +11784,7 @@ enum cube_http_wait {
 #define CUBE_HTTP_GRACE_MS 1000 /* idle for less: it may have just spoken */
 #define CUBE_HTTP_ACCEPT_BATCH 64
 
+/* One listening socket of a server; a member of it. */
 struct cube_http_listener {
     struct cube_http_server *server;
     struct cube_watch watch;
@@ -11846,7 +11901,9 @@ static void cube_http_flush(struct cube_http_req *req)
     }
 }
 
-/* Sends or queues. What is large, and can go at once, is not copied. */
+/* Sends or queues. What is large, and can go at once, is not copied: a listing
+ * of 10 MB goes to the socket from where it was printed, and only what the
+ * socket does not take is kept. */
 static void cube_http_push(struct cube_http_req *req, const char *data,
                            size_t len)
 {
@@ -11866,18 +11923,6 @@ static void cube_http_push(struct cube_http_req *req, const char *data,
         }
     }
     cube_buf_add(&req->out, data, len);
-}
-
-/* A number in decimal, or in lower-case hexadecimal: what snprintf could do,
- * at a tenth of the cost, three times in each answer. */
-static void cube_http_put_u64(struct cube_buf *b, uint64_t v, unsigned base)
-{
-    char text[24], *p = text + sizeof text;
-
-    do
-        *--p = "0123456789abcdef"[v % base];
-    while (v /= base);
-    cube_buf_add(b, p, (size_t)(text + sizeof text - p));
 }
 
 /* "Sun, 06 Nov 1994 08:49:37 GMT" (RFC 9110, section 5.6.7), made once a
@@ -11954,7 +11999,18 @@ static void cube_http_put_field(struct cube_buf *b, const char *name,
     cube_buf_add(b, "\r\n", 2);
 }
 
-/* The head of an answer; `len` -1: it is a stream. */
+/*
+ * The head of an answer; `len` -1: it is a stream. Nothing is put for a peer
+ * that has gone. In this order, with what applies:
+ *
+ *     HTTP/1.1 201 Created
+ *     Date: Sun, 06 Nov 1994 08:49:37 GMT
+ *     Content-Type: application/json
+ *     Content-Length: 12               or Transfer-Encoding: chunked
+ *     Connection: close                or keep-alive, to HTTP/1.0
+ *     Location: /x                     the handler's own (reply_header)
+ *     (an empty line)
+ */
 static void cube_http_put_head(struct cube_http_req *req, int status,
                                const char *type, int64_t len)
 {
@@ -11964,7 +12020,7 @@ static void cube_http_put_head(struct cube_http_req *req, int status,
     if (req->fd < 0)
         return;
     cube_buf_puts(b, "HTTP/1.1 ");
-    cube_http_put_u64(b, (uint64_t)status, 10);
+    cube_buf_put_u64(b, (uint64_t)status, 10);
     cube_buf_addc(b, ' ');
     cube_buf_puts(b, cube_http_reason(status));
     cube_buf_add(b, "\r\n", 2);
@@ -11973,7 +12029,7 @@ static void cube_http_put_head(struct cube_http_req *req, int status,
         cube_http_put_field(b, "Content-Type", type);
     if (len >= 0 && cube_http_has_content(status)) {
         cube_buf_puts(b, "Content-Length: ");
-        cube_http_put_u64(b, (uint64_t)len, 10);
+        cube_buf_put_u64(b, (uint64_t)len, 10);
         cube_buf_add(b, "\r\n", 2);
     }
     if (req->is_chunked)
@@ -12033,7 +12089,9 @@ static void cube_http_release(struct cube_http_req *req)
 static void cube_http_listen_on(struct cube_http_server *s, bool is_on);
 static void cube_http_settle(void *arg);
 
-/* Closes the socket, and tells the handler of an open request. */
+/* Closes the socket, and tells the handler of an open request. One that did not
+ * ask to hear of it (no on_gone) still owns the request: phase stays, and its
+ * answer goes nowhere but frees it. `req` may be freed after this. */
 static void cube_http_drop(struct cube_http_req *req)
 {
     struct cube_http_server *s = req->server;
@@ -12069,7 +12127,8 @@ static void cube_http_touch(struct cube_http_req *req)
 }
 
 /* The answer is complete: on to the next request, or to the end. A request
- * whose peer has gone is freed by this. */
+ * whose peer has gone is freed by this. The connection goes to the end of the
+ * server's list, which so stays ordered by who has been idle longest. */
 static void cube_http_finish(struct cube_http_req *req)
 {
     bool is_kept = req->parser.is_kept && !req->must_close;
@@ -12264,7 +12323,7 @@ CUBE_API void cube_http_stream_write(struct cube_http_req *req,
     } else {
         req->is_drain_due = true;
         if (req->is_chunked) {
-            cube_http_put_u64(&req->out, len, 16);
+            cube_buf_put_u64(&req->out, len, 16);
             cube_buf_add(&req->out, "\r\n", 2);
         }
         cube_http_push(req, data, len);
@@ -12340,7 +12399,9 @@ cube_http_refuse(struct cube_http_req *req, int status, const char *format,
     return false;
 }
 
-/* "a%20b=c&d": decoded pairs into `words`. */
+/* "a%20b=c&d": decoded pairs into `words`. A name without `=` has an empty
+ * value, an empty pair (a&&b) is passed over. -1: too many, or a broken
+ * escape. */
 static int cube_http_cut_query(struct cube_http_req *req, const char *p)
 {
     for (; *p; p += *p == '&') {
@@ -12387,8 +12448,14 @@ static int cube_http_cut_target(struct cube_http_req *req, const char *p)
     return *end ? cube_http_cut_query(req, end + 1) : 0;
 }
 
-/* Segment by segment: a literal one must be equal after decoding, a variable
- * takes anything but nothing. */
+/*
+ * Segment by segment: a literal one must be equal after decoding, a variable
+ * takes anything but nothing.
+ *
+ *     route  /tasks/{id}/logs     /tasks/a%2Fb/logs   yes, id is "a/b"
+ *                                 /tasks//logs        no
+ *                                 /tasks/x            no, one is missing
+ */
 static bool cube_http_route_fits(const struct cube_http_req *req,
                                  const struct cube_http_route *route)
 {
@@ -12421,7 +12488,8 @@ static bool cube_http_route_serves(const struct cube_http_req *req,
            (strcmp(method, "HEAD") == 0 && strcmp(route->method, "GET") == 0);
 }
 
-/* Refuses what no route serves, with 404 or 405. */
+/* Refuses what no route serves: 404, or 405 with the methods that the path
+ * knows in Allow, as RFC 9110, section 15.5.6 wants. */
 static bool cube_http_refuse_path(struct cube_http_req *req)
 {
     const struct cube_http_route *r = req->server->routes;
@@ -12578,7 +12646,9 @@ static const char *cube_http_origin(const char *target, char *host,
     return target[len] ? target + len : "/";
 }
 
-/* The head is here: refuses what can be refused before the body comes. */
+/* The head is here: refuses what can be refused before the body comes; false
+ * then, with the answer given. The order is that of what a stranger may learn:
+ * first whether the target is one, then access, then routes and limits. */
 static bool cube_http_on_head(struct cube_http_req *req)
 {
     struct cube_http_parser *p = &req->parser;
@@ -12618,7 +12688,10 @@ static bool cube_http_on_data(struct cube_http_req *req)
 }
 
 /* Feeds the parser and runs handlers, until the input is used up, a handler
- * wants time, or the peer does not read its answers. */
+ * wants time, or the peer does not read its answers. The last is what keeps a
+ * client that sends a thousand requests and reads nothing from filling our
+ * memory with a thousand answers. What is left of `in` is for the caller to
+ * keep. */
 static void cube_http_pump(struct cube_http_req *req,
                            struct cube_http_input *in)
 {
@@ -12747,7 +12820,8 @@ static int64_t cube_http_patience(const struct cube_http_options *o,
 }
 
 /* The timer. It is not moved at each request, only the deadline is: when it
- * comes too early it is set again. */
+ * comes too early it is set again. So a busy connection costs a write to the
+ * struct a request, and the heap is touched a few times a minute. */
 static void cube_http_on_time(void *arg)
 {
     struct cube_http_req *req = arg;
@@ -12854,7 +12928,21 @@ static void cube_http_on_sent(struct cube_http_req *req)
     }
 }
 
-/* Looks at the connection as it is, and does what comes next. */
+/*
+ * Looks at the connection as it is, and does what comes next. Whatever happens
+ * to a connection leads here, so that no two events need know of each other.
+ *
+ *   1. Requests that waited for the one before are parsed and handled.
+ *   2. What can be sent is sent.
+ *   3. The peer has said all that it will: is that the end of it all?
+ *   4. All is sent: a stream is told, a connection that is done is shut.
+ *   5. A handler may have closed the server in any of these: the socket is
+ *      gone, and what is left is memory.
+ *   6. The descriptor is watched for what is due next; what has failed by now
+ *      is dropped.
+ *   7. The deadline of what it waits for. And if 1 stopped because the peer
+ *      did not read, and by now it has: once more, later in the turn.
+ */
 static void cube_http_settle(void *arg)
 {
     struct cube_http_req *req = arg;
@@ -12894,6 +12982,7 @@ static void cube_http_on_ready(void *arg, unsigned events)
         req->is_broken = true;
     cube_http_settle(req);
 }
+
 /* ---- Accepting ---- */
 
 /* Two things can run out. Connections have a cap of their own: at the cap,
@@ -12953,8 +13042,9 @@ static void cube_http_pause(struct cube_http_server *s)
                    cube_http_resume, s);
 }
 
-/* Without descriptors the kernel would report the listener ready for ever:
- * it is left alone for a moment. True: there is one again. */
+/* Without descriptors the kernel would report the listener ready for ever: an
+ * idle connection gives up its own, or the listener is left alone for a moment.
+ * True: there is one again. */
 static bool cube_http_is_short(struct cube_http_server *s, int r)
 {
     if (r != -EMFILE && r != -ENFILE && r != -ENOBUFS && r != -ENOMEM)
@@ -13073,9 +13163,11 @@ static void cube_http_close_listeners(struct cube_http_server *s)
     s->listener_count = 0;
 }
 
-/* Listens on all of them, on one port. A machine without IPv6 has none of
- * those addresses: they are passed over as long as one is left. A port that
- * the kernel chose for the first can be taken for the second: -EADDRINUSE. */
+/* Listens on all of them, on one port; 0, or a negative errno value, with
+ * `*failed` the address it is about and no listener left. A machine without
+ * IPv6 has none of those addresses: they are passed over as long as one is
+ * left. A port that the kernel chose for the first can be taken for the second:
+ * -EADDRINUSE, and cube_http_bind begins again with another. */
 static int cube_http_listen_all(struct cube_http_server *s,
                                 const struct cube_addr *addrs, int count,
                                 const struct cube_addr **failed)
@@ -13217,6 +13309,9 @@ CUBE_API void cube_http_close(struct cube_http_server *s)
     cube_free(s);
 }
 
+/* NULL when the place is none or cannot be had; nothing is left open then.
+ * On success the first connection is accepted in a turn of the loop, not
+ * before. */
 CUBE_API struct cube_http_server *
 cube_http_listen(struct cube_loop *l, const char *where,
                  const struct cube_http_route *routes, void *arg,
@@ -13345,7 +13440,8 @@ static void cube_http_link_release(struct cube_http_link *k)
     cube_free(k);
 }
 
-/* Takes it out of the pool of idle ones, if it is there. */
+/* Takes it out of the pool of idle ones, if it is there: one that has a call is
+ * not, nor is one that is closed. */
 static void cube_http_link_wake(struct cube_http_link *k)
 {
     if (k->call || cube_list_is_empty(&k->link))
@@ -13538,10 +13634,18 @@ static void cube_http_call_connect(struct cube_http_call *call);
 static void cube_http_call_try(void *arg);
 static void cube_http_link_on_ready(void *arg, unsigned events);
 
-/* The connection ended or failed before the answer was complete. If it was a
- * kept one and nothing has come, its server had closed it before it saw this
- * request: then another one may bring it, unless a POST could be done twice.
- * `r` is a negative errno value, or 0 for an end. */
+/*
+ * The connection ended or failed before the answer was complete. `r` is a
+ * negative errno value, or 0 for an end.
+ *
+ *     kept connection, nothing came   again, once, on a new connection: its
+ *                                     server had closed it before it saw this;
+ *                                     a POST only if not a byte was sent
+ *     first use, or bytes came        the caller is told
+ *
+ * A POST that may have been seen is not sent twice: the caller knows whether
+ * that would be harmful, we do not.
+ */
 static void cube_http_call_lost(struct cube_http_call *call, int r)
 {
     bool is_first = !call->has_head &&
@@ -13564,7 +13668,8 @@ static void cube_http_call_lost(struct cube_http_call *call, int r)
     }
 }
 
-/* To the caller as it comes, or to the collection. */
+/* To the caller as it comes, or to the collection, which has a cap: an answer
+ * is input from outside like any other. */
 static void cube_http_call_on_data(struct cube_http_call *call,
                                    const char *data, size_t len)
 {
@@ -13674,9 +13779,10 @@ static void cube_http_link_read(struct cube_http_link *k)
  * cookies and no redirects: an orchestrator talks to those that it was told
  * of. */
 
-/* Sends what can be sent. A server may answer, and close, without reading all
- * of a request: so a failure to send is only noted here as the end of
- * sending, and reading tells the outcome. */
+/* Sends what can be sent, and watches for what is missing. A server may answer,
+ * and close, without reading all of a request: so a failure to send is only
+ * noted here as the end of sending, and reading tells the outcome. A connection
+ * on which that happened is not kept (out_at says so). */
 static void cube_http_link_send(struct cube_http_link *k)
 {
     struct cube_http_call *call = k->call;
@@ -13783,8 +13889,9 @@ static void cube_http_link_too_slow(void *arg)
     cube_http_call_try(call);
 }
 
-/* Waits for a connection in progress. While there are other addresses, one
- * that does not answer is left after a moment. */
+/* Waits for a connection in progress; the link is the call's from here on.
+ * While there are other addresses, one that does not answer is left after a
+ * moment. -1: it cannot be watched; the caller goes on to the next. */
 static int cube_http_call_open(struct cube_http_call *call, int fd)
 {
     struct cube_http_client *c = call->client;
@@ -13928,8 +14035,19 @@ static void cube_http_call_put_fields(struct cube_http_call *call,
         cube_http_put_field(&call->out, "Content-Type", "application/json");
 }
 
-/* The request as it goes out. A POST without a body says so, with length 0:
- * some servers wait for one otherwise. */
+/*
+ * The request as it goes out. A POST without a body says so, with length 0:
+ * some servers wait for one otherwise. What makes it invalid is noted in
+ * call->err and told when the call begins.
+ *
+ *     POST /tasks HTTP/1.1
+ *     Host: manager:5555
+ *     Authorization: Bearer TOKEN      with a token
+ *     Content-Type: application/json   with a body, unless the caller says it
+ *     Content-Length: 15
+ *     (an empty line)
+ *     {"Image":"web"}
+ */
 static void cube_http_call_put_request(struct cube_http_call *call,
                                        const struct cube_http_request *r)
 {
@@ -13972,7 +14090,8 @@ static bool cube_http_is_repeatable(const char *method)
 }
 
 /* Copies what was borrowed; what remains of the request is its callbacks and
- * limits. */
+ * limits. Never fails: what is wrong is told to on_done, in a later turn. The
+ * call is valid until on_done has returned, or it is cancelled. */
 CUBE_API struct cube_http_call *
 cube_http_call(struct cube_http_client *c, const struct cube_http_request *r)
 {
@@ -14003,7 +14122,9 @@ cube_http_call(struct cube_http_client *c, const struct cube_http_request *r)
     return call;
 }
 
-/* The Host field: RFC 9110, section 7.2. */
+/* The Host field: RFC 9110, section 7.2. The port is left out where it is
+ * HTTP's own; a unix socket has no name, so it gets one that every server
+ * knows. */
 static char *cube_http_host_field(const struct cube_http_place *place)
 {
     struct cube_buf b = {0};
@@ -14056,8 +14177,8 @@ cube_http_client_new(struct cube_loop *l, const char *base,
     return c;
 }
 
-/* Calls first: each leaves the list before its on_done runs, which may cancel
- * others of them. */
+/* Calls first, with CUBE_ECANCELED: each leaves the list before its on_done
+ * runs, which may cancel others of them, but make no new one. */
 CUBE_API void cube_http_client_free(struct cube_http_client *c)
 {
     if (!c)

@@ -2597,6 +2597,70 @@ TEST(random_lives_end_clean)
 
 /* ---- The drawings of the chapter ---- */
 
+static int64_t wall_of_1994(void *ctx)
+{
+    (void)ctx;
+    return 784111777000000000;
+}
+
+TEST(drawing_of_an_answer_is_true)
+{
+    struct cube_world w = *cube_world_real();
+    struct cube_http_server s = {.world = &w};
+    struct cube_http_req req = {.server = &s};
+
+    w.wall_ns = wall_of_1994;
+    req.parser.head.minor = 1;
+    cube_http_reply_header(&req, "Location", "/x");
+    cube_http_put_head(&req, 201, "application/json", 12);
+    CHECK_STR(req.out.data, "HTTP/1.1 201 Created\r\n"
+                            "Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"
+                            "Content-Type: application/json\r\n"
+                            "Content-Length: 12\r\n"
+                            "Connection: close\r\n"
+                            "Location: /x\r\n\r\n");
+    cube_buf_free(&req.out);
+    cube_buf_free(&req.extra);
+}
+
+TEST(drawing_of_a_cut_field_is_true)
+{
+    char line[] = "Connection: close  ";
+    char *value = NULL;
+
+    CHECK(!cube_http_cut_field(line, 19, &value));
+    CHECK_INT(value - line, 12);
+    CHECK_MEM(line, "Connection\0 close\0\0", 20);
+}
+
+/* The two feeds of the essay, a letter for each event. */
+TEST(drawing_of_feeds_and_events_is_true)
+{
+    static const struct {
+        const char *feed[2], *events[2];
+    } rows[] = {
+        {{"GET /tasks HT", "TP/1.1\r\nHost: a\r\n\r\n"}, {"M", "HE"}},
+        {{"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+          "5\r\nhel", "lo\r\n0\r\n\r\n"}, {"HDM", "DE"}},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_http_parser p = {0};
+
+        for (int k = 0; k < 2; k++) {
+            struct cube_http_input in = {rows[i].feed[k],
+                                         strlen(rows[i].feed[k])};
+            char seen[8] = "";
+
+            while (strlen(seen) < strlen(rows[i].events[k]))
+                seen[strlen(seen)] = "MHDEXG"[cube_http_parse(&p, &in)];
+            CHECK_STR(seen, rows[i].events[k]);
+            CHECK_UINT(in.len, 0);
+        }
+        cube_buf_free(&p.head.text);
+    }
+}
+
 TEST(drawing_of_a_head_is_true)
 {
     struct cube_http_parser p = {0};
