@@ -262,6 +262,13 @@ struct cube_buf {
 };
 
 CUBE_API void cube_buf_free(struct cube_buf *b); /* and is empty again */
+/* Each of these adds at the end. `p` must not point into the buffer itself.
+ *
+ *     struct cube_buf b = {NULL, 0, 0};
+ *     cube_buf_printf(&b, "%d tasks", 3);
+ *     puts(b.data);
+ *     cube_buf_free(&b);
+ */
 CUBE_API void cube_buf_add(struct cube_buf *b, const void *p, size_t len);
 CUBE_API void cube_buf_puts(struct cube_buf *b, const char *text);
 CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
@@ -278,20 +285,26 @@ struct cube_time {
 #define CUBE_TIME_TEXT 40 /* holds every formatted time */
 #define CUBE_UUID_TEXT 37 /* 36 characters and a NUL */
 
+/* From and to nanoseconds since 1970. A time beyond what 64 bits of them hold
+ * (1677 to 2262), the unset one too, becomes the nearer end. */
 CUBE_API struct cube_time cube_time_from_ns(int64_t unix_ns);
 CUBE_API int64_t cube_time_to_ns(const struct cube_time *t);
+/* Is it anything but all zeros? */
 CUBE_API bool cube_time_is_set(const struct cube_time *t);
 /* Formats as RFC 3339, trailing zeros of the fraction cut. */
 CUBE_API void cube_time_format(const struct cube_time *t,
                                char out[CUBE_TIME_TEXT]);
+/* RFC 3339; digits of a fraction beyond nine count as 0, and the offset is
+ * kept. -1: it is no time. */
 CUBE_API int cube_time_parse(const char *text, size_t len,
                              struct cube_time *out);
 
-/* A random (version 4) UUID, RFC 9562. */
+/* A random (version 4) UUID, RFC 9562. Ends the process when the machine has no
+ * random bytes: identities would collide. */
 CUBE_API void cube_uuid_new(const struct cube_world *w,
                             char out[CUBE_UUID_TEXT]);
 /* Accepts the plain form, `urn:uuid:...`, braces, and 32 hex digits; writes
- * the plain one in lower case. */
+ * the plain one in lower case. -1: it is none of these. */
 CUBE_API int cube_uuid_parse(const char *text, size_t len,
                              char out[CUBE_UUID_TEXT]);
 
@@ -513,12 +526,22 @@ CUBE_API void cube_store_stats(const struct cube_store *store,
 /*
  * One thread that waits for descriptors, timers and deferred work, and calls
  * back. All other objects live on a loop; free them before it.
+ *
+ *     struct cube_timer t = {0};
+ *
+ *     cube_timer_set(l, &t, 1000, on_second, arg);
+ *     cube_loop_run(l, &err);                 on_second runs, in a second
+ *
+ * A turn does, in this order: what is ready, timers that are due, deferred
+ * calls, and one commit of all that was staged meanwhile.
  */
 struct cube_loop;
 
 enum cube_level { CUBE_DEBUG, CUBE_INFO, CUBE_WARN, CUBE_ERROR };
 
+/* A line of words, without its end; borrowed. */
 typedef void cube_log_fn(void *arg, enum cube_level level, const char *text);
+/* `events` are CUBE_READ, CUBE_WRITE and CUBE_HANGUP, added up. */
 typedef void cube_watch_fn(void *arg, unsigned events);
 typedef void cube_call_fn(void *arg);
 
@@ -554,7 +577,8 @@ CUBE_API struct cube_loop *cube_loop_new(const struct cube_world *w,
                                          struct cube_err *err);
 CUBE_API void cube_loop_free(struct cube_loop *l);
 
-/* Where words for the operator go; none by default. */
+/* Where words for the operator go; none by default. `fn` NULL: nowhere again.
+ */
 CUBE_API void cube_loop_set_log(struct cube_loop *l, cube_log_fn *fn,
                                 void *arg);
 
@@ -562,29 +586,37 @@ CUBE_API void cube_loop_set_log(struct cube_loop *l, cube_log_fn *fn,
  * readable, at most cube_loop_timeout_ms (-1: no limit), then turn. */
 CUBE_API int cube_loop_fd(struct cube_loop *l);
 CUBE_API int cube_loop_timeout_ms(struct cube_loop *l);
-/* Waits at most `timeout_ms` (-1: as long as it takes) for something to do,
- * and does it. */
+/* Waits at most `timeout_ms` (-1: as long as it takes, 0: not at all) for
+ * something to do, and does it. -1: waiting failed, and nothing was done. Must
+ * not be called from a callback. */
 CUBE_API int cube_loop_turn(struct cube_loop *l, int timeout_ms,
                             struct cube_err *err);
-/* Turns until cube_loop_stop. */
+/* Turns until cube_loop_stop: 0; or until a turn fails: -1. */
 CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err);
+/* Ends cube_loop_run behind the present turn. From a callback; elsewhere, set
+ * something that a callback looks at, and wake. */
 CUBE_API void cube_loop_stop(struct cube_loop *l);
 /* Makes a waiting turn return. From any thread or signal handler. */
 CUBE_API void cube_loop_wake(struct cube_loop *l);
 
 CUBE_API const struct cube_world *cube_loop_world(struct cube_loop *l);
+/* The world's clock, asked at this moment. */
 CUBE_API int64_t cube_loop_now_ms(struct cube_loop *l);
 
 /* `fn` runs when `fd` is ready; it may also run without cause, so use calls
- * that do not block. Watching again changes the events. */
+ * that do not block. Watching again changes the events. -1: the machine
+ * refuses to watch it. Clear the watch before the descriptor is closed. */
 CUBE_API int cube_watch_set(struct cube_loop *l, struct cube_watch *watch,
                             int fd, unsigned events, cube_watch_fn *fn,
                             void *arg);
 CUBE_API void cube_watch_clear(struct cube_loop *l, struct cube_watch *watch);
-/* Sets or moves a timer to `in_ms` from now. */
+/* Sets or moves a timer to `in_ms` from now; `fn` runs once. Clearing one that
+ * is not set is fine, for all three. */
 CUBE_API void cube_timer_set(struct cube_loop *l, struct cube_timer *timer,
                              int64_t in_ms, cube_call_fn *fn, void *arg);
 CUBE_API void cube_timer_clear(struct cube_loop *l, struct cube_timer *timer);
+/* `fn` runs once, later in this turn or in the next one. Set again before that,
+ * it keeps its place and runs the new function. */
 CUBE_API void cube_defer_set(struct cube_loop *l, struct cube_defer *defer,
                              cube_call_fn *fn, void *arg);
 CUBE_API void cube_defer_clear(struct cube_loop *l, struct cube_defer *defer);
@@ -628,6 +660,7 @@ struct cube_http_options {
     int max_connections;    /* 1000; further ones wait to be accepted */
 };
 
+/* Called when a whole request is there; `arg` is the server's. */
 typedef void cube_http_handler(void *arg, struct cube_http_req *req);
 
 /* `{id}` in a path stands for one segment, which is not empty. The first
@@ -640,8 +673,18 @@ struct cube_http_route {
 /* Listens. `routes` ends with a NULL method and is borrowed until the server
  * is closed; `arg` is handed to the handlers. When `where` holds a name other
  * than localhost, this waits for the name server. CUBE_EBUSY: somebody has
- * that port, or serves that unix socket. A socket file that nobody serves is
- * replaced. */
+ * that port, or serves that unix socket; CUBE_EINVAL: `where` makes no sense;
+ * or what the machine says. A socket file that nobody serves is replaced.
+ *
+ *     static void hello(void *arg, struct cube_http_req *req)
+ *     {
+ *         cube_http_reply(req, 200, "text/plain", "hello\n", 6);
+ *     }
+ *     static const struct cube_http_route routes[] = {
+ *         {"GET", "/hello", hello}, {NULL, NULL, NULL}};
+ *
+ *     server = cube_http_listen(l, ":8080", routes, NULL, NULL, &err);
+ */
 CUBE_API struct cube_http_server *
 cube_http_listen(struct cube_loop *l, const char *where,
                  const struct cube_http_route *routes, void *arg,
@@ -651,6 +694,7 @@ cube_http_listen(struct cube_loop *l, const char *where,
  * is called before this returns; those without one stay valid until they are
  * answered. May be called by a handler. NULL is fine. */
 CUBE_API void cube_http_close(struct cube_http_server *s);
+/* The port that it listens on; 0 for a unix socket. */
 CUBE_API uint16_t cube_http_port(const struct cube_http_server *s);
 
 /*
@@ -698,6 +742,7 @@ CUBE_API void cube_http_stream(struct cube_http_req *req, int status,
                                const char *type);
 CUBE_API void cube_http_stream_write(struct cube_http_req *req,
                                      const void *data, size_t len);
+/* Bytes that were written and have not left. */
 CUBE_API size_t cube_http_stream_backlog(const struct cube_http_req *req);
 CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
                                         cube_call_fn *fn, void *arg);
@@ -719,6 +764,10 @@ cube_http_client_new(struct cube_loop *l, const char *base,
  * do not call anew. May be called by a callback of a call. NULL is fine. */
 CUBE_API void cube_http_client_free(struct cube_http_client *c);
 
+/* What came of a call; borrowed, until on_done returns. `err` is of these:
+ * CUBE_ECONN (cannot be reached, or closed too early), CUBE_ETIMEOUT,
+ * CUBE_EPROTO (that is no HTTP), CUBE_ETOOBIG (beyond max_body), CUBE_EINVAL
+ * (what was asked for cannot be sent), CUBE_EIO, CUBE_ECANCELED. */
 struct cube_http_answer {
     int status;                        /* 0: none came */
     const char *body;                  /* collected; a NUL follows */
@@ -753,6 +802,7 @@ cube_http_call(struct cube_http_client *c,
 /* Gives it up: no callback of it runs any more. */
 CUBE_API void cube_http_call_cancel(struct cube_http_call *call);
 
+/* 200, 404, ... */
 CUBE_API int cube_http_head_status(const struct cube_http_head *head);
 /* The first field of that name; NULL when there is none. */
 CUBE_API const char *cube_http_head_get(const struct cube_http_head *head,
@@ -838,9 +888,11 @@ struct cube_task {
     char *error;                  /* why it is not as wished, in words */
     struct cube_time restart_time; /* set while it waits to be started again;
                                       Failed without it has given up */
-    int64_t grace_ms;             /* "StopGrace"; 0: the default */
-    int64_t health_start_ms, health_interval_ms, health_timeout_ms;
-    int64_t health_retries;       /* "HealthStart" ...; 0: the defaults */
+    int64_t grace_ms;             /* "StopGrace"; 0: 10 s */
+    int64_t health_start_ms;      /* "HealthStart" ...; 0: 30 s, in which */
+    int64_t health_interval_ms;   /* failures do not count, 10 s */
+    int64_t health_timeout_ms;    /* 5 s */
+    int64_t health_retries;       /* 3 in a row are a failure */
     char *progress;               /* of a pull, in words, while it lasts */
     struct cube_time created_time;
 };
@@ -859,6 +911,7 @@ struct cube_event {
 
 /* An empty task or event: nulls, no ID, Pending, budget -1. Free it. */
 CUBE_API struct cube_task *cube_task_new(void);
+/* All of it, down to the last text; the caller frees it. */
 CUBE_API struct cube_task *cube_task_copy(const struct cube_task *t);
 CUBE_API void cube_task_free(struct cube_task *t);
 CUBE_API struct cube_event *cube_event_new(void);
@@ -908,11 +961,13 @@ CUBE_API void cube_task_bind(struct cube_task *t, const char *port,
 /* Forgets the host ports: null again. */
 CUBE_API void cube_task_unbind(struct cube_task *t);
 
-CUBE_API const char *cube_state_name(enum cube_state state); /* "Pending" */
+/* As people read it: "Pending"; a constant. */
+CUBE_API const char *cube_state_name(enum cube_state state);
 /* May a task go from one state to the other? To the same one only where the
  * table says so. */
 CUBE_API bool cube_state_may(enum cube_state from, enum cube_state to);
-/* "7777/tcp" to 7777 and "tcp"; a bare number is tcp. -1: no port. */
+/* "7777/tcp" to 7777 and "tcp", a constant; a bare number is tcp. -1: no port.
+ */
 CUBE_API int cube_port_parse(const char *text, int *number,
                              const char **protocol);
 
@@ -1184,7 +1239,8 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
                                               struct cube_err *err);
 
 /* Processes of this machine, each supervised by one of its own, their files
- * in `dir`. */
+ * in `dir`, which is made. NULL: it cannot be, or this kernel cannot tell when
+ * a process ends (Linux before 5.3). */
 CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
                                                const char *dir,
                                                struct cube_err *err);
@@ -1338,13 +1394,13 @@ CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
 struct cube_worker_options {
     const char *name;     /* of its file and its containers; "worker" */
     const char *listen;   /* "127.0.0.1:5556" */
-    const char *data_dir; /* where its file and its processes live; needed */
+    const char *data_dir; /* where its file and its processes live; "." */
     const char *store;    /* "persistent", or "memory" */
     const char *runtime;  /* "auto", "docker", "podman", "process" */
     struct cube_runtime *own_runtime; /* or one's own; the worker frees it */
     const char *join;     /* a manager's host:port to register with */
     const char *advertise; /* host:port for managers, if `listen` is not it */
-    const char *tokens[2];
+    const char *tokens[2]; /* one of them is asked for; [0] is sent */
     const char *const *host_names; /* accepted in Host; NULL-terminated */
     bool take_over;       /* take orders from another cluster from now on */
     int64_t keep_ms;      /* finished tasks are kept that long; 168 h */
@@ -1359,6 +1415,7 @@ cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
                 struct cube_err *err);
 /* Ends the worker, not its tasks: they run on, and the next one adopts them. */
 CUBE_API void cube_worker_free(struct cube_worker *w);
+/* The port that it listens on, if `listen` ends with :0. */
 CUBE_API uint16_t cube_worker_port(struct cube_worker *w);
 
 
@@ -1372,7 +1429,7 @@ struct cube_manager_options {
     const char *workers;   /* "a:5556,b:5557"; "localhost:5556" */
     const char *scheduler_name;             /* "roundrobin", ... ; "epvm" */
     const struct cube_scheduler *scheduler; /* or one's own; borrowed */
-    const char *tokens[2];
+    const char *tokens[2]; /* one of them is asked for; [0] is sent */
     const char *const *host_names; /* accepted in Host; NULL-terminated */
     int64_t keep_ms;       /* finished tasks and events; 168 h */
     int64_t lost_after_ms; /* without a sign of life; 5 s, at least 2 s */
@@ -1389,6 +1446,7 @@ cube_manager_new(struct cube_loop *l, const struct cube_manager_options *o,
                  struct cube_err *err);
 /* Ends the manager; workers and tasks run on. */
 CUBE_API void cube_manager_free(struct cube_manager *m);
+/* The port that it listens on, if `listen` ends with :0. */
 CUBE_API uint16_t cube_manager_port(struct cube_manager *m);
 
 
@@ -1438,6 +1496,7 @@ CUBE_API int cube_client_call(struct cube_client *c, const char *method,
                               size_t body_len, struct cube_buf *answer,
                               struct cube_err *err);
 
+/* Owns its tasks. */
 struct cube_task_list {
     struct cube_task **list;
     size_t count;
@@ -1459,7 +1518,8 @@ CUBE_API void cube_task_list_free(struct cube_task_list *l);
  * does not tell is "". */
 struct cube_node_info {
     char *name, *api, *role;
-    char *state;  /* "up", "lost", "refuses", "unknown" */
+    char *state;  /* "up", "lost", "refuses", "unknown"; in the last event of
+                     one that was removed "forgotten" */
     char *worker; /* its UUID */
     char *runtime, *error;
     int64_t mem_kb, disk_bytes, task_count;
@@ -1494,7 +1554,9 @@ CUBE_API int cube_client_stop(struct cube_client *c, const char *task_id,
 /* Removes a finished task from the records. CUBE_EEXIST: it is not over. */
 CUBE_API int cube_client_remove(struct cube_client *c, const char *task_id,
                                 struct cube_err *err);
-/* Forgets a node that had joined by itself. */
+/* Forgets a node. CUBE_EEXIST: it is up and has tasks. A worker that joins by
+ * itself comes back, as does one of the manager's own list at its next start.
+ */
 CUBE_API int cube_client_node_remove(struct cube_client *c, const char *name,
                                      struct cube_err *err);
 /* What the engine says of the task's container, as its JSON. */
@@ -1531,6 +1593,7 @@ struct cube_notice {
     const char *line;     /* the JSON */
     size_t len;
 };
+/* false: enough, the call then returns 0. */
 typedef bool cube_client_notice_fn(void *arg, const struct cube_notice *n);
 /* The events of one task, or of all for NULL, behind `after` (a cursor) or
  * from a full list on for NULL, until `fn` says false. CUBE_ECONN,
