@@ -7983,8 +7983,8 @@ static int cube_store_dir_sync(struct cube_store *s, struct cube_err *err)
     r = s->world->sync_dir(s->world->ctx, dir.data);
     s->is_dir_dirty = r < 0;
     if (r < 0)
-        (void)cube_fail(err, CUBE_EIO, "sync directory %s: %s", dir.data,
-                        cube_errno_text(r));
+        (void)cube_fail(err, cube_errno_code(r), "sync directory %s: %s",
+                        dir.data, cube_errno_text(r));
     cube_buf_free(&dir);
     return r < 0 ? -1 : 0;
 }
@@ -9071,6 +9071,29 @@ static void cube_store_land(struct cube_store *s)
     cube_store_checkpoint_synced(s, s->flight_end);
 }
 
+/* A commit could not be written, and err says why. What was written of it may
+ * be all that counts, when the rest is zeros that stood there already; then a
+ * commit that was refused would be found at the next opening. So its header
+ * is cleared; and where that fails nobody knows, and a new file is due. */
+static void cube_store_retract(struct cube_store *s, struct cube_err *err)
+{
+    struct cube_store_file *f = s->file;
+    struct cube_store_rec r;
+    int n = cube_store_rec_head(f, f->end, &r, NULL);
+
+    if (n > 0)
+        n = cube_store_write_zeros(f, f->end, f->end + CUBE_STORE_HEAD) < 0
+            ? -1 : cube_store_sync(f, NULL);
+    if (n == 0)
+        return;
+    (void)cube_fail(&s->last, CUBE_ESYNC, "write %s at %llu: it failed in the "
+                    "middle: whether this commit is on disk is unknown",
+                    f->path, (unsigned long long)f->end);
+    if (err)
+        *err = s->last;
+    cube_store_distrust(s);
+}
+
 /* Appends the open batch and makes it the one in flight; opens the next one.
  * A full overlay is frozen here, between two batches, so that what is in it
  * is exactly what is in the records so far. */
@@ -9081,6 +9104,7 @@ static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
     if (cube_store_rec_append(s->file, 'B', &s->batch, s->batch_commit,
                               err) < 0) {
         cube_store_fail_commit(s);
+        cube_store_retract(s, err);
         return -1;
     }
     for (struct cube_store_node *n = s->batch_nodes; n; n = n->batch)

@@ -417,7 +417,7 @@ CUBE_API int cube_store_commit(struct cube_store *store,
  *        after this one, but no second commit begun;
  *    0   all is committed already (nothing staged, or a store in memory);
  *   -1   it failed (CUBE_ENOSPC, CUBE_EIO...): what was staged is dropped, the
- *        last commit stands, the store goes on.
+ *        last commit stands, the store goes on; with CUBE_ESYNC, as below.
  * end (sync_result: 0 or a negative errno value) makes the batch visible to
  * new snapshots. When the sync failed it returns -1 with CUBE_ESYNC: nobody
  * knows whether this commit will be found after a crash, all staged changes

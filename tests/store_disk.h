@@ -466,6 +466,28 @@ static TEST_UNUSED void disk_init(struct disk *d)
     d->world.now_ms = disk_now_ms;
 }
 
+/* Another disk: this one, as another process finds it when this one has died
+ * and the machine has not. */
+static TEST_UNUSED void disk_copy(const struct disk *d, struct disk *out)
+{
+    disk_reset(out);
+    out->inode_count = d->inode_count;
+    out->dir_count = d->dir_count;
+    memcpy(out->dirs, d->dirs, sizeof out->dirs);
+    for (int i = 0; i < d->inode_count; i++) {
+        const struct inode *n = &d->inodes[i];
+
+        cube_buf_clear(&out->inodes[i].now);
+        cube_buf_clear(&out->inodes[i].safe);
+        if (n->now.len > 0)
+            cube_buf_add(&out->inodes[i].now, n->now.data, n->now.len);
+        if (n->safe.len > 0)
+            cube_buf_add(&out->inodes[i].safe, n->safe.data, n->safe.len);
+    }
+    for (int i = 0; i < d->item_count; i++)
+        *disk_item(out) = d->items[i];
+}
+
 static TEST_UNUSED void disk_free(struct disk *d)
 {
     for (int i = 0; i < DISK_INODES; i++) {

@@ -241,26 +241,6 @@ static void crash_again(struct disk *d)
     }
 }
 
-/* Another disk: this one, when the process alone has died. */
-static void die(const struct disk *d, struct disk *out)
-{
-    disk_reset(out);
-    out->inode_count = d->inode_count;
-    out->dir_count = d->dir_count;
-    memcpy(out->dirs, d->dirs, sizeof out->dirs);
-    for (int i = 0; i < d->inode_count; i++) {
-        cube_buf_clear(&out->inodes[i].now);
-        cube_buf_clear(&out->inodes[i].safe);
-        cube_buf_add(&out->inodes[i].now, d->inodes[i].now.data,
-                     d->inodes[i].now.len);
-        cube_buf_add(&out->inodes[i].safe, d->inodes[i].safe.data,
-                     d->inodes[i].safe.len);
-    }
-    for (int i = 0; i < d->item_count; i++) {
-        *disk_item(out) = d->items[i];
-    }
-}
-
 /* One crash. Its random numbers depend on nothing but the seed and its name,
  * so that it can be repeated alone. */
 static void crash_once(struct disk *d, int way)
@@ -276,7 +256,7 @@ static void crash_once(struct disk *d, int way)
     if (way < crash_ways(d))
         crash_in_way(d, way, &run.after);
     else
-        die(d, &run.after);
+        disk_copy(d, &run.after);
     if (test_below(20) == 0)
         run.after.before = crash_again;
     check_opens(&run.after, &m);

@@ -237,6 +237,54 @@ TEST(every_changed_byte_is_told_or_harmless)
 
 /* ---- Disks that fail ---- */
 
+/* How calls fail: number k alone, or all from then on. */
+static const struct fault {
+    int fail_errno;
+    bool is_forever, is_short, is_interrupted;
+    int code;
+} faults[] = {
+    {ENOSPC, false, false, false, CUBE_ENOSPC},
+    {ENOSPC, true, false, false, CUBE_ENOSPC},
+    {ENOSPC, false, true, false, CUBE_ENOSPC}, /* in the midst of a record */
+    {EDQUOT, true, true, true, CUBE_ENOSPC},
+    {EIO, false, false, false, CUBE_EIO},
+    {EIO, true, false, true, CUBE_EIO},
+};
+
+static void fault_row(const struct fault *f, int k, const char *what)
+{
+    test_row("%s: call %d%s fails with %s%s%s", what, k,
+             f->is_forever ? " and all after it" : "", strerror(f->fail_errno),
+             f->is_short ? ", short writes" : "",
+             f->is_interrupted ? ", interrupted ones" : "");
+}
+
+static void fault_begin(struct disk *d, const struct fault *f, int k)
+{
+    d->calls = 0;
+    d->fail_at = k;
+    d->fail_errno = f->fail_errno;
+    d->is_fail_forever = f->is_forever;
+    d->is_short = f->is_short;
+    d->is_interrupted = f->is_interrupted;
+}
+
+/* Was call k reached? From here on nothing fails. */
+static bool fault_end(struct disk *d, int k)
+{
+    bool is_reached = d->calls >= k;
+
+    d->fail_at = 0;
+    d->is_short = d->is_interrupted = false;
+    return is_reached;
+}
+
+static bool is_code_of(const struct fault *f, const struct cube_err *err)
+{
+    return err->text[0] && (err->code == (enum cube_code)f->code ||
+                            err->code == CUBE_ESYNC);
+}
+
 /* Without a fault, which would be one of reading. */
 static bool reads_as(struct cube_store *s, struct disk *d,
                      const struct model *want)
@@ -251,81 +299,327 @@ static bool reads_as(struct cube_store *s, struct disk *d,
     return same;
 }
 
-/* Each call fails once, or from then on: the error is told, the last commit
- * stands, and after the fault the store writes again. */
-static void fail_each_call(int fail_errno, bool is_forever, int code)
+/* What another process finds that opens the file: the last commit, or the one
+ * of which nobody knows (a sync failed), never one that was refused. */
+static void check_found(const struct disk *d, const struct model *want,
+                        const struct model *unknown)
+{
+    static struct disk after;
+    struct cube_store *s;
+
+    disk_init(&after);
+    disk_copy(d, &after);
+    s = must_open(&after.world, "t");
+    if (s && !store_is(s, want) && !(unknown && store_is(s, unknown)))
+        FAIL("opened anew it holds another state than the last commit");
+    cube_store_close(s);
+    disk_free(&after);
+}
+
+/* One commit that may fail; want is the state before and after it. */
+static void fault_commit(struct cube_store *s, struct disk *d,
+                         struct model *want, const struct fault *f,
+                         int *failed)
+{
+    struct model staged = *want;
+    struct cube_err err = {0};
+
+    for (int n = 0; n < 6; n++)
+        change(s, &staged);
+    if (cube_store_commit(s, &err) == 0) {
+        *want = staged;
+        return;
+    }
+    ++*failed;
+    CHECK(is_code_of(f, &err));
+    CHECK(reads_as(s, d, want));
+    if (err.code != CUBE_ESYNC)
+        check_found(d, want, NULL);
+}
+
+/* After the fault: all is as it was, and goes on. */
+static void check_goes_on(struct cube_store *s, struct disk *d,
+                          struct model *want)
+{
+    struct cube_store_stats stats;
+    struct cube_err err = {0};
+
+    d->clock_ms += 2 * CUBE_STORE_RETRY_MS;
+    while (cube_store_slice(s, 1000))
+        ;
+    cube_store_stats(s, &stats);
+    CHECK(!stats.is_broken);
+    CHECK(store_is(s, want));
+    change(s, want);
+    if (cube_store_commit(s, &err) < 0)
+        FAIL("after the fault: %s", err.text);
+    CHECK(store_is(s, want));
+    if (cube_store_check(s, &err) < 0)
+        FAIL("after the fault: %s", err.text);
+    check_found(d, want, NULL);
+    if (cube_store_compact(s, &err) < 0)
+        FAIL("after the fault: %s", err.text);
+}
+
+/* Commits, checkpoints and compactions, with call k failing. */
+static bool fail_at_work(const struct fault *f, int k, int *failed)
 {
     static struct disk d;
     static struct model want;
-    int fail_at = 0, failed = 0;
-    bool is_reached = true;
+    struct cube_err err = {0};
+    struct cube_store *s;
+    bool is_reached;
 
-    while (is_reached && fail_at < 3000) {
-        struct cube_err err = {0};
-        struct cube_store *s;
-
-        fail_at++;
-        test_row("%s: call %d fails%s", strerror(fail_errno), fail_at,
-                 is_forever ? " and all after it" : "");
-        disk_init(&d);
-        memset(&want, 0, sizeof want);
-        s = must_open(&d.world, "t");
-        REQUIRE(s);
-        d.fail_errno = fail_errno;
-        d.is_fail_forever = is_forever;
-        d.calls = 0;
-        d.fail_at = fail_at;
-        for (int i = 0; i < 8; i++) {
-            struct model staged = want;
-
-            for (int n = 0; n < 6; n++)
-                change(s, &staged);
-            if (cube_store_commit(s, &err) == 0) {
-                want = staged;
-            } else {
-                failed++;
-                CHECK(err.code == (enum cube_code)code ||
-                      err.code == CUBE_ESYNC || err.code == CUBE_EIO);
-            }
-            if (i % 4 == 3 && cube_store_compact(s, &err) < 0)
-                failed++;
-            (void)cube_store_slice(s, 1);
-            if (i % 4 == 3 && !reads_as(s, &d, &want))
-                FAIL("the last commit is not what it was");
+    fault_row(f, k, "work");
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    fault_begin(&d, f, k);
+    for (int i = 0; i < 8; i++) {
+        fault_commit(s, &d, &want, f, failed);
+        (void)cube_store_slice(s, 1);
+        if (i % 4 == 3 && cube_store_compact(s, &err) < 0) {
+            ++*failed;
+            CHECK(is_code_of(f, &err));
+            CHECK(reads_as(s, &d, &want));
         }
-        is_reached = d.calls >= fail_at;
-        d.fail_at = 0; /* there is room again */
-        d.clock_ms += 2 * CUBE_STORE_RETRY_MS;
-        while (cube_store_slice(s, 1000))
-            ;
-        CHECK(store_is(s, &want));
-        CHECK(!s->is_broken);
-        change(s, &want);
-        if (cube_store_commit(s, &err) < 0)
-            FAIL("after the fault: %s", err.text);
-        CHECK_INT(cube_store_check(s, &err), 0);
-        cube_store_close(s);
-        s = must_open(&d.world, "t");
-        REQUIRE(s);
-        CHECK(store_is(s, &want));
-        cube_store_close(s);
-        disk_free(&d);
     }
-    CHECK(fail_at > 60);
-    CHECK(failed > 40);
-    CHECK(fail_at < 3000);
+    is_reached = fault_end(&d, k);
+    check_goes_on(s, &d, &want);
+    cube_store_close(s);
+    s = must_open(&d.world, "t");
+    CHECK(store_is(s, &want));
+    cube_store_close(s);
+    disk_free(&d);
+    return is_reached;
 }
 
-TEST(full_disk_is_told_and_survived)
+TEST(commits_checkpoints_and_compactions_tell_each_fault_and_go_on_after_it)
 {
-    fail_each_call(ENOSPC, false, CUBE_ENOSPC);
-    fail_each_call(ENOSPC, true, CUBE_ENOSPC);
+    for (size_t i = 0; i < COUNT(faults); i++) {
+        int k = 1, failed = 0;
+
+        while (k < 3000 && fail_at_work(&faults[i], k, &failed) &&
+               test_now.faults == 0)
+            k++;
+        CHECK(k > 60);
+        CHECK(k < 3000);
+        CHECK(failed > 40);
+    }
 }
 
-TEST(broken_disk_is_told_and_survived)
+/* Opening with call k failing: a file that a crash has left with half of a
+ * commit, so that it is repaired; or none, so that it is made. */
+static bool fail_at_opening(const struct disk *image, struct model *want,
+                            const struct fault *f, int k, int *failed)
 {
-    fail_each_call(EIO, false, CUBE_EIO);
-    fail_each_call(EIO, true, CUBE_EIO);
+    static struct disk d;
+    struct model still = *want;
+    struct cube_store_options o = {.cache_bytes = 1};
+    struct cube_err err = {0};
+    struct cube_store *s;
+    bool is_reached;
+
+    fault_row(f, k, image->inode_count > 0 ? "opening" : "creating");
+    disk_init(&d);
+    disk_copy(image, &d);
+    fault_begin(&d, f, k);
+    s = cube_store_open(&d.world, "t", &o, &err);
+    is_reached = fault_end(&d, k);
+    if (!s) {
+        ++*failed;
+        CHECK(is_code_of(f, &err));
+        CHECK_HAS(err.text, "t");
+        s = must_open(&d.world, "t");
+    }
+    CHECK(store_is(s, &still));
+    check_goes_on(s, &d, &still);
+    cube_store_close(s);
+    disk_free(&d);
+    return is_reached;
+}
+
+TEST(opening_tells_each_fault_and_works_after_it)
+{
+    static struct disk image, none;
+    static struct model want;
+    struct cube_store_stats stats;
+    struct cube_store *s;
+
+    disk_init(&none);
+    disk_init(&image);
+    memset(&want, 0, sizeof want);
+    s = must_open(&image.world, "t");
+    for (int i = 0; i < 12; i++) {
+        change(s, &want);
+        commit(s);
+    }
+    put(s, "torn", small_value);
+    CHECK_INT(cube_store_commit_begin(s, NULL), 1);
+    cube_store_stats(s, &stats);
+    disk_file(&image, "t")->now.data[stats.used_bytes - 20] ^= 1;
+    cube_store_close(s);
+    for (size_t i = 0; i < 2 * COUNT(faults); i++) {
+        static struct model empty;
+        int k = 1, failed = 0;
+
+        while (k < 1000 && test_now.faults == 0 &&
+               fail_at_opening(i % 2 ? &none : &image, i % 2 ? &empty : &want,
+                               &faults[i / 2], k, &failed))
+            k++;
+        CHECK(k > 5);
+        CHECK(k < 1000);
+        CHECK(failed > 4);
+    }
+    disk_free(&image);
+    disk_free(&none);
+}
+
+/* Reads of all that is there, with call k failing. */
+static bool fail_at_reading(struct cube_store *s, struct disk *d,
+                            const struct model *want, int k, int *failed)
+{
+    struct cube_buf got = {0};
+    struct cube_err err = {0};
+    bool is_reached;
+
+    fault_row(&faults[4], k, "reading");
+    cube_store_cache_forget(&s->cache, 0);
+    fault_begin(d, &faults[4], k);
+    for (int t = 0; t < TREES; t++) {
+        struct cube_cursor *c = cube_cursor_open(s, tree_names[t], NULL);
+        const void *val;
+        size_t len;
+        int r = cube_cursor_first(c, &err);
+
+        while (r > 0 && (r = cube_cursor_value(c, &val, &len, &err)) == 0)
+            r = cube_cursor_next(c, &err);
+        *failed += r < 0;
+        CHECK(r == 0 || err.code == CUBE_EIO);
+        cube_cursor_close(c);
+        for (unsigned i = 0; i < KEYS; i++) {
+            const char *key = key_of(i);
+
+            r = cube_store_get(s, tree_names[t], key, strlen(key), &got,
+                               &err);
+            *failed += r < 0;
+            CHECK(r == (want->v[t][i] != 0) ||
+                  (r < 0 && err.code == CUBE_EIO));
+        }
+    }
+    is_reached = fault_end(d, k);
+    cube_buf_free(&got);
+    CHECK(store_is(s, want));
+    return is_reached;
+}
+
+TEST(read_that_fails_is_told_and_can_be_repeated)
+{
+    static struct disk d;
+    static struct model want;
+    struct cube_store *s;
+    int k = 1, failed = 0;
+
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    for (int i = 0; i < 100; i++)
+        change(s, &want);
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    while (k < 1000 && fail_at_reading(s, &d, &want, k, &failed) &&
+           test_now.faults == 0)
+        k++;
+    CHECK_INT(failed, k - 1);
+    CHECK(k > 20);
+    CHECK(k < 1000);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* Nobody is told of those: calls are repeated, writes continued. */
+TEST(interrupted_and_short_calls_are_no_faults)
+{
+    static struct disk d;
+    static struct model want;
+    struct cube_store *s;
+
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    d.is_short = d.is_interrupted = true;
+    s = must_open(&d.world, "t");
+    for (int i = 0; i < 60; i++) {
+        for (int n = 0; n < 4; n++)
+            change(s, &want);
+        commit(s);
+        CHECK(cube_store_slice(s, 1) || !cube_store_last_error(s)[0]);
+        if (i % 20 == 19) {
+            CHECK_INT(cube_store_compact(s, NULL), 0);
+            cube_store_close(s);
+            s = must_open(&d.world, "t");
+        }
+        CHECK(store_is(s, &want));
+    }
+    CHECK_STR(cube_store_last_error(s), "");
+    CHECK_INT(cube_store_check(s, NULL), 0);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* While no sync works there is no commit, and all that was acknowledged is
+ * read; each try is told as a failed sync. Once a sync works the next slices
+ * write a new file, and what that holds outlasts the machine. */
+TEST(store_whose_syncs_fail_is_read_only_until_it_has_a_new_file)
+{
+    static struct disk d, after;
+    static struct model want;
+    struct model staged;
+    struct cube_store_stats stats;
+    struct cube_err err = {0};
+    struct cube_store *s;
+
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    for (int i = 0; i < 50; i++) {
+        change(s, &want);
+        commit(s);
+    }
+    d.sync_fails = 1000000;
+    d.is_evicting = true;
+    for (int i = 0; i < 20; i++) {
+        staged = want;
+        change(s, &staged);
+        CHECK_INT(cube_store_commit(s, &err), -1);
+        CHECK_INT(err.code, CUBE_ESYNC);
+        CHECK_HAS(err.text, i == 0 ? "unknown" : "a sync failed");
+        cube_store_stats(s, &stats);
+        CHECK(stats.is_broken);
+        CHECK(store_is(s, &want));
+        d.clock_ms += CUBE_STORE_RETRY_MS;
+        for (int n = 0; n < 1000 && cube_store_slice(s, 1); n++)
+            ;
+        CHECK_HAS(cube_store_last_error(s), "sync");
+    }
+    d.sync_fails = 0;
+    check_goes_on(s, &d, &want);
+    cube_store_stats(s, &stats);
+    CHECK_UINT(stats.compactions, 2); /* the new file, and that of the check */
+    disk_init(&after); /* the machine dies: what surely survives is enough */
+    disk_copy(&d, &after);
+    for (int i = 0; i < after.inode_count; i++) {
+        cube_buf_clear(&after.inodes[i].now);
+        if (after.inodes[i].safe.len > 0)
+            cube_buf_add(&after.inodes[i].now, after.inodes[i].safe.data,
+                         after.inodes[i].safe.len);
+    }
+    after.dir_count = 1;
+    cube_store_close(s);
+    s = must_open(&after.world, "t");
+    CHECK(store_is(s, &want));
+    cube_store_close(s);
+    disk_free(&after);
+    disk_free(&d);
 }
 
 /* The rescue once wrote out what was only staged, as if it were committed. */
