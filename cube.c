@@ -26761,6 +26761,14 @@ static void cube_member_free(struct cube_member *n)
     cube_free(n);
 }
 
+/* Why it takes no orders from us, or NULL. */
+static const char *cube_member_refusal(const struct cube_member *n)
+{
+    return n->manager->successor > 0
+               ? "it obeys another manager of this cluster, which was started "
+                 "later" : n->refusal;
+}
+
 /* As GET /nodes has it. */
 static const char *cube_member_state_name(const struct cube_member *n)
 {
@@ -26770,7 +26778,7 @@ static const char *cube_member_state_name(const struct cube_member *n)
         return "unknown";
     if (n->state == CUBE_NODE_FORGOTTEN)
         return "forgotten";
-    return n->refusal ? "refuses" : "up";
+    return cube_member_refusal(n) ? "refuses" : "up";
 }
 
 /* Is it one worker, under two names or one? Who has not said hello, or is of
@@ -26831,9 +26839,9 @@ static void cube_member_print(struct cube_member *n, struct cube_buf *out)
     cube_buf_printf(out, ",\"Role\":\"worker\",\"TaskCount\":%lld,"
                     "\"State\":\"%s\",\"Worker\":\"%s\"", (long long)tasks,
                     cube_member_state_name(n), n->uuid);
-    if (n->refusal) {
+    if (cube_member_refusal(n)) {
         cube_buf_puts(out, ",\"Error\":");
-        cube_json_put_str(out, n->refusal, strlen(n->refusal));
+        cube_json_put_text(out, cube_member_refusal(n));
     }
     cube_buf_puts(out, "}");
 }
@@ -28404,8 +28412,10 @@ struct cube_past {
     struct cube_cursor *events, *past; /* of the same commit */
     int event, before;    /* where they stand: 1 at a line, 0 at their end */
     int64_t at_ns;
-    uint64_t floor;       /* nodes: lines before it say nothing */
+    uint64_t floor;       /* the last start in `past`: nodes from before it
+                             are not those of the cluster any more */
     bool is_of_nodes, has_one;
+    bool is_enough;       /* of nodes: the last start before T was met */
     struct cube_map seen; /* keys; the values mean nothing */
 };
 
@@ -28425,16 +28435,17 @@ static void cube_past_add(struct cube_past *p, const char *line, size_t len,
                           struct cube_buf *out)
 {
     const char *what = p->is_of_nodes ? "\"Node\":" : "\"Task\":", *at;
-    uint64_t seq = cube_line_seq(line, len);
     char key[CUBE_PAST_KEY];
 
     if (cube_line_ns(line, len) > p->at_ns || !cube_line_key(line, len, key))
         return;
-    if (strcmp(key, "start") == 0 && seq > p->floor)
-        p->floor = seq; /* the last start before T is the first one met */
-    if (strcmp(key, "start") == 0 ||
-        cube_text_starts(key, "node ") != p->is_of_nodes ||
-        (p->is_of_nodes && seq < p->floor) || cube_map_get(&p->seen, key))
+    if (strcmp(key, "start") == 0) {
+        p->is_enough |= p->is_of_nodes && p->event > 0;
+        return;
+    }
+    if (cube_text_starts(key, "node ") != p->is_of_nodes ||
+        (p->is_of_nodes && cube_line_seq(line, len) < p->floor) ||
+        cube_map_get(&p->seen, key))
         return;
     cube_map_put(&p->seen, key, p);
     at = cube_line_find(line, len, what);
@@ -28458,7 +28469,7 @@ static int cube_past_piece(void *arg, struct cube_buf *out)
 
     if (p->event < 0 || p->before < 0)
         return -1;
-    if (p->event == 0 && p->before == 0) {
+    if (p->is_enough || (p->event == 0 && p->before == 0)) {
         cube_buf_puts(out, p->has_one ? "]\n" : "[]\n");
         return 0;
     }

@@ -134,6 +134,7 @@ class Backups(Case):
                    c.manager.output())
         self.refused(c, "leads now", "run", "-d", "--", "sleep", "1000")
         self.refused(c, "leads now", "stop", "web")
+        self.assertIn("obeys another manager", self.ok(c, "node"))
         self.assertTrue(is_alive(pid))
         code, out, err = harness.run(
             CUBE, "run", "-m", "127.0.0.1:%d" % port, "--name", "late", "--",
@@ -156,6 +157,16 @@ class Backups(Case):
                         port=harness.free_port())
         wait_until("the old one knows", lambda: "of epoch 70" in
                    c.manager.output())
+
+    def test_a_store_in_memory_goes_on_in_a_file(self):
+        c = self.cluster(1, manager=["-d", "memory"])
+        pid = self.run_pid(c, "web")
+        path = self.copy(c)
+        c.manager.kill()
+        self.manager_on(c, path)
+        c.wait_for("web", 2)
+        self.ok(c, "stop", "web")
+        self.assertFalse(is_alive(pid))
 
     def test_a_copy_has_what_was_acknowledged_before_it_began(self):
         c = self.cluster(1)
@@ -345,13 +356,10 @@ class Words(Case):
             self.assertIn("expected host:port", err)
 
     def test_a_second_dev_says_what_runs_there(self):
-        port = 0
-        while not 1024 < port < 65000:
-            port = harness.free_port()
         with tempfile.TemporaryDirectory(prefix="cube-words-") as d:
+            first, port = self.dev(d)
             dev = [CUBE, "dev", "-r", "process", "-p", port, "-n", "1"]
-            with harness.Process(*dev, "--data", d + "/a") as first:
-                Cluster.await_log(first, "manager listens on")
+            with first:
                 for data in ("/a", "/b"):
                     code, _, err = harness.run(*dev, "--data", d + data)
                     self.assertEqual(code, 1)
@@ -363,6 +371,20 @@ class Words(Case):
                     headers={"Host": "foo.example"})
                 self.assertEqual(status, 403)
                 self.assertIn("--allow-host foo.example", body)
+
+    @staticmethod
+    def dev(d):
+        """A `cube dev` with one worker; its ports are two in a row."""
+        for _ in range(10):
+            port = harness.free_port()
+            p = harness.Process(CUBE, "dev", "-r", "process", "-p", port,
+                                "-n", "1", "--data", d + "/a")
+            wait_until("it listens or has ended", lambda p=p: not
+                       p.is_running() or "manager listens" in p.output())
+            if p.is_running():
+                return p, port
+            p.close()
+        raise AssertionError("no two free ports in a row")
 
     def test_less_memory_than_any_engine_takes_is_refused(self):
         c = self.cluster()

@@ -461,7 +461,7 @@ static void sim_watch_line(struct sim_client *c, const char *p, size_t len)
         return;
     }
     is_event = !strcmp(type, "task") || !strcmp(type, "gone") ||
-               !strcmp(type, "node");
+               !strcmp(type, "node") || !strcmp(type, "start");
     if (!strcmp(type, "reset")) {
         c->is_listing = true;
         c->resets++;
