@@ -172,6 +172,20 @@
  * that is closed leaves its helpers to end by themselves; the last one to
  * leave frees what they shared.
  *
+ * Refused: stubs at link time or LD_PRELOAD, which replace calls for a whole
+ * program and not for one of its three managers; io_uring, which would make
+ * the two jobs ordinary calls, but is switched off where containers run.
+ *
+ * A typical sequence, of a server that says one thing and waits:
+ *
+ *    struct cube_poll *p = w->poll_open(w->ctx);
+ *    int fd = w->listen(w->ctx, &addr);                < 0: -EADDRINUSE, ...
+ *    w->poll_add(w->ctx, p, fd, CUBE_READ, 7);
+ *    n = w->poll_wait(w->ctx, p, ready, 64, -1);       1: ready[0].token is 7
+ *    got = w->accept(w->ctx, fd, &peer);
+ *    n = w->send(w->ctx, got, "hello", 5);             5, fewer, or -EAGAIN
+ *    w->close(w->ctx, got);
+ *
  * Naive on purpose: one helper of each kind, so many stores on one loop sync
  * in turn. With more than a few disks that would want a helper for each.
  */
@@ -494,13 +508,24 @@ static int cube_world_close(void *ctx, int fd)
 
 /* ---- Jobs: the two calls that stall ---- */
 
-/* Who owns what here: a job is its starter's, from first to last. While it is
+/*
+ * Who owns what here: a job is its starter's, from first to last. While it is
  * queued, worked on or done, the lists below only link it; job_cancel unlinks
- * it from wherever it is, and from then on nobody touches it. */
-#define CUBE_JOB_KINDS 2
+ * it from wherever it is, and from then on nobody touches it.
+ *
+ *    start --> queued --> current --> done --> reported by poll_wait
+ *              (first)  (a copy of it (done)
+ *                |       is worked on)  |
+ *                +----------+-----------+---- cancel: in no list
+ *
+ * What is done is reported in no order: jobs of one kind are done one after the
+ * other, and whoever needs an order starts the second when the first is back.
+ */
+#define CUBE_JOB_KINDS 2 /* CUBE_JOB_SYNC, CUBE_JOB_RESOLVE: an index */
 
-/* One thread of one kind. `current` is what it works on, NULL when that job
- * was cancelled meanwhile. */
+/* One thread of one kind, a member of what it shares. `first` to `last` is its
+ * queue; `current` is what it works on, NULL when that job was cancelled
+ * meanwhile. */
 struct cube_helper {
     struct cube_jobs *jobs;
     struct cube_job *first, *last, *current;
@@ -538,7 +563,8 @@ struct cube_poll {
 /* The token of the wake descriptor itself; callers may use any other. */
 #define CUBE_WAKE_TOKEN UINT64_MAX
 
-/* Makes the poll's wait return. From any thread. */
+/* Makes the poll's wait return. From any thread, and from a signal handler: a
+ * write to an eventfd is one system call and takes no lock. */
 static void cube_jobs_ring(struct cube_jobs *jobs)
 {
     uint64_t one = 1;
@@ -548,7 +574,8 @@ static void cube_jobs_ring(struct cube_jobs *jobs)
         return;
 }
 
-/* Call with the lock held; gives it back. */
+/* One user less; the last one frees what was shared, and closes the descriptor
+ * through which it was told. Call with the lock held; gives it back. */
 static void cube_jobs_leave(struct cube_jobs *jobs)
 {
     bool is_last = --jobs->users == 0;
@@ -704,7 +731,7 @@ static int cube_world_job_start(void *ctx, struct cube_poll *p,
     return r;
 }
 
-/* Whether it was in that list. */
+/* Takes a job out of that list. Whether it was in it. */
 static bool cube_job_unlink(struct cube_job **list, struct cube_job *job)
 {
     for (; *list; list = &(*list)->next) {
@@ -782,6 +809,8 @@ static int cube_world_epoll_ctl(struct cube_poll *p, int op, int fd,
     return epoll_ctl(p->epoll_fd, op, fd, &e) < 0 ? -errno : 0;
 }
 
+/* A second watch on one descriptor is -EEXIST, a file on a disk -EPERM: those
+ * are always ready, and epoll does not take them. */
 static int cube_world_poll_add(void *ctx, struct cube_poll *p, int fd,
                                unsigned events, uint64_t token)
 {
@@ -796,6 +825,8 @@ static int cube_world_poll_change(void *ctx, struct cube_poll *p, int fd,
     return cube_world_epoll_ctl(p, EPOLL_CTL_MOD, fd, events, token);
 }
 
+/* Before the close: epoll follows the open file and not its number, and a copy
+ * of the descriptor in another process would keep it reported. */
 static int cube_world_poll_remove(void *ctx, struct cube_poll *p, int fd)
 {
     (void)ctx;
@@ -967,6 +998,7 @@ static int64_t cube_world_pwrite(void *ctx, int fd, const void *buf,
     return n < 0 ? -errno : n;
 }
 
+/* Cuts, or grows by zeros that take no space. */
 static int cube_world_truncate(void *ctx, int fd, int64_t size)
 {
     (void)ctx;
@@ -1042,6 +1074,7 @@ static int cube_world_rename(void *ctx, const char *from, const char *to)
     return rename(from, to) < 0 ? -errno : 0;
 }
 
+/* The name goes at once; the bytes when the last descriptor is closed. */
 static int cube_world_unlink(void *ctx, const char *path)
 {
     (void)ctx;
@@ -1055,6 +1088,7 @@ static int cube_world_mkdir(void *ctx, const char *path)
     return mkdir(path, 0700) < 0 ? -errno : 0;
 }
 
+/* Only of an empty one: -ENOTEMPTY else. */
 static int cube_world_rmdir(void *ctx, const char *path)
 {
     (void)ctx;
@@ -1187,14 +1221,22 @@ static int cube_world_space(void *ctx, const char *path,
 #define CUBE_SUP_WAIT_MS 10000 /* for the report */
 
 /*
- * All that a supervisor knows, in memory that the caller took before the
- * clone: each process has its copy, and nobody frees the supervisor's. Its
- * descriptors once it runs:
+ * All that a supervisor knows, in memory that the caller took before the clone:
+ * each process has its copy, and nobody frees the supervisor's. Its descriptors
+ * once it runs:
  *
  *    0 1 2   /dev/null
  *    3       the report, a pipe that the caller reads: one int
  *    4       the task's directory
  *    5 ..    lock, log, exit.new, signalfd, pipe of the output
+ *
+ * Who may die, and what then:
+ *
+ *    the worker       nothing: it has no part in it, its successor reads lock
+ *                     and exit
+ *    the command      what is left of its descendants is killed, exit written
+ *    the supervisor   the command is killed by the kernel; there is no exit
+ *    the middle       it has ended anyway, before the report
  */
 struct cube_sup {
     const struct cube_spawn *spec;
@@ -1509,7 +1551,7 @@ static int cube_sup_start(struct cube_sup *s)
 
 /* ---- Supervised processes: the supervisor at work ---- */
 
-/* The name of the full log of that number. */
+/* The name of the full log of that number: "log.7". */
 static void cube_sup_log_name(char out[32], int64_t number)
 {
     out[cube_sup_put_number(out, cube_sup_put(out, 0, "log."), number)] = 0;
@@ -1587,7 +1629,8 @@ static void cube_sup_log(struct cube_sup *s, const char *p, size_t len)
 
 /* Copies what output there is; forgets the pipe at its end. One chunk at a
  * time: between two, signals are looked at, so that a command that never stops
- * printing can still be stopped. */
+ * printing can still be stopped. A command that prints faster than the disk
+ * writes waits in its own write, as at any pipe. */
 static void cube_sup_copy(struct cube_sup *s)
 {
     ssize_t n = read(s->pipe_fd, s->chunk, sizeof s->chunk);
@@ -1709,11 +1752,16 @@ static void cube_sup_sweep(struct cube_sup *s)
     }
 }
 
-/* Whether the kernel's killer came for memory: "oom_kill N" in a file that is
+/*
+ * Whether the kernel's killer came for memory: "oom_kill N" in a file that is
  * called memory.events in version 2 of cgroups. Version 1 says it in
  * memory.oom_control. Asked only after a SIGKILL, since the count is of the
  * whole cgroup: a helper that was killed while the command went on does not
- * make its later end one for lack of memory. */
+ * make its later end one for lack of memory. What is open at an early return
+ * ends with the supervisor.
+ *
+ *    low 0 ... oom 1 oom_kill 1 oom_group_kill 0         N is 1: it came
+ */
 static bool cube_sup_is_oom(struct cube_sup *s)
 {
     for (size_t i = 0; i < 2; i++) {
@@ -1764,8 +1812,8 @@ static void cube_sup_write_exit(struct cube_sup *s)
     (void)fsync(s->dir_fd);
 }
 
-/* The caller may be gone, or have given up: then nobody reads it, and SIGPIPE
- * is blocked. */
+/* One int into the pipe, and its end. The caller may be gone, or have given up:
+ * then nobody reads it, and SIGPIPE is blocked. */
 static void cube_sup_report(int fd, int result)
 {
     while (write(fd, &result, sizeof result) < 0 && errno == EINTR)
@@ -1884,9 +1932,16 @@ static int cube_world_pid_close(void *ctx, int pid_fd)
     return close(pid_fd) < 0 ? -errno : 0;
 }
 
-/* What the supervisor reports; its death without a word is an I/O error. 0
- * when the command runs; a positive errno value when it could not be executed,
- * a negative one when the supervisor could not do its part. */
+/*
+ * What the supervisor reports; its death without a word is an I/O error.
+ *
+ *    read     4 bytes   0      the command runs
+ *             4 bytes   > 0    it could not be executed: ENOENT, EACCES, ...
+ *             4 bytes   < 0    the supervisor could not do its part
+ *             the end          it died: -EIO
+ *    nothing in 10 seconds     -ETIMEDOUT; it may still come to run, and is
+ *                              found by its lock then
+ */
 static int cube_world_spawn_report(int fd)
 {
     struct pollfd fds[1] = {{fd, POLLIN, 0}};
@@ -1918,8 +1973,10 @@ static void cube_world_spawn_middle(struct cube_sup *s)
 /* Starts a command under a supervisor and waits, 10 seconds at most, until it
  * runs or cannot. `spec` is read by the copies and not kept. Returns as
  * cube_world_spawn_report does; whatever is returned, the middle is collected
- * and no descriptor stays open here. All signals are blocked over the clone,
- * so that no handler of the program ever runs in a copy of it. */
+ * and no descriptor stays open here. All signals are blocked over the clone, so
+ * that no handler of the program ever runs in a copy of it. It waits, as only
+ * lock and the two syncs of the table do: a clone and an exec take a
+ * millisecond or two. */
 static int cube_world_spawn(void *ctx, const struct cube_spawn *spec)
 {
     struct cube_sup *s = calloc(1, sizeof *s);
@@ -2046,8 +2103,24 @@ CUBE_API const struct cube_world *cube_world_real(void)
  * Removal leaves a hole that the next growth closes. The hash is SipHash
  * with a key of the map's own, since keys come from strangers.
  *
+ * What always holds: there is a NUL behind the bytes of a buffer that has any;
+ * a link is in one list or in none; of a map's slots at most half are taken,
+ * so that every search ends; and nothing here follows the program's locale,
+ * since what is read and written goes to other machines.
+ *
+ * A typical sequence:
+ *
+ *    struct cube_buf path = {0}, text = {0};
+ *    cube_buf_printf(&path, "%s/%s", dir, name);
+ *    if (cube_file_read(w, path.data, &text, 4096, err) < 0)
+ *        ... err->text says which file, and why ...
+ *    cube_map_put(&m, name, cube_text_dup(text.data));   the key is copied
+ *    cube_buf_free(&path);
+ *    cube_buf_free(&text);
+ *
  * Naive on purpose: a list for anything short, a linear search where the
- * text beside it says how many there can be.
+ * text beside it says how many there can be. SHA-256 is the plain one, some
+ * tens of megabytes a second: enough for tokens and IDs, not for images.
  */
 
 #if defined(CUBE_MALLOC) != defined(CUBE_FREE) || \
@@ -2228,6 +2301,7 @@ static bool cube_text_is_nocase(const char *p, size_t len, const char *text)
     return true;
 }
 
+/* Does it begin with that prefix? An empty one begins every text. */
 static bool cube_text_starts(const char *text, const char *prefix)
 {
     return strncmp(text, prefix, strlen(prefix)) == 0;
@@ -2709,6 +2783,7 @@ static void cube_hex(const unsigned char *p, size_t len, char *out)
     out[2 * len] = 0;
 }
 
+/* The alphabet of section 4; that of URLs has - and _ for the last two. */
 static const char cube_base64_digits[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
@@ -3013,6 +3088,7 @@ static int64_t cube_days_of(int64_t year, int month, int day)
            307;
 }
 
+/* 1996 and 2000 are, 1900 is not. */
 static bool cube_year_is_leap(int64_t y)
 {
     return (y % 4 == 0 && y % 100 != 0) || y % 400 == 0;
@@ -3869,8 +3945,15 @@ static int cube_json_scan_digits(struct cube_json_scan *s, size_t *at)
                                  start);
 }
 
-/* number = [ "-" ] ( "0" / 1-9 digits ) [ "." digits ] [ e [ sign ] digits ],
- * and behind it a byte that can follow a value. */
+/*
+ * number = [ "-" ] ( "0" / 1-9 digits ) [ "." digits ] [ e [ sign ] digits ],
+ * and behind it a byte that can follow a value, or the end of the text.
+ *
+ *     -0   10   1.5e+3       yes
+ *     -    01   .5   1.   1e    +1   0x10   1a       no
+ *
+ * What is wrong is reported at the first byte that cannot stand there.
+ */
 static int cube_json_scan_number(struct cube_json_scan *s)
 {
     const unsigned char *src = s->src;
@@ -4369,6 +4452,10 @@ static void *cube_json_block(uint64_t dom_size, uint64_t data_size,
     return alloc ? alloc(user, (size_t)size) : CUBE_MALLOC((size_t)size);
 }
 
+/* One call of the allocator for the whole tree; the root is the block. Every
+ * member of `result` is set, if there is one: an error with its position, which
+ * is 0 when memory ran out, or all zeros. A NULL text is no tree and no error,
+ * as with upstream. */
 CUBE_UNUSED static struct json_value_s *
 json_parse_ex(const void *src, size_t src_size, size_t flags_bitset,
               void *(*alloc_func_ptr)(void *, size_t), void *user_data,
@@ -4614,6 +4701,9 @@ static void cube_json_extract_fill(struct cube_json_build *b,
     }
 }
 
+/* A deep copy in one block, of a part of a tree or of all of it, wherever the
+ * parts of that one lie: so a member can outlive its document. NULL for what
+ * cannot be copied or allocated. */
 CUBE_UNUSED static struct json_value_s *
 json_extract_value_ex(const struct json_value_s *value,
                       void *(*alloc_func_ptr)(void *, size_t),
@@ -4907,7 +4997,7 @@ static void cube_json_repair(const unsigned char *p, size_t left,
  * where and what, in words, counted in the text as it came. A text with broken
  * characters is parsed a second time, repaired; what else is wrong with it is
  * then told by the error of the first time. */
-CUBE_UNUSED static struct json_value_s *
+static struct json_value_s *
 cube_json_parse(const void *src, size_t size, struct cube_err *err)
 {
     static const char *const words[] = {
@@ -4949,13 +5039,13 @@ cube_json_parse(const void *src, size_t size, struct cube_err *err)
 }
 
 /* Frees a root that cube_json_parse returned. */
-CUBE_UNUSED static void cube_json_free(struct json_value_s *root)
+static void cube_json_free(struct json_value_s *root)
 {
     CUBE_FREE(root);
 }
 
 /* The first member of an object, or NULL. */
-CUBE_UNUSED static struct json_object_element_s *
+static struct json_object_element_s *
 cube_json_members(struct json_value_s *value)
 {
     struct json_object_s *object = value ? json_value_as_object(value) : NULL;
@@ -4964,7 +5054,7 @@ cube_json_members(struct json_value_s *value)
 }
 
 /* The first item of an array, or NULL. */
-CUBE_UNUSED static struct json_array_element_s *
+static struct json_array_element_s *
 cube_json_items(struct json_value_s *value)
 {
     struct json_array_s *array = value ? json_value_as_array(value) : NULL;
@@ -4973,7 +5063,7 @@ cube_json_items(struct json_value_s *value)
 }
 
 /* The value of a key, the last one when there are several; NULL: none. */
-CUBE_UNUSED static struct json_value_s *
+static struct json_value_s *
 cube_json_get(struct json_value_s *value, const char *key)
 {
     struct json_value_s *found = NULL;
@@ -4988,7 +5078,7 @@ cube_json_get(struct json_value_s *value, const char *key)
 
 /* The same without regard to the case of ASCII letters, and without nulls:
  * on the wire, a null leaves what an earlier key said. */
-CUBE_UNUSED static struct json_value_s *
+static struct json_value_s *
 cube_json_get_nocase(struct json_value_s *value, const char *key)
 {
     struct json_value_s *found = NULL;
@@ -5003,8 +5093,8 @@ cube_json_get_nocase(struct json_value_s *value, const char *key)
 }
 
 /* The bytes of a string, which a NUL follows, or NULL; `len` may be NULL. */
-CUBE_UNUSED static const char *cube_json_str(struct json_value_s *value,
-                                             size_t *len)
+static const char *cube_json_str(struct json_value_s *value,
+                                 size_t *len)
 {
     struct json_string_s *string = value ? json_value_as_string(value) : NULL;
 
@@ -5014,8 +5104,9 @@ CUBE_UNUSED static const char *cube_json_str(struct json_value_s *value,
 }
 
 /* An integer written as one: digits, no fraction, no exponent; -1 for
- * everything else, and for what does not fit. */
-CUBE_UNUSED static int cube_json_i64(struct json_value_s *value, int64_t *out)
+ * everything else, and for what does not fit. INT64_MIN has a magnitude of one
+ * more than INT64_MAX, hence the detour. */
+static int cube_json_i64(struct json_value_s *value, int64_t *out)
 {
     struct json_number_s *number = value ? json_value_as_number(value) : NULL;
     uint64_t max = INT64_MAX, magnitude;
@@ -5036,9 +5127,14 @@ CUBE_UNUSED static int cube_json_i64(struct json_value_s *value, int64_t *out)
 #define CUBE_JSON_NUMBER_MAX 1000 /* characters of a number's text */
 
 /*
- * The double nearest to a number's text. strtod reads the decimal point of
- * the program's locale, so it is given the digits without a point, and an
- * exponent that makes up for it: 1.25e3 is 125e1.
+ * The double nearest to a number's text. strtod reads the decimal point of the
+ * program's locale, so it is given the digits without a point, and an exponent
+ * that makes up for it:
+ *
+ *     1.25e3     "125" and e1       3 - 2 digits behind the point
+ *     -0.5       "-05" and e-1
+ *
+ * -1 for a text that is too long, and for a number beyond the largest double.
  */
 static int cube_json_text_f64(const char *p, size_t size, double *out)
 {
@@ -5067,7 +5163,7 @@ static int cube_json_text_f64(const char *p, size_t size, double *out)
 }
 
 /* A number that fits a double; -1 otherwise. */
-CUBE_UNUSED static int cube_json_f64(struct json_value_s *value, double *out)
+static int cube_json_f64(struct json_value_s *value, double *out)
 {
     struct json_number_s *number = value ? json_value_as_number(value) : NULL;
 
@@ -5078,7 +5174,7 @@ CUBE_UNUSED static int cube_json_f64(struct json_value_s *value, double *out)
 
 /* A true or a false; -1 for everything else, 0 and "true" among it: `*out` is
  * then as it was. */
-CUBE_UNUSED static int cube_json_bool(struct json_value_s *value, bool *out)
+static int cube_json_bool(struct json_value_s *value, bool *out)
 {
     if (!value || (value->type != json_type_true &&
                    value->type != json_type_false))
@@ -5157,8 +5253,8 @@ static size_t cube_json_put_special(struct cube_buf *b, const unsigned char *p,
  * Runs of harmless bytes are copied whole, and room is taken for all that is
  * left at once: the usual name is one reservation and one copy.
  */
-CUBE_UNUSED static void cube_json_put_str(struct cube_buf *b, const char *s,
-                                          size_t len)
+static void cube_json_put_str(struct cube_buf *b, const char *s,
+                              size_t len)
 {
     const unsigned char *p = (const unsigned char *)s;
 
@@ -5182,21 +5278,29 @@ CUBE_UNUSED static void cube_json_put_str(struct cube_buf *b, const char *s,
 }
 
 /* The same of a C string; NULL is written as "". */
-CUBE_UNUSED static void cube_json_put_text(struct cube_buf *b, const char *s)
+static void cube_json_put_text(struct cube_buf *b, const char *s)
 {
     cube_json_put_str(b, s ? s : "", s ? strlen(s) : 0);
 }
 
 /* In decimal. The magnitude is taken unsigned, where INT64_MIN has one. */
-CUBE_UNUSED static void cube_json_put_i64(struct cube_buf *b, int64_t v)
+static void cube_json_put_i64(struct cube_buf *b, int64_t v)
 {
     if (v < 0)
         cube_buf_addc(b, '-');
     cube_buf_put_u64(b, v < 0 ? 0 - (uint64_t)v : (uint64_t)v, 10);
 }
 
-/* The fewest digits that read back as `v` (which is above 0), and where the
- * decimal point is: 0.d1d2d3... * 10^point. */
+/*
+ * The fewest digits that read back as `v` (which is above 0), and where the
+ * decimal point is: 0.d1d2d3... * 10^point. One digit is tried, then two, and
+ * so on to 17, which always do. Slow, some microseconds: what is common has
+ * been printed before it comes to this.
+ *
+ *     0.1        "1", point 0        reads back: 1 digit
+ *     123.456    "1", "12", "123", "1235", "12346", "123456", point 3
+ *     0.1 + 0.2  "30000000000000004" 17 digits, point 0
+ */
 static size_t cube_json_digits(double v, char digits[20], int *point)
 {
     char text[40];
@@ -5221,8 +5325,9 @@ static size_t cube_json_digits(double v, char digits[20], int *point)
 }
 
 /* Three decimals, without the zeros at their end: most numbers of cores and
- * loads. Of up to 15 digits, no two texts read as the same double, so this
- * one is the shortest if it reads back. */
+ * loads. Of up to 15 digits, no two texts read as the same double, so this one
+ * is the shortest if it reads back. 1250 is 1.25; there is a digit that is not
+ * 0, or the number would have been an integer. */
 static void cube_json_put_thousandths(struct cube_buf *b, int64_t v)
 {
     char text[4] = {'.', (char)('0' + v / 100 % 10), (char)('0' + v / 10 % 10),
@@ -5237,10 +5342,15 @@ static void cube_json_put_thousandths(struct cube_buf *b, int64_t v)
 
 /*
  * A number as the wire has it: the shortest text that reads back, with an
- * exponent only below 1e-6 and from 1e21 on: 0.000001, 1e-7, 1e+21. JSON has
- * no infinities and no NaN; they are written as null.
+ * exponent only below 1e-6 and from 1e21 on: 0.000001, 1e-7, 1e+21. JSON has no
+ * infinities and no NaN; they are written as null. In order of how often they
+ * come:
+ *
+ *   1. integers below 10^15, exact in a double, printed as such; -0 is not one
+ *   2. up to three decimals below 10^9
+ *   3. all else, by its shortest digits, with the point put where it belongs
  */
-CUBE_UNUSED static void cube_json_put_f64(struct cube_buf *b, double v)
+static void cube_json_put_f64(struct cube_buf *b, double v)
 {
     char digits[20];
     double size = v < 0 ? -v : v;
@@ -10169,7 +10279,7 @@ CUBE_API void cube_timer_set(struct cube_loop *l, struct cube_timer *timer,
     cube_heap_settle(l, l->heap_len++, timer);
 }
 
-CUBE_UNUSED static bool cube_timer_is_set(const struct cube_timer *timer)
+static bool cube_timer_is_set(const struct cube_timer *timer)
 {
     return timer->slot != 0;
 }

@@ -610,3 +610,71 @@ TEST(memory_comes_zeroed_and_grows)
     cube_free(NULL);
     cube_free(cube_alloc(0));
 }
+
+/* ---- Drawings ---- */
+
+TEST(drawing_of_a_buffers_room_is_true)
+{
+    struct cube_buf b = {0};
+
+    for (int i = 0; i < 60; i++)
+        cube_buf_addc(&b, 'x');
+    CHECK_UINT(b.cap, 64);
+    cube_buf_add(&b, "0123456789", 10);
+    CHECK_UINT(b.cap, 128);
+    CHECK_INT(b.data[70], 0);
+    cube_buf_free(&b);
+}
+
+static void check_map(const struct cube_map *m, const char *keys, size_t used,
+                      size_t count)
+{
+    struct cube_buf seen = {0};
+
+    for (size_t i = 0; i < m->used; i++)
+        cube_buf_printf(&seen, "%s ",
+                        m->entries[i].key ? m->entries[i].key : "-");
+    CHECK_STR(seen.data, keys);
+    CHECK_UINT(m->used, used);
+    CHECK_UINT(m->count, count);
+    cube_buf_free(&seen);
+}
+
+TEST(drawing_of_a_maps_entries_is_true)
+{
+    struct cube_map m = {0};
+
+    cube_map_put(&m, "web", &m);
+    cube_map_put(&m, "db", &m);
+    cube_map_put(&m, "cache", &m);
+    check_map(&m, "web db cache ", 3, 3);
+    cube_map_remove(&m, "db");
+    check_map(&m, "web - cache ", 3, 2);
+    cube_map_put(&m, "log", &m);
+    check_map(&m, "web - cache log ", 4, 3);
+    cube_map_grow(&m);
+    check_map(&m, "web cache log ", 3, 3);
+    CHECK_UINT(m.moved, 1);
+    cube_map_free(&m);
+}
+
+TEST(drawings_of_base64_and_of_months_are_true)
+{
+    static const int before[] = {0,   31,  61,  92,  122, 153,
+                                 184, 214, 245, 275, 306, 337};
+    static const char *const texts[] = {"TQ==", "TWE=", "TWFu"};
+    int64_t march = cube_days_of(2000, 3, 1);
+
+    for (size_t n = 1; n <= 3; n++) {
+        struct cube_buf b = {0};
+
+        cube_base64_encode(&b, "Man", n, false);
+        CHECK_STR(b.data, texts[n - 1]);
+        cube_buf_free(&b);
+    }
+    CHECK_INT(march, 730179);
+    CHECK_INT(cube_days_of(1, 1, 1), 0);
+    for (int m = 0; m < 12; m++)
+        CHECK_INT(cube_days_of(2000 + m / 10, (m + 2) % 12 + 1, 1) - march,
+                  before[m]);
+}

@@ -947,6 +947,8 @@ TEST(strings_are_written_as_the_wire_has_them)
         {"<a href=\"x\">&\\</a>", 18,
          "\"\\u003ca href=\\\"x\\\"\\u003e\\u0026\\\\\\u003c/a\\u003e\""},
         {"1234567<", 8, "\"1234567\\u003c\""},
+        {"a<b & \"c\"\t\1\xff", 12,
+         "\"a\\u003cb \\u0026 \\\"c\\\"\\t\\u0001\\ufffd\""},
         {">1234567", 8, "\"\\u003e1234567\""},
         {"=:;?~\x7f", 6, "\"=:;?~\x7f\""},
         {"\n\r\t\b\f\x01\x1f", 7, "\"\\n\\r\\t\\u0008\\u000c\\u0001\\u001f\""},
@@ -1116,6 +1118,33 @@ TEST(numbers_of_any_length_are_read)
 }
 
 /* Some countries write 1,5. JSON does not. */
+/* The examples at cube_json_digits and cube_json_text_f64. */
+TEST(digits_are_as_they_are_drawn)
+{
+    static const struct {
+        double v;
+        const char *digits;
+        int point;
+    } rows[] = {{0.1, "1", 0},
+                {123.456, "123456", 3},
+                {0.1 + 0.2, "30000000000000004", 0}};
+    double d = 0;
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char digits[20];
+        int point;
+
+        CHECK_UINT(cube_json_digits(rows[i].v, digits, &point),
+                   strlen(rows[i].digits));
+        CHECK_STR(digits, rows[i].digits);
+        CHECK_INT(point, rows[i].point);
+    }
+    CHECK_INT(cube_json_text_f64("1.25e3", 6, &d), 0);
+    CHECK(d == 1250);
+    CHECK_INT(cube_json_text_f64("-0.5", 4, &d), 0);
+    CHECK(d == -0.5);
+}
+
 TEST(numbers_do_not_follow_the_locale)
 {
     static const char *const names[] = {"de_DE.UTF-8", "de_DE", "fr_FR.UTF-8",
