@@ -16665,6 +16665,32 @@ static void cube_ledger_close(struct cube_ledger *g)
     cube_free(g);
 }
 
+/* Opens a keeper's store, DIR/NAME.cube, or for `kind` "memory" its twin in
+ * memory; the directory is made either way, as more than the store lives
+ * there. NULL and "persistent" mean the file. The caller closes it. */
+static struct cube_store *cube_ledger_store(const struct cube_world *w,
+                                            const char *dir, const char *name,
+                                            const char *kind,
+                                            struct cube_err *err)
+{
+    struct cube_store_options options = {.is_sync_split = true};
+    bool is_memory = kind && strcmp(kind, "memory") == 0;
+    struct cube_buf path = {0};
+    struct cube_store *store;
+
+    if (kind && !is_memory && strcmp(kind, "persistent") != 0) {
+        (void)cube_fail(err, CUBE_EINVAL, "store %s: there are persistent and "
+                        "memory", kind);
+        return NULL;
+    }
+    if (cube_dir_make(w, dir, err) < 0)
+        return NULL;
+    cube_buf_printf(&path, "%s/%s.cube", dir, name);
+    store = cube_store_open(w, is_memory ? NULL : path.data, &options, err);
+    cube_buf_free(&path);
+    return store;
+}
+
 /* Reads all records of `store`. NULL when one cannot be read. What is in the
  * store is `now` at once; on_change is not called for it. */
 static struct cube_ledger *
@@ -16802,6 +16828,25 @@ static void cube_reply_task(struct cube_http_req *req, int status,
     cube_buf_puts(&body, "\n");
     cube_http_reply(req, status, "application/json", body.data, body.len);
     cube_buf_free(&body);
+}
+
+/* What a request for logs asks for: ?follow=1&tail=20. Without `tail` it is
+ * all, which is -1, and follow=0 is the same as none. False: it was refused,
+ * with 400. */
+static bool cube_logs_asked(struct cube_http_req *req, bool *is_following,
+                            int64_t *last)
+{
+    const char *tail = cube_http_query(req, "tail");
+    const char *follow = cube_http_query(req, "follow");
+    uint64_t n = 0;
+
+    if (tail && cube_text_u64(tail, strlen(tail), INT32_MAX, &n) < 0) {
+        cube_http_reply_error(req, 400, "tail=%s is not a number", tail);
+        return false;
+    }
+    *is_following = follow && strcmp(follow, "0") != 0;
+    *last = tail ? (int64_t)n : -1;
+    return true;
 }
 
 /* The process turns its loop; more is not promised by it. */
@@ -25798,7 +25843,9 @@ static void cube_worker_inspected(void *arg, const char *json, size_t len,
     cube_asker_free(a);
 }
 
-/* GET /tasks/{id}, for which the Go worker answers the engine's inspection. */
+/* GET /tasks/{id}, for which the Go worker answers the engine's inspection. One
+ * that has no container now gets 404 with its state in words, which says more
+ * than an empty body to those who look why. */
 static void cube_worker_inspect(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
@@ -25842,24 +25889,19 @@ static void cube_worker_log_end(void *arg, const struct cube_err *err)
     cube_asker_free(a);
 }
 
-/* GET /tasks/{id}/logs. Without a container there is no log: 404 says so. */
+/* GET /tasks/{id}/logs. Without a container there is no log: 404 says so. The
+ * head leaves at once, as a task may say nothing for days; what goes wrong
+ * after it can only cut the stream. */
 static void cube_worker_logs(void *arg, struct cube_http_req *req)
 {
     struct cube_worker *w = arg;
     struct cube_record *rec = cube_ledger_of(w->ledger, req);
     struct cube_unit *u = rec ? rec->owner : NULL;
-    const char *tail = cube_http_query(req, "tail");
-    const char *follow = cube_http_query(req, "follow");
     struct cube_logs_options options;
     struct cube_asker *a;
-    uint64_t n = 0;
 
-    if (!rec)
+    if (!rec || !cube_logs_asked(req, &options.is_following, &options.tail))
         return;
-    if (tail && cube_text_u64(tail, strlen(tail), INT32_MAX, &n) < 0) {
-        cube_http_reply_error(req, 400, "tail=%s is not a number", tail);
-        return;
-    }
     if (!u || !u->box || !w->runtime) {
         cube_http_reply_error(req, 404, "task %s has no container now, so "
                               "no logs", rec->id);
@@ -25867,9 +25909,6 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
     }
     a = cube_asker_new(w, req);
     cube_http_stream(req, 200, "text/plain; charset=utf-8");
-    memset(&options, 0, sizeof options);
-    options.is_following = follow && strcmp(follow, "0") != 0;
-    options.tail = tail ? (int64_t)n : -1;
     a->logs = w->runtime->ops->logs(w->runtime, u->box->id, &options,
                                     cube_worker_log_data, cube_worker_log_end,
                                     a);
@@ -25997,7 +26036,8 @@ static void cube_worker_hello(void *arg, struct cube_buf *out)
     cube_timer_set(w->loop, &w->beat, CUBE_FIRST_BEAT_MS, cube_worker_beat, w);
 }
 
-/* What ended longer ago than `keep_ms` is forgotten, container and all. */
+/* What ended longer ago than `keep_ms` is forgotten, container and all: by the
+ * same wish that `cube rm` stages. A manager that still knew of it is told. */
 static void cube_worker_sweep(void *arg)
 {
     struct cube_worker *w = arg;
@@ -26037,7 +26077,9 @@ static void cube_worker_joined(void *arg, const struct cube_http_answer *a)
     cube_timer_set(w->loop, &w->rejoin, CUBE_JOIN_MS, cube_worker_rejoin, w);
 }
 
-/* Registers, and again whenever no manager has followed us for a while. */
+/* Registers, and again whenever no manager follows us: it may have lost its
+ * store, or be another one at the same address. One that follows needs no
+ * word from us. */
 static void cube_worker_rejoin(void *arg)
 {
     struct cube_worker *w = arg;
@@ -26129,7 +26171,9 @@ static void cube_worker_derive(struct cube_worker *w)
     cube_buf_free(&from);
 }
 
-/* Who this worker is, and whose: from its store, or derived anew. */
+/* Who this worker is, and whose: from its store, or derived anew. A new UUID
+ * is staged only, with the first commit that there is; should that be lost,
+ * the same one is derived again. */
 static void cube_worker_identify(struct cube_worker *w)
 {
     struct cube_buf text = {0};
@@ -26151,25 +26195,16 @@ static void cube_worker_identify(struct cube_worker *w)
     cube_buf_free(&text);
 }
 
-/* Opens the worker's file (or its twin in memory) and reads what is in it. */
+/* Opens the worker's file (or its twin in memory) and reads what is in it. -1:
+ * what is open by then is closed by cube_worker_free. */
 static int cube_worker_open_store(struct cube_worker *w, const char *kind,
                                   struct cube_err *err)
 {
-    struct cube_buf path = {0};
-    struct cube_store_options options;
-    bool is_memory = kind && strcmp(kind, "memory") == 0;
+    struct cube_buf name = {0};
 
-    if (kind && !is_memory && strcmp(kind, "persistent") != 0)
-        return cube_fail(err, CUBE_EINVAL, "store %s: there are persistent "
-                         "and memory", kind);
-    if (cube_dir_make(w->world, w->data_dir, err) < 0)
-        return -1;
-    cube_buf_printf(&path, "%s/worker-%s.cube", w->data_dir, w->name);
-    memset(&options, 0, sizeof options);
-    options.is_sync_split = true;
-    w->store = cube_store_open(w->world, is_memory ? NULL : path.data,
-                               &options, err);
-    cube_buf_free(&path);
+    cube_buf_printf(&name, "worker-%s", w->name);
+    w->store = cube_ledger_store(w->world, w->data_dir, name.data, kind, err);
+    cube_buf_free(&name);
     if (!w->store)
         return -1;
     w->commit = cube_commit_open(w->loop, w->store);
@@ -26295,6 +26330,8 @@ static int cube_worker_start(struct cube_worker *w,
     return 0;
 }
 
+/* The feed gets a new stream's name each time: its numbers begin anew, so
+ * nobody may resume by the old ones. */
 CUBE_API struct cube_worker *
 cube_worker_new(struct cube_loop *l, const struct cube_worker_options *o,
                 struct cube_err *err)
@@ -27037,7 +27074,9 @@ static void cube_manager_adopt(struct cube_manager *m, struct cube_member *n,
              t->name, n->name);
 }
 
-/* All that it has is known now: adopt what is new, look at all the rest. */
+/* All that it has is known now: adopt what is new, look at all the rest. What
+ * it did not list is not there any more, and tasks that waited for this word
+ * can be delivered. */
 static void cube_member_listed(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -27377,7 +27416,8 @@ static void cube_member_believe(struct cube_member *n, const char *id)
     own->queued_ms = now + orders * CUBE_QUEUE_MS;
 }
 
-/* GET /tasks of a polled worker is a list and its end in one. */
+/* GET /tasks of a polled worker is a list and its end in one. -1: it is no
+ * JSON, and nothing has changed. A task that makes no sense is passed over. */
 static int cube_member_take_list(struct cube_member *n, const char *body,
                                  size_t len)
 {
@@ -27398,7 +27438,8 @@ static int cube_member_take_list(struct cube_member *n, const char *body,
     return 0;
 }
 
-/* Its metrics came, or did not: the next round in two seconds. */
+/* Its metrics came, or did not: the next round in two seconds. How busy its
+ * CPUs are it does not say; that is the difference to the last round. */
 static void cube_member_polled(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -27433,7 +27474,8 @@ cube_member_get(struct cube_member *n, const char *target,
     return cube_http_call(n->client, &r);
 }
 
-/* Its tasks came: that is its sign of life. */
+/* Its tasks came: that is its sign of life, and its metrics are asked for next.
+ * Else it is doubted: the next dial tries the events first. */
 static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
 {
     struct cube_member *n = arg;
@@ -28404,7 +28446,14 @@ static void cube_member_lose(struct cube_member *n)
     cube_manager_log_node(m, n, "it gave no sign of life");
 }
 
-/* Nodes that have been silent for too long; true when many went at once. */
+/* Nodes that have been silent for too long are lost; and are so many lost that
+ * moves are paced?
+ *
+ *     lost, of those known     paced     one that has been lost for over a
+ *     2 of 3                   no        minute is neither: it belongs to
+ *     3 of 5                   yes       what happened before
+ *     3 of 6                   no
+ */
 static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
 {
     struct cube_list *link;
@@ -28540,7 +28589,9 @@ static void cube_past_free(void *arg)
     cube_free(p);
 }
 
-/* Adds what a line says, if it is the one that holds for what it is about. */
+/* Adds what a line says, if it is the one that holds for what it is about: the
+ * first that is met, from T backwards. The answer is cut out of the line's
+ * text, since the line is the JSON that was told then. */
 static void cube_past_add(struct cube_past *p, const char *line, size_t len,
                           struct cube_buf *out)
 {
@@ -28600,7 +28651,8 @@ static void cube_manager_since(struct cube_manager *m, struct cube_buf *out)
         cube_buf_puts(out, "0001-01-01T00:00:00Z");
 }
 
-/* Answers a list as it was at the time in ?at=; false: it is not asked for. */
+/* Answers a list as it was at the time in ?at=; false: it is not asked for, and
+ * the request is still the caller's. 404 for a time that is not kept. */
 static bool cube_manager_reply_past(struct cube_manager *m,
                                     struct cube_http_req *req, bool of_nodes)
 {
@@ -28719,7 +28771,8 @@ static int cube_manager_bury(struct cube_manager *m, const void *key,
     return cube_store_del(m->store, CUBE_TREE_EVENTS, key, key_len, NULL);
 }
 
-/* Old events are removed, some at a time. */
+/* Old events are removed, some at a time, in the commit that fills. `since`
+ * goes with them: behind it there is no gap. */
 static void cube_manager_sweep_events(struct cube_manager *m, int64_t old_ns)
 {
     struct cube_cursor *c =
@@ -28750,7 +28803,8 @@ static void cube_manager_sweep_events(struct cube_manager *m, int64_t old_ns)
     (void)cube_meta_put(m->store, "since", text, NULL);
 }
 
-/* The first words of this start, for those who will ask what was when. */
+/* The first words of this start, for those who will ask what was when. The
+ * first start ever is where history begins. */
 static void cube_manager_log_start(struct cube_manager *m)
 {
     struct cube_time now = cube_manager_now(m);
@@ -28815,7 +28869,9 @@ static void cube_manager_sweep(struct cube_manager *m)
     }
 }
 
-/* Four times a second: who is lost, who may be asked again, what is old. */
+/* Four times a second: who is lost, who may be asked again, what is old. Once a
+ * second all charges are looked at, whatever has happened: by that stops are
+ * repeated, reasons to wait renewed, and changes found that nobody noticed. */
 static void cube_manager_tick(void *arg)
 {
     struct cube_manager *m = arg;
@@ -28841,7 +28897,10 @@ static void cube_manager_tick(void *arg)
 
 /* ---- Its API: tasks ---- */
 
-/* A new task, or one whose user removed it before: it waits to be placed. */
+/* A new task, or one whose user removed it before: it waits to be placed. Takes
+ * `t` over, and stages it. `rec` NULL: the ID is new. Attempts go on from
+ * where they were, so that a late word about the old life is known as such;
+ * what a user cannot ask for, such as a state, is set to what it is. */
 static void cube_manager_accept(struct cube_manager *m,
                                 struct cube_record *rec, struct cube_task *t)
 {
@@ -28877,7 +28936,9 @@ static void cube_manager_accept(struct cube_manager *m,
     cube_manager_stage(m, rec, "it was submitted");
 }
 
-/* Submitting a task that is there already. */
+/* Submitting a task that is there already: the same specification is the same
+ * wish, and its answer the same, so that a client may repeat what was not
+ * answered. The answer waits for the disk, as the first one does. */
 static void cube_manager_resubmit(struct cube_manager *m,
                                   struct cube_http_req *req,
                                   const struct cube_version *v,
@@ -28988,7 +29049,8 @@ static void cube_manager_post(void *arg, struct cube_http_req *req)
     cube_event_free(e);
 }
 
-/* The record that a path names, unless its user has removed it. */
+/* The record that a path names, unless its user has removed it; else answers
+ * 404. The newest version counts, so `now` may be NULL. */
 static struct cube_record *cube_manager_find(struct cube_manager *m,
                                              struct cube_http_req *req)
 {
@@ -29194,27 +29256,23 @@ static void cube_manager_inspect(void *arg, struct cube_http_req *req)
 /* GET /tasks/{id}/logs; the query is checked here and written anew. */
 static void cube_manager_logs(void *arg, struct cube_http_req *req)
 {
-    const char *tail = cube_http_query(req, "tail");
-    const char *follow = cube_http_query(req, "follow");
-    struct cube_buf query = {0};
-    uint64_t n;
+    bool is_following;
+    int64_t last;
+    char query[60], tail[30] = "";
 
-    cube_buf_printf(&query, "/logs?follow=%d",
-                    follow && strcmp(follow, "0") != 0);
-    if (tail && cube_text_u64(tail, strlen(tail), INT32_MAX, &n) < 0) {
-        cube_http_reply_error(req, 400, "tail=%s is not a number", tail);
-        cube_buf_free(&query);
+    if (!cube_logs_asked(req, &is_following, &last))
         return;
-    }
-    if (tail)
-        cube_buf_printf(&query, "&tail=%s", tail);
-    cube_manager_relay(arg, req, query.data, true);
-    cube_buf_free(&query);
+    if (last >= 0)
+        (void)snprintf(tail, sizeof tail, "&tail=%lld", (long long)last);
+    (void)snprintf(query, sizeof query, "/logs?follow=%d%s", is_following,
+                   tail);
+    cube_manager_relay(arg, req, query, true);
 }
 
 /* ---- Its API: nodes ---- */
 
-/* GET /nodes. */
+/* GET /nodes, in the order in which they came. Neither a default that has not
+ * answered, nor one that has joined under another name. */
 static void cube_manager_nodes(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
@@ -29288,7 +29346,8 @@ static void cube_manager_joined(void *arg, const struct cube_err *err)
     cube_free(j);
 }
 
-/* Stages a join or a removal. */
+/* Stages a join or a removal; it is done when it is on disk, and not at all
+ * when that fails, as the one who asked is told. */
 static void cube_manager_note_node(struct cube_manager *m, const char *name,
                                    const char *uuid, bool is_removal)
 {
@@ -29505,7 +29564,8 @@ static int cube_manager_load_events(struct cube_manager *m,
     return r < 0 ? -1 : 0;
 }
 
-/* The workers that have joined before. */
+/* The workers that have joined before. -1: the tree cannot be read, or holds a
+ * name that is no address. */
 static int cube_manager_load_nodes(struct cube_manager *m,
                                    struct cube_err *err)
 {
@@ -29566,28 +29626,18 @@ static int cube_manager_add_workers(struct cube_manager *m, const char *list,
     return r;
 }
 
-/* Opens the manager's file (or its twin in memory) and reads what is in it. */
+/* Opens the manager's file (or its twin in memory) and reads what is in it. -1:
+ * what is open by then is closed by cube_manager_free. The epoch is on disk
+ * before the first record is read, let alone acted upon. */
 static int cube_manager_open_store(struct cube_manager *m,
                                    const struct cube_manager_options *o,
                                    struct cube_err *err)
 {
-    const char *kind = o->store;
-    bool is_memory = kind && strcmp(kind, "memory") == 0;
-    struct cube_store_options options;
-    struct cube_buf path = {0};
-
-    if (kind && !is_memory && strcmp(kind, "persistent") != 0)
-        return cube_fail(err, CUBE_EINVAL, "store %s: there are persistent "
-                         "and memory", kind);
-    if (cube_dir_make(m->world, m->data_dir, err) < 0)
-        return -1;
-    cube_buf_printf(&path, "%s/manager.cube", m->data_dir);
-    memset(&options, 0, sizeof options);
-    options.is_sync_split = true;
-    m->store = cube_store_open(m->world, is_memory ? NULL : path.data,
-                               &options, err);
-    cube_buf_free(&path);
-    if (!m->store || cube_manager_identify(m, is_memory, o->epoch, err) < 0 ||
+    m->store = cube_ledger_store(m->world, m->data_dir, "manager", o->store,
+                                 err);
+    if (!m->store ||
+        cube_manager_identify(m, cube_store_is_memory(m->store), o->epoch,
+                              err) < 0 ||
         cube_manager_load_events(m, err) < 0)
         return -1;
     m->feed.list = cube_manager_feed_list;
@@ -29682,6 +29732,9 @@ static void cube_manager_free_parts(struct cube_manager *m)
         cube_charge_free(((struct cube_record *)value)->owner);
 }
 
+/* Whoever could call back goes first: server, followers, workers' lines. Then
+ * what they would have called for. What was answered is on disk; what was
+ * staged since is dropped, as in a crash. */
 CUBE_API void cube_manager_free(struct cube_manager *m)
 {
     if (!m)
