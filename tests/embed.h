@@ -66,7 +66,7 @@ static void embed_loop(void)
 static void embed_task(void)
 {
     static const char json[] =
-        "{\"Name\":\"web\",\"Image\":\"nginx:latest\",\"Memory\":1048576,"
+        "{\"Name\":\"web\",\"Image\":\"nginx:latest\",\"Memory\":16777216,"
         "\"ExposedPorts\":{\"80/tcp\":{}},\"Cmd\":[\"a\",\"b\"],"
         "\"HealthCheck\":null}";
     struct cube_err err;
@@ -78,7 +78,7 @@ static void embed_task(void)
     if (!t)
         return;
     EMBED_CHECK(strcmp(t->name, "web") == 0);
-    EMBED_CHECK(t->mem_bytes == 1048576);
+    EMBED_CHECK(t->mem_bytes == 16777216);
     EMBED_CHECK(cube_task_check(t, &err) == 0);
     cube_task_print(t, &out);
     EMBED_CHECK(strstr(out.data, "\"Image\":\"nginx:latest\"") != NULL);
