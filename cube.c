@@ -7590,6 +7590,37 @@ static bool cube_store_walk_is_due(const struct cube_store_walk *w,
                                       w->op->key_len, bound, len) < 0);
 }
 
+/* Goes into a page: its keys must lie between the one that its parent has for
+ * it and the one behind that. So no page of a file that somebody made up is
+ * gone into twice, and a walk is never longer than the file. */
+static int cube_store_walk_down(struct cube_store_walk *w,
+                                struct cube_store_ref ref, int level,
+                                struct cube_err *err)
+{
+    int d = w->path.depth - 1;
+    const struct cube_store_step *up = &w->path.steps[d < 0 ? 0 : d];
+    const struct cube_store_ext *page;
+    const uint8_t *key, *from, *bound;
+    uint32_t len, from_len, bound_len = 0;
+
+    if (cube_store_path_push(&w->path, ref, level, err) < 0)
+        return -1;
+    if (d < 0)
+        return 0;
+    page = w->path.steps[d + 1].page;
+    from = cube_store_page_key(up->page->data, up->i, &from_len);
+    bound = cube_store_walk_bound(w, d, &bound_len);
+    key = cube_store_page_key(page->data, 0, &len);
+    if (cube_store_order(key, len, from, from_len) == 0) {
+        key = cube_store_page_key(page->data, cube_store_page_count(
+            page->data) - 1, &len);
+        if (!bound || cube_store_order(key, len, bound, bound_len) < 0)
+            return 0;
+    }
+    return cube_store_corrupt(w->from->file, page->at, "a page has other "
+                              "keys than its parent says", err);
+}
+
 /* Goes back to the parent, to its next child. */
 static void cube_store_walk_up(struct cube_store_walk *w)
 {
@@ -7660,7 +7691,7 @@ static int cube_store_walk_branch(struct cube_store_walk *w,
         if (w->is_copy || cube_store_walk_is_due(w, bound, len) ||
             (below->count > 0 && cube_store_pack_bytes(below, 0, below->count)
              < CUBE_STORE_PAGE / 4))
-            return cube_store_path_push(&w->path, item.ref, level - 1, err);
+            return cube_store_walk_down(w, item.ref, level - 1, err);
         for (int i = 0; i < level; i++)
             cube_store_walk_flush(w, i);
         n = cube_store_put_var(entry, item.key_len);
@@ -7701,7 +7732,7 @@ static int cube_store_walk_start(struct cube_store_walk *w,
     w->is_in_tree = true;
     if (t->levels == 0)
         return 0;
-    return cube_store_path_push(&w->path, t->root, t->levels - 1, err);
+    return cube_store_walk_down(w, t->root, t->levels - 1, err);
 }
 
 /* The highest level whose pack holds something; -1 if none does. */
@@ -8790,7 +8821,9 @@ static struct cube_store_roots *cube_store_roots_read(
     if (r > 0)
         r = cube_store_rec_body(f, &rec, &body, err);
     if (r == 0 || (r > 0 && (rec.kind != 'R' ||
-                             !cube_store_roots_decode(roots, &body))))
+                             !cube_store_roots_decode(roots, &body) ||
+                             roots->replay < CUBE_STORE_HEAD ||
+                             roots->replay > at)))
         r = cube_store_corrupt(f, at, "the roots are damaged", err);
     if (r < 0) {
         cube_store_roots_drop(roots);
