@@ -33,13 +33,14 @@
  *   4  Store        a B+tree in a file that only grows; commits; compaction
  *   5  Loop         one thread that waits for everything; the end of a turn
  *   6  HTTP         bytes to messages; the server and the client
- *   7  Tasks        what a task is, on the wire and in its states
+ *   7  Tasks        what a task is, on the wire and in its states; what worker
+ *                   and manager share: records, feeds, health checks
  *   8  Machine      how much memory, CPU and disk there is
  *   9  Runtimes     Docker, Podman, and processes under a supervisor
- *   10  Schedulers   which node a task runs on
- *   11  Worker       keeps its tasks true to what was asked of them
- *   12  Manager      accepts, places, watches and moves tasks
- *   13  Client       what a command line needs of a manager
+ *  10  Schedulers   which node a task runs on
+ *  11  Worker       keeps its tasks true to what was asked of them
+ *  12  Manager      accepts, places, watches and moves tasks
+ *  13  Client       what a command line needs of a manager
  *
  * Four ideas hold it together.
  *
@@ -96,10 +97,13 @@
  * Words. A task is what shall run; a node is a machine's worker as a manager
  * sees it; an attempt is one assignment of a task to a node, numbered. A
  * function's name says its chapter: cube_store_commit is of chapter 4. What
- * is public is marked CUBE_API and described in cube.h; all else is static.
+ * is public is marked CUBE_API and described in cube.h, where its contract
+ * stands; the comment here then says how, or why so. All else is static. A
+ * name with `is`, `has` or `may` in it is a question and changes nothing.
  *
  * Simple on purpose. There is one manager, and no election of another: its
- * store can be copied, and what runs goes on while it is away. There are no
+ * store can be copied while it works (GET /backup), what runs goes on while
+ * it is away, and of two on one store the older falls silent. There are no
  * volumes, no networks between tasks, no TLS of its own. Limits are macros
  * with names. Each chapter says what it has left naive, and when that stops
  * being fine.
@@ -111,6 +115,8 @@
  *   CUBE_ASSERT(x)    checks of Cube on itself; assert by default
  *   CUBE_API          before each public function: `static`, an export ...
  *   CUBE_JSON_H       '"json.h"': sheredom's own file instead of chapter 3
+ *   JSON_MAX_RECURSION                     levels of JSON; 1000
+ *   CUBE_HTTP_MAX_BACKLOG                  bytes of a stream unsent; 16 MiB
  *   CUBE_WITH_CURL    1: chapter 13 can talk to https, by libcurl
  *
  * The platform is Linux, by gcc or clang, with glibc or musl. What needs it:
