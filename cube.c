@@ -27711,12 +27711,13 @@ static void cube_charge_reject(struct cube_charge *c, struct cube_member *n,
 
 /* A delivery was answered, or was not. Only 201 means that the worker has it
  * on disk; after anything else it may or may not have it, and the delivery is
- * repeated until a report says which. */
+ * repeated until a report says which. It was made of the committed version,
+ * and so is the answer: one that is staged by now may name another node. */
 static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
 {
     struct cube_charge *c = arg;
     struct cube_manager *m = c->manager;
-    const struct cube_version *v = cube_record_latest(c->rec);
+    const struct cube_version *v = c->rec->now;
     struct cube_member *n = cube_manager_member(m, v->task->node);
     struct cube_report *r = cube_member_report(n, c->rec->id);
     struct cube_task *t = NULL;

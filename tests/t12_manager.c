@@ -244,6 +244,28 @@ TEST(a_store_in_memory_loses_no_running_task)
     cluster_close(&k);
 }
 
+TEST(a_manager_in_memory_keeps_cluster_and_epoch_in_a_line)
+{
+    struct cluster k;
+    struct cube_buf line = {0};
+    char path[240], want[60];
+
+    cluster_open(&k, 0);
+    k.store = "memory";
+    for (int starts = 1; starts <= 2; starts++) {
+        cluster_manager_down(&k);
+        cluster_manager_up(&k);
+        (void)snprintf(path, sizeof path, "%s/m/manager.id", k.dir);
+        (void)snprintf(want, sizeof want, "%s %d", k.manager->cluster, starts);
+        CHECK_INT(cube_file_read(&k.world.table, path, &line, 100, NULL), 0);
+        CHECK_STR(line.data, want);
+    }
+    CHECK_INT(line.data[36], ' '); /* as drawn in chapter 12 */
+    CHECK_STR(line.data + 37, "2");
+    cube_buf_free(&line);
+    cluster_close(&k);
+}
+
 TEST(an_older_copy_of_the_store_takes_a_higher_epoch_and_the_newer_attempt)
 {
     struct cluster k;
