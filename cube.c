@@ -2353,7 +2353,7 @@ static int cube_text_u64(const char *p, size_t len, uint64_t max,
 static void cube_buf_reserve(struct cube_buf *b, size_t more)
 {
     size_t need = b->len + more + 1;
-    size_t cap = b->cap ? b->cap : 64;
+    size_t cap = b->cap ? b->cap : 256; /* an answer's head, a short line */
 
     if (need <= b->cap)
         return;
@@ -2413,13 +2413,16 @@ CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
     va_list args, again;
     int n;
 
+    cube_buf_reserve(b, 0);
     va_start(args, format);
     va_copy(again, args);
-    n = vsnprintf(NULL, 0, format, args);
+    n = vsnprintf(b->data + b->len, b->cap - b->len, format, args);
     va_end(args);
     CUBE_ASSERT(n >= 0);
-    cube_buf_reserve(b, (size_t)n);
-    (void)vsnprintf(b->data + b->len, (size_t)n + 1, format, again);
+    if ((size_t)n >= b->cap - b->len) { /* it did not fit: now it does */
+        cube_buf_reserve(b, (size_t)n);
+        (void)vsnprintf(b->data + b->len, (size_t)n + 1, format, again);
+    }
     va_end(again);
     b->len += (size_t)n;
 }
@@ -16241,7 +16244,6 @@ struct cube_version {
     struct cube_task *task; /* owned */
     struct cube_keep keep;
     bool is_gone;           /* this version is the absence of the record */
-    char *line;             /* for the feed, or NULL; owned */
     uint64_t commit;        /* the number of the commit it is part of */
     struct cube_version *next;
 };
@@ -16341,7 +16343,6 @@ static void cube_version_free(struct cube_version *v)
     if (!v)
         return;
     cube_task_free(v->task);
-    cube_free(v->line);
     cube_free(v);
 }
 
@@ -16384,24 +16385,31 @@ static const struct cube_keep_field {
 
 /* The keeper's part stands first and the task last: cube_listing_add finds the
  * task in the bytes without reading the rest, and the whole value ends with
- * the task's `}` and the record's. */
-static void cube_version_print(const struct cube_version *v,
-                               struct cube_buf *out)
+ * the task's `}` and the record's. The task comes printed: whoever stages a
+ * version mostly shows it as well. */
+static void cube_version_print(const struct cube_version *v, const char *task,
+                               size_t len, struct cube_buf *out)
 {
     const char *keep = (const char *)&v->keep;
 
-    cube_buf_puts(out, "{");
+    cube_buf_puts(out, "{\"");
     for (size_t i = 0; i < CUBE_COUNT(cube_keep_fields); i++) {
         int64_t n;
 
         memcpy(&n, keep + cube_keep_fields[i].offset, sizeof n);
-        cube_buf_printf(out, "\"%s\":%lld,", cube_keep_fields[i].name,
-                        (long long)n);
+        cube_buf_puts(out, cube_keep_fields[i].name);
+        cube_buf_puts(out, "\":");
+        cube_json_put_i64(out, n);
+        cube_buf_puts(out, ",\"");
     }
-    cube_buf_printf(out, "\"Follows\":%d,\"Hidden\":%d,\"Cluster\":\"%s\","
-                    "\"Avoid\":\"%s\",\"Task\":", v->keep.follows,
-                    v->keep.is_hidden, v->keep.cluster, v->keep.avoid);
-    cube_task_print(v->task, out);
+    cube_buf_puts(out, v->keep.follows ? "Follows\":1" : "Follows\":0");
+    cube_buf_puts(out, v->keep.is_hidden ? ",\"Hidden\":1" : ",\"Hidden\":0");
+    cube_buf_puts(out, ",\"Cluster\":");
+    cube_json_put_text(out, v->keep.cluster);
+    cube_buf_puts(out, ",\"Avoid\":");
+    cube_json_put_text(out, v->keep.avoid);
+    cube_buf_puts(out, ",\"Task\":");
+    cube_buf_add(out, task, len);
     cube_buf_puts(out, "}");
 }
 
@@ -16619,6 +16627,25 @@ static struct cube_version *cube_record_edit(struct cube_ledger *g,
     return v;
 }
 
+/* cube_record_stage of a version that is not the record's end, whose task was
+ * printed already. */
+static void cube_record_stage_as(struct cube_ledger *g,
+                                 struct cube_record *rec, const char *task,
+                                 size_t len)
+{
+    const struct cube_version *v = cube_record_latest(rec);
+    unsigned char key[8];
+    struct cube_buf text = {0};
+    struct cube_err err;
+
+    cube_number_key(v->keep.number, key);
+    cube_version_print(v, task, len, &text);
+    if (cube_store_put(g->store, CUBE_TREE_TASKS, key, sizeof key, text.data,
+                       text.len, &err) < 0)
+        cube_commit_refuse(g->commit, &err);
+    cube_buf_free(&text);
+}
+
 /* Puts the version that is being edited into the commit that fills. Call it
  * after each edit, in the same turn: otherwise memory would take over at the
  * commit what the disk has never seen. Never fails by itself. */
@@ -16626,20 +16653,17 @@ static void cube_record_stage(struct cube_ledger *g, struct cube_record *rec)
 {
     struct cube_version *v = cube_record_latest(rec);
     unsigned char key[8];
-    struct cube_buf text = {0};
+    struct cube_buf task = {0};
     struct cube_err err;
-    int r;
 
-    cube_number_key(v->keep.number, key);
-    if (v->is_gone) {
-        r = cube_store_del(g->store, CUBE_TREE_TASKS, key, sizeof key, &err);
-    } else {
-        cube_version_print(v, &text);
-        r = cube_store_put(g->store, CUBE_TREE_TASKS, key, sizeof key,
-                           text.data, text.len, &err);
-        cube_buf_free(&text);
+    if (!v->is_gone) {
+        cube_task_print(v->task, &task);
+        cube_record_stage_as(g, rec, task.data, task.len);
+        cube_buf_free(&task);
+        return;
     }
-    if (r < 0)
+    cube_number_key(v->keep.number, key);
+    if (cube_store_del(g->store, CUBE_TREE_TASKS, key, sizeof key, &err) < 0)
         cube_commit_refuse(g->commit, &err);
 }
 
@@ -17609,9 +17633,15 @@ static void cube_feed_line(const struct cube_feed *f, const char *type,
     char text[CUBE_TIME_TEXT];
 
     cube_time_format(&now, text);
-    cube_buf_printf(out, "{\"Type\":\"%s\",\"Stream\":\"%s\",\"Seq\":%llu,"
-                    "\"Time\":\"%s\",", type, f->stream,
-                    (unsigned long long)seq, text);
+    cube_buf_puts(out, "{\"Type\":\"");
+    cube_buf_puts(out, type);
+    cube_buf_puts(out, "\",\"Stream\":\"");
+    cube_buf_puts(out, f->stream);
+    cube_buf_puts(out, "\",\"Seq\":");
+    cube_json_put_i64(out, (int64_t)seq);
+    cube_buf_puts(out, ",\"Time\":\"");
+    cube_buf_puts(out, text);
+    cube_buf_puts(out, "\",");
     if (!why)
         return;
     cube_buf_puts(out, "\"Why\":");
@@ -17627,20 +17657,24 @@ static void cube_feed_line(const struct cube_feed *f, const char *type,
  *       "ID":"..."}
  *
  * With a newline at its end; a line never holds one inside, since JSON escapes
- * it.
+ * it. Returns where in `out` the task's JSON begins: it ends before "}\n".
  */
-static void cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
-                                const struct cube_task *t, bool is_gone,
-                                const char *why, struct cube_buf *out)
+static size_t cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
+                                  const struct cube_task *t, bool is_gone,
+                                  const char *why, struct cube_buf *out)
 {
+    size_t at;
+
     cube_feed_line(f, is_gone ? "gone" : "task", seq, why, out);
     if (is_gone) {
         cube_buf_printf(out, "\"ID\":\"%s\"}\n", t->id);
-        return;
+        return out->len;
     }
     cube_buf_puts(out, "\"Task\":");
+    at = out->len;
     cube_task_print(t, out);
     cube_buf_puts(out, "}\n");
+    return at;
 }
 
 /* ---- Health ---- */
@@ -24449,8 +24483,10 @@ static void cube_sched_refuse(struct cube_buf *why, const char *name,
         ++*unsaid;
         return;
     }
-    cube_buf_printf(why, "%snode %s: %s", why->len > 0 ? "; " : "", name,
-                    reason->len > 0 ? reason->data : "refused");
+    cube_buf_puts(why, why->len > 0 ? "; node " : "node ");
+    cube_buf_puts(why, name);
+    cube_buf_puts(why, ": ");
+    cube_buf_puts(why, reason->len > 0 ? reason->data : "refused");
 }
 
 /* Step one: fills `choices`, and `why` for the nodes that are none. */
@@ -25340,8 +25376,8 @@ static void cube_worker_changed(void *arg, struct cube_record *rec,
     struct cube_buf line = {0};
 
     (void)before;
-    cube_feed_task_line(&w->feed, w->feed.last + 1, rec->now->task,
-                        rec->now->is_gone, NULL, &line);
+    (void)cube_feed_task_line(&w->feed, w->feed.last + 1, rec->now->task,
+                              rec->now->is_gone, NULL, &line);
     cube_feed_push(&w->feed, cube_buf_take(&line));
     if (rec->now->is_gone && !rec->pending) {
         cube_unit_free(u);
@@ -26018,8 +26054,8 @@ static bool cube_worker_feed_list(void *arg, size_t *at, const char *only,
                                    : cube_ledger_next(w->ledger, at);
 
     if (rec && rec->now && !rec->now->is_gone)
-        cube_feed_task_line(&w->feed, w->feed.last, rec->now->task, false,
-                            NULL, out);
+        (void)cube_feed_task_line(&w->feed, w->feed.last, rec->now->task,
+                                  false, NULL, out);
     return rec && !only;
 }
 
@@ -26551,9 +26587,9 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    DELETE /nodes/{name}          forget a worker
  *    GET    /events, /healthz, /backup (a copy of the store: chapter 7)
  *
- * Naive on purpose: all records are looked at once a second, and each pass
- * that places adds up all promises anew: tasks times nodes, fine for tens of
- * thousands of tasks on some hundred nodes.
+ * Naive on purpose: when a node comes or a task ends, every task is looked at,
+ * whether that concerns it or not. That is linear in the tasks, and fine for
+ * tens of thousands of them.
  */
 
 /*
@@ -26575,6 +26611,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_LOST_MS 5000
 #define CUBE_LOST_LEAST_MS 2000 /* workers give a sign of life each second */
 #define CUBE_TICK_MS 250
+#define CUBE_ROUND 2000         /* tasks looked at each second without cause */
 #define CUBE_ASLEEP_MS 2000     /* between two ticks: it was us */
 #define CUBE_DIAL_MS 200        /* before a worker is called again */
 #define CUBE_DIAL_MAX_MS 2000
@@ -26618,7 +26655,8 @@ struct cube_manager {
     int64_t last_tick_ms, last_move_ms, last_sweep_ms;
     bool is_paced;                  /* many nodes vanished at once */
     bool has_room;                  /* something changed for those who wait */
-    struct cube_promises *promises; /* of this pass, or NULL */
+    size_t round_at;                /* who is looked at next without cause */
+    struct cube_promises *promises; /* NULL: to be added up when needed */
 };
 
 /* An event that is staged, in the order of its number; shown when its commit
@@ -26709,8 +26747,20 @@ struct cube_charge {
     struct cube_http_call *order;  /* a delivery; stops are of the report */
     struct cube_timer retry;
     int tries;
+    size_t promised;               /* by that node, from 1 on; 0: by none */
     int64_t explained_ms;          /* when it last said why it waits */
     struct cube_health health;     /* of a task on a polled worker */
+};
+
+/* What is promised to each node: that of the records' newest versions, staged
+ * placements included, since two tasks of one pass must not be given the same
+ * port. Kept from pass to pass, or each submission would add up all tasks
+ * there are: a task that is placed is added, and whatever else changes has all
+ * of it added up anew when it is needed next. */
+struct cube_promises {
+    struct cube_node *nodes;
+    struct cube_member **members; /* the same order */
+    size_t count;
 };
 
 static void cube_manager_pass(void *arg); /* mutual recursion */
@@ -26782,6 +26832,54 @@ static struct cube_time cube_manager_now(struct cube_manager *m)
     return cube_time_from_ns(m->world->wall_ns(m->world->ctx));
 }
 
+/* ---- What is promised ---- */
+
+/* A task counts for a node from its placement to its end. */
+static bool cube_task_holds(const struct cube_task *t, const char *node)
+{
+    return !cube_task_is_finished(t) && t->state != CUBE_PENDING &&
+           strcmp(t->node, node) == 0;
+}
+
+/* They are added up anew when they are needed next. */
+static void cube_promises_forget(struct cube_manager *m)
+{
+    struct cube_promises *p = m->promises;
+
+    m->promises = NULL;
+    if (!p)
+        return;
+    for (size_t i = 0; i < p->count; i++)
+        cube_node_clear(&p->nodes[i]);
+    cube_free(p->nodes);
+    cube_free(p->members);
+    cube_free(p);
+}
+
+/* A record's newest version is another: does what is promised follow? Ports
+ * of the host that it was seen to have can change with each report. */
+static void cube_promises_follow(struct cube_manager *m,
+                                 struct cube_record *rec)
+{
+    struct cube_charge *c = cube_charge_of(m, rec);
+    const struct cube_task *t = cube_record_latest(rec)->task;
+    size_t at = m->promises ? m->promises->count : 0;
+
+    while (at > 0 && !cube_task_holds(t, m->promises->nodes[at - 1].name))
+        at--;
+    if (!m->promises ||
+        (at == c->promised &&
+         (at == 0 || (t->host_ports.count == 0 &&
+                      rec->now->task->host_ports.count == 0))))
+        return;
+    if (c->promised > 0) {
+        cube_promises_forget(m);
+        return;
+    }
+    c->promised = at;
+    cube_node_promise(&m->promises->nodes[at - 1], t);
+}
+
 /* ---- Events ---- */
 
 /* Stages a line for the feed in the commit that fills, under the number that
@@ -26809,11 +26907,17 @@ static void cube_manager_stage(struct cube_manager *m, struct cube_record *rec,
                                const char *why)
 {
     const struct cube_version *v = cube_record_latest(rec);
+    bool is_gone = v->is_gone || v->keep.is_hidden;
     struct cube_buf text = {0};
+    size_t task = cube_feed_task_line(&m->feed, m->staged_seq + 1, v->task,
+                                      is_gone, why, &text);
 
-    cube_record_stage(m->ledger, rec);
-    cube_feed_task_line(&m->feed, m->staged_seq + 1, v->task,
-                        v->is_gone || v->keep.is_hidden, why, &text);
+    if (is_gone)
+        cube_record_stage(m->ledger, rec);
+    else /* behind the task's JSON stands the line's end, "}\n" */
+        cube_record_stage_as(m->ledger, rec, text.data + task,
+                             text.len - task - 2);
+    cube_promises_follow(m, rec);
     cube_manager_log_event(m, &text);
 }
 
@@ -26856,6 +26960,7 @@ static void cube_manager_committed(void *arg, uint64_t commit,
     }
     if (!err)
         return;
+    cube_promises_forget(m);
     m->staged_seq = m->feed.last;
     m->next_epoch = m->epoch;
     m->has_room = true; /* the next tick looks at all of them again */
@@ -26932,6 +27037,7 @@ static void cube_member_free(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
 
+    cube_promises_forget(m);
     cube_timer_clear(m->loop, &n->dial);
     if (n->call)
         cube_http_call_cancel(n->call);
@@ -26987,13 +27093,6 @@ static bool cube_member_is_twin(struct cube_member *n)
             return true;
     }
     return false;
-}
-
-/* A task counts for a node from its placement to its end. */
-static bool cube_task_holds(const struct cube_task *t, const char *node)
-{
-    return !cube_task_is_finished(t) && t->state != CUBE_PENDING &&
-           strcmp(t->node, node) == 0;
 }
 
 /* The node as the Go program prints it, then what is Cube's own. What is
@@ -27828,30 +27927,41 @@ static void cube_report_stop(struct cube_report *r, bool forget)
 
 /* ---- Placing ---- */
 
-/* What is promised to each node, added up once for a pass, with the placements
- * of that pass on top; its nodes borrow from the members. A pass does not
- * free members, and so it ends with the pass. */
-struct cube_promises {
-    struct cube_node *nodes;
-    struct cube_member **members; /* the same order */
-    size_t count;
-};
-
-/* NULL is fine. */
-static void cube_promises_free(struct cube_promises *p)
+/* Is it among the nodes that can be chosen from, and shown? */
+static bool cube_member_is_shown(const struct cube_member *n)
 {
-    if (!p)
-        return;
-    for (size_t i = 0; i < p->count; i++)
-        cube_node_clear(&p->nodes[i]);
-    cube_free(p->nodes);
-    cube_free(p->members);
-    cube_free(p);
+    return !n->is_default || n->state != CUBE_NODE_NEW;
 }
 
-/* Adds up what every node has promised, staged placements included: two tasks
- * of one pass must not be given the same port. */
-static struct cube_promises *cube_promises_new(struct cube_manager *m)
+/* What is known of the nodes beside the promises: it changes without a word.
+ * False: they are other nodes by now. */
+static bool cube_promises_look(struct cube_manager *m)
+{
+    struct cube_promises *p = m->promises;
+    struct cube_list *link;
+    size_t i = 0;
+
+    for (link = m->members.next; p && link != &m->members;
+         link = link->next) {
+        struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+        struct cube_node *node = &p->nodes[i];
+        bool is_twin = cube_member_is_twin(n);
+
+        if (!cube_member_is_shown(n))
+            continue;
+        if (i == p->count || p->members[i] != n)
+            return false;
+        node->is_up = n->state == CUBE_NODE_UP && n->is_listed &&
+                      !n->refusal && !is_twin;
+        node->why_down = is_twin ? "has joined by another name" : n->refusal;
+        node->stats = n->has_stats ? &n->stats : NULL;
+        i++;
+    }
+    return p && i == p->count;
+}
+
+/* Adds up what every node has promised. */
+static void cube_promises_add_up(struct cube_manager *m)
 {
     struct cube_promises *p = cube_alloc(sizeof *p);
     struct cube_list *link;
@@ -27861,29 +27971,29 @@ static struct cube_promises *cube_promises_new(struct cube_manager *m)
     p->members = cube_alloc((m->member_count + 1) * sizeof(void *));
     for (link = m->members.next; link != &m->members; link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
-        struct cube_node *node = &p->nodes[p->count];
 
-        if (n->is_default && n->state == CUBE_NODE_NEW)
+        if (!cube_member_is_shown(n))
             continue;
-        node->name = n->name;
-        node->is_up = n->state == CUBE_NODE_UP && n->is_listed &&
-                      !n->refusal && !cube_member_is_twin(n);
-        node->why_down = cube_member_is_twin(n) ? "has joined by another name"
-                                                : n->refusal;
-        node->stats = n->has_stats ? &n->stats : NULL;
+        p->nodes[p->count].name = n->name;
         p->members[p->count++] = n;
     }
+    cube_promises_forget(m);
+    m->promises = p;
+    (void)cube_promises_look(m);
     for (size_t at = 0;
          cube_map_next(&m->ledger->records, &at, NULL, &value);) {
-        const struct cube_task *t =
-            cube_record_latest((struct cube_record *)value)->task;
+        struct cube_record *rec = value;
+        struct cube_charge *c = cube_charge_of(m, rec);
+        const struct cube_task *t = cube_record_latest(rec)->task;
 
+        c->promised = 0;
         for (size_t i = 0; i < p->count; i++) {
-            if (cube_task_holds(t, p->nodes[i].name))
+            if (cube_task_holds(t, p->nodes[i].name)) {
+                c->promised = i + 1;
                 cube_node_promise(&p->nodes[i], t);
+            }
         }
     }
-    return p;
 }
 
 /* The name of the node that a worker is, or NULL. */
@@ -27912,8 +28022,8 @@ static struct cube_member *cube_charge_place(struct cube_charge *c,
     struct cube_placement p;
     const struct cube_node *node;
 
-    if (!m->promises)
-        m->promises = cube_promises_new(m);
+    if (!cube_promises_look(m))
+        cube_promises_add_up(m);
     p.task = c->rec->now->task;
     p.nodes = m->promises->nodes;
     p.node_count = m->promises->count;
@@ -27942,10 +28052,6 @@ static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
     t->has_exit_code = false;
     cube_manager_stage(m, c->rec, "it was placed");
     c->tries = 0;
-    for (size_t i = 0; i < m->promises->count; i++) {
-        if (m->promises->members[i] == n)
-            cube_node_promise(&m->promises->nodes[i], t);
-    }
 }
 
 /* Are two reasons the same, but for the bytes and cores that they count? */
@@ -28365,8 +28471,6 @@ static void cube_manager_pass(void *arg)
         cube_list_remove(&c->dirty);
         cube_charge_reconcile(c);
     }
-    cube_promises_free(m->promises);
-    m->promises = NULL;
 }
 
 /* A change is on disk: what it asks for can be done now. */
@@ -28909,8 +29013,26 @@ static void cube_manager_sweep(struct cube_manager *m)
     }
 }
 
+/* Looks at some tasks without any cause, in turn: statistics have changed
+ * since, orders are due again. That is each task once a second, but no more of
+ * them than take a few milliseconds: a great many that wait must not stop what
+ * comes in. */
+static void cube_manager_round(struct cube_manager *m)
+{
+    struct cube_record *rec = NULL;
+
+    for (int i = 0; i < CUBE_ROUND; i++) {
+        rec = cube_ledger_next(m->ledger, &m->round_at);
+        if (!rec)
+            break;
+        cube_charge_touch(cube_charge_of(m, rec));
+    }
+    if (!rec)
+        m->round_at = 0;
+}
+
 /* Four times a second: who is lost, who may be asked again, what is old. Once a
- * second all charges are looked at, whatever has happened: by that stops are
+ * second charges are looked at, whatever has happened: by that stops are
  * repeated, reasons to wait renewed, and changes found that nobody noticed. */
 static void cube_manager_tick(void *arg)
 {
@@ -28924,7 +29046,7 @@ static void cube_manager_tick(void *arg)
     cube_manager_count_lost(m, now);
     if (now - m->last_sweep_ms >= 1000) {
         m->last_sweep_ms = now;
-        m->has_room = true; /* statistics have changed, orders are due again */
+        cube_manager_round(m);
         cube_manager_sweep(m);
         cube_feed_beat(&m->feed, beat, sizeof beat - 1);
     }
@@ -29325,8 +29447,7 @@ static void cube_manager_nodes(void *arg, struct cube_http_req *req)
     for (link = m->members.next; link != &m->members; link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
 
-        if ((n->is_default && n->state == CUBE_NODE_NEW) ||
-            cube_member_is_twin(n))
+        if (!cube_member_is_shown(n) || cube_member_is_twin(n))
             continue;
         if (body.len > 1)
             cube_buf_puts(&body, ",");
@@ -29494,8 +29615,8 @@ static bool cube_manager_feed_list(void *arg, size_t *at, const char *only,
                                    : cube_ledger_next(m->ledger, at);
 
     if (rec && rec->now && !rec->now->is_gone && !rec->now->keep.is_hidden)
-        cube_feed_task_line(&m->feed, m->feed.last, rec->now->task, false,
-                            NULL, out);
+        (void)cube_feed_task_line(&m->feed, m->feed.last, rec->now->task,
+                                  false, NULL, out);
     return rec && !only;
 }
 
@@ -29784,6 +29905,7 @@ CUBE_API void cube_manager_free(struct cube_manager *m)
     cube_http_close(m->server);
     while (!cube_list_is_empty(&m->members))
         cube_member_free(CUBE_OF(m->members.next, struct cube_member, link));
+    cube_promises_forget(m);
     cube_manager_free_parts(m);
     cube_defer_clear(m->loop, &m->pass);
     cube_ledger_close(m->ledger);
