@@ -10885,6 +10885,7 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 #ifndef CUBE_HTTP_MAX_BACKLOG
 #define CUBE_HTTP_MAX_BACKLOG (16 << 20) /* bytes of a stream unsent */
 #endif
+#define CUBE_HTTP_WITH_HEAD 8192   /* bytes of a shared text that are copied */
 #define CUBE_HTTP_READ 16384       /* bytes taken from a socket at once */
 #define CUBE_HTTP_KEEP 16384       /* larger buffers are freed when idle */
 
@@ -11986,6 +11987,14 @@ struct cube_http_server {
     char date[40];
 };
 
+/* A body that many connections are sent, from where it stands: it is freed
+ * with the last of those who hold it. */
+struct cube_http_text {
+    char *data;
+    size_t len;
+    int holders;
+};
+
 /*
  * A connection and the request that it is about: one object, since a
  * connection has one open request at a time. It is freed when the socket is
@@ -12014,6 +12023,8 @@ struct cube_http_req {
     struct cube_buf ahead;  /* read, not parsed */
     struct cube_buf out;    /* to be sent from out_at on */
     size_t out_at;
+    struct cube_http_text *text; /* to be sent behind `out`, or NULL */
+    size_t text_at;
     struct cube_buf body;
     struct cube_buf extra;  /* fields for the answer */
 
@@ -12036,15 +12047,52 @@ struct cube_http_req {
  *    out    [ sent ............ | to be sent .............. ]
  *                             out_at                      len
  *
+ * What many ask for (the list of all tasks) is not copied into each `out`: it
+ * is a text that they share, and each sends it from its own place on. Nothing
+ * comes behind it: the next request waits until it is sent.
+ *
  * Nothing that sends reports an error to who called it. A handler that
  * answers has no use for the news that its peer is gone, and being called
  * back from inside its own call would be worse than useless: is_broken is
  * noted, and the next look at the connection, in the same turn, finds it. */
 
+/* Takes over the bytes of `b`. The caller holds it, and lets go in the end. */
+static struct cube_http_text *cube_http_text_new(struct cube_buf *b)
+{
+    struct cube_http_text *text = cube_alloc(sizeof *text);
+
+    text->len = b->len;
+    text->data = cube_buf_take(b);
+    text->holders = 1;
+    return text;
+}
+
+/* One holder less; NULL is fine. */
+static void cube_http_text_drop(struct cube_http_text *text)
+{
+    if (!text || --text->holders > 0)
+        return;
+    cube_free(text->data);
+    cube_free(text);
+}
+
 /* How many bytes of answers the peer has not taken yet. */
 static size_t cube_http_pending(const struct cube_http_req *req)
 {
-    return req->out.len - req->out_at;
+    return req->out.len - req->out_at +
+           (req->text ? req->text->len - req->text_at : 0);
+}
+
+/* All that was to be sent is sent: large buffers are not kept for the next
+ * answer. */
+static void cube_http_sent(struct cube_http_req *req)
+{
+    req->out_at = 0;
+    cube_buf_clear(&req->out);
+    if (req->out.cap > CUBE_HTTP_KEEP)
+        cube_buf_free(&req->out);
+    cube_http_text_drop(req->text);
+    req->text = NULL;
 }
 
 /* Sends what can be sent now. Failure is noted and seen by settle. */
@@ -12056,21 +12104,22 @@ static void cube_http_flush(struct cube_http_req *req)
         return;
     w = req->server->world;
     while (cube_http_pending(req) > 0) {
-        int n = w->send(w->ctx, req->fd, req->out.data + req->out_at,
-                        cube_http_pending(req));
+        bool is_own = req->out_at < req->out.len;
+        const char *from = is_own ? req->out.data + req->out_at
+                                  : req->text->data + req->text_at;
+        int n = w->send(w->ctx, req->fd, from,
+                        is_own ? req->out.len - req->out_at
+                               : req->text->len - req->text_at);
 
         if (n <= 0) {
             req->is_broken = n != -EAGAIN;
             break;
         }
-        req->out_at += (size_t)n;
+        *(is_own ? &req->out_at : &req->text_at) += (size_t)n;
         req->wait = CUBE_HTTP_WAIT_UNSET;
     }
     if (cube_http_pending(req) == 0) {
-        req->out_at = 0;
-        cube_buf_clear(&req->out);
-        if (req->out.cap > CUBE_HTTP_KEEP)
-            cube_buf_free(&req->out);
+        cube_http_sent(req);
     } else if (req->out_at > req->out.len / 2) {
         cube_buf_drop(&req->out, req->out_at);
         req->out_at = 0;
@@ -12239,6 +12288,7 @@ static void cube_http_free_req(struct cube_http_req *req)
     cube_buf_free(&req->parser.head.text);
     cube_buf_free(&req->ahead);
     cube_buf_free(&req->out);
+    cube_http_text_drop(req->text);
     cube_buf_free(&req->body);
     cube_buf_free(&req->extra);
     cube_buf_free(&req->words);
@@ -12442,6 +12492,25 @@ CUBE_API void cube_http_reply(struct cube_http_req *req, int status,
     cube_http_put_head(req, status, type, (int64_t)len);
     if (!cube_http_is_head(req) && cube_http_has_content(status))
         cube_http_push(req, body, len);
+    cube_http_finish(req);
+}
+
+/* 200 with a text that others are sent as well. Its beginning goes with the
+ * head, so that a short one leaves in one system call. */
+static void cube_http_reply_text(struct cube_http_req *req, const char *type,
+                                 struct cube_http_text *text)
+{
+    size_t with_head = text->len < CUBE_HTTP_WITH_HEAD ? text->len
+                                                       : CUBE_HTTP_WITH_HEAD;
+
+    CUBE_ASSERT(req->phase == CUBE_HTTP_HANDLING && !req->text);
+    cube_http_put_head(req, 200, type, (int64_t)text->len);
+    if (!cube_http_is_head(req) && req->fd >= 0) {
+        cube_buf_add(&req->out, text->data, with_head);
+        text->holders++;
+        req->text = text;
+        req->text_at = with_head;
+    }
     cube_http_finish(req);
 }
 
@@ -12863,17 +12932,24 @@ static bool cube_http_on_data(struct cube_http_req *req)
     return true;
 }
 
-/* Feeds the parser and runs handlers, until the input is used up, a handler
- * wants time, or the peer does not read its answers. The last is what keeps a
- * client that sends a thousand requests and reads nothing from filling our
- * memory with a thousand answers. What is left of `in` is for the caller to
+/* Can the next request be taken? Not while a handler has the one before it, a
+ * shared text is being sent, or the peer does not read its answers. The last
+ * is what keeps a client that sends a thousand requests and reads nothing from
+ * filling our memory with a thousand answers. */
+static bool cube_http_is_free(const struct cube_http_req *req)
+{
+    return req->phase == CUBE_HTTP_READING && req->fd >= 0 && !req->text &&
+           cube_http_pending(req) < CUBE_HTTP_MAX_AHEAD;
+}
+
+/* Feeds the parser and runs handlers, until the input is used up, or the
+ * connection is not free any more. What is left of `in` is for the caller to
  * keep. */
 static void cube_http_pump(struct cube_http_req *req,
                            struct cube_http_input *in)
 {
     req->is_busy = true;
-    while (req->phase == CUBE_HTTP_READING && req->fd >= 0 &&
-           cube_http_pending(req) < CUBE_HTTP_MAX_AHEAD) {
+    while (cube_http_is_free(req)) {
         switch (cube_http_parse(&req->parser, in)) {
         case CUBE_HTTP_HEAD:
             cube_http_on_head(req);
@@ -13141,8 +13217,7 @@ static void cube_http_settle(void *arg)
         return;
     }
     cube_http_set_deadline(req);
-    if (req->phase == CUBE_HTTP_READING && req->ahead.len > 0 &&
-        cube_http_pending(req) < CUBE_HTTP_MAX_AHEAD)
+    if (req->ahead.len > 0 && cube_http_is_free(req))
         cube_http_touch(req);
 }
 
@@ -16296,6 +16371,8 @@ struct cube_ledger {
     struct cube_store *store;   /* borrowed */
     struct cube_commit *commit; /* borrowed */
     struct cube_map records;    /* by task ID, in order of arrival */
+    struct cube_http_text *list; /* all tasks as JSON, since the last commit;
+                                    NULL until it is asked for */
     struct cube_list changed;
     struct cube_ledger_wait waits[2]; /* in flight and filling */
     int64_t last_number;
@@ -16565,6 +16642,8 @@ static void cube_ledger_committed(void *arg, const struct cube_err *err)
     struct cube_list *link, *next;
 
     w->is_waiting = false;
+    cube_http_text_drop(g->list);
+    g->list = NULL;
     for (link = g->changed.next; link != &g->changed; link = next) {
         struct cube_record *rec = CUBE_OF(link, struct cube_record, changed);
 
@@ -16725,6 +16804,7 @@ static void cube_ledger_close(struct cube_ledger *g)
     for (size_t at = 0; cube_map_next(&g->records, &at, NULL, &value);)
         cube_record_drop(value);
     cube_map_free(&g->records);
+    cube_http_text_drop(g->list);
     cube_free(g);
 }
 
@@ -16935,6 +17015,8 @@ static void cube_reply_healthy(void *arg, struct cube_http_req *req)
  * an answer shows one commit however long it takes. They keep that commit's
  * file from being dropped: an answer whose client is gone must not stay.
  */
+#define CUBE_LISTED_AT_ONCE 2000             /* tasks that need no slices: */
+#define CUBE_LISTED_BYTES (1024 * 1024)      /* a millisecond or two */
 #define CUBE_SLICED_MS 2                     /* of a turn */
 #define CUBE_SLICED_PIECES 1024
 #define CUBE_SLICED_BYTES (256 * 1024)
@@ -17056,9 +17138,8 @@ static void cube_listing_add(struct cube_listing *g, const char *value,
 {
     static const char hidden[] = "\"Hidden\":1,", task[] = ",\"Task\":";
     const char *at = memmem(value, len, task, sizeof task - 1);
-    const char *mark = memmem(value, len, hidden, sizeof hidden - 1);
 
-    if (!at || (mark && mark < at))
+    if (!at || memmem(value, (size_t)(at - value), hidden, sizeof hidden - 1))
         return;
     at += sizeof task - 1;
     cube_buf_puts(out, g->has_one ? "," : "[");
@@ -17085,13 +17166,47 @@ static int cube_listing_piece(void *arg, struct cube_buf *out)
     return 1;
 }
 
-/* Answers with all tasks, as one commit has them, in slices. */
-static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
+/* Starts a list of all tasks, as the last commit has them. */
+static struct cube_listing *cube_listing_new(struct cube_ledger *l)
 {
     struct cube_listing *g = cube_alloc(sizeof *g);
 
     g->cursor = cube_cursor_open(l->store, CUBE_TREE_TASKS, NULL);
     g->place = cube_cursor_first(g->cursor, NULL);
+    return g;
+}
+
+/* The list as one text, printed once for all who ask until the next commit.
+ * NULL when it is too long to be printed in one turn, or cannot be read. */
+static struct cube_http_text *cube_ledger_list(struct cube_ledger *l)
+{
+    struct cube_listing *g;
+    struct cube_buf out = {0};
+    int more = 1;
+
+    if (l->list || l->records.count > CUBE_LISTED_AT_ONCE)
+        return l->list;
+    g = cube_listing_new(l);
+    while (more > 0 && out.len < CUBE_LISTED_BYTES)
+        more = cube_listing_piece(g, &out);
+    if (more == 0)
+        l->list = cube_http_text_new(&out);
+    cube_buf_free(&out);
+    cube_listing_free(g);
+    return l->list;
+}
+
+/* Answers with all tasks, as one commit has them: at once, or in slices. */
+static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
+{
+    struct cube_http_text *list = cube_ledger_list(l);
+    struct cube_listing *g;
+
+    if (list) {
+        cube_http_reply_text(req, "application/json", list);
+        return;
+    }
+    g = cube_listing_new(l);
     cube_reply_sliced(l->loop, req, "application/json", cube_listing_piece,
                       cube_listing_free, g);
 }

@@ -669,7 +669,17 @@ static void do_stream(void *arg, struct cube_http_req *req)
     cube_http_stream(req, 200, "text/plain");
 }
 
+static struct cube_http_text *shared;
+
+static void do_text(void *arg, struct cube_http_req *req)
+{
+    (void)arg;
+    handled++;
+    cube_http_reply_text(req, "text/plain", shared);
+}
+
 static const struct cube_http_route routes[] = {
+    {"GET", "/text", do_text},
     {"GET", "/", do_hello},
     {"GET", "/healthz", do_hello},
     {"GET", "/echo/{id}", do_echo},
@@ -1488,6 +1498,75 @@ TEST(an_aborted_stream_is_cut)
     CHECK(!strstr(p.in.data, "0\r\n\r\n"));
     CHECK_INT(gone, 0);
     peer_close(&p);
+    close_all();
+}
+
+/* A text of that many bytes, the last of which is a dot. */
+static void share(size_t len)
+{
+    struct cube_buf b = {0};
+
+    while (b.len + 1 < len)
+        cube_buf_addc(&b, (char)('a' + b.len % 26));
+    cube_buf_addc(&b, '.');
+    shared = cube_http_text_new(&b);
+}
+
+TEST(a_shared_text_is_sent_whole_and_in_its_turn_to_all_who_ask)
+{
+    static const size_t lens[] = {1, 100, CUBE_HTTP_WITH_HEAD - 1,
+                                  CUBE_HTTP_WITH_HEAD,
+                                  CUBE_HTTP_WITH_HEAD + 1, 8 << 20};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    for (size_t i = 0; i < COUNT(lens); i++) {
+        struct peer p[2] = {peer_open(), peer_open()};
+        char length[64];
+
+        share(lens[i]);
+        (void)snprintf(length, sizeof length, "Content-Length: %zu\r\n",
+                       lens[i]);
+        for (int j = 0; j < 2; j++) /* ahead of the answers, all at once */
+            peer_say(&p[j], GET("/text") GET("/") "HEAD /text HTTP/1.1\r\n"
+                     HOST "\r\n" GET("/text") GET("/"));
+        for (int j = 0; j < 2; j++) {
+            const char *at;
+
+            for (int n = 0; n < 10000 && count_of(p[j].in.data, "hello") < 2;
+                 n++) {
+                cube_loop_turn(loop, 1, NULL);
+                peer_read(&p[j]);
+            }
+            at = strstr(p[j].in.data, ".HTTP/1.1 200 OK\r\n");
+            CHECK(at && strstr(at, "helloHTTP/1.1 200 OK\r\n"));
+            CHECK_INT(count_of(p[j].in.data, length), 3);
+            CHECK_INT(count_of(p[j].in.data, "hello"), 2);
+            CHECK(p[j].in.len > 2 * lens[i] && p[j].in.len < 2 * lens[i] + 900);
+            peer_close(&p[j]);
+        }
+        turn_idle();
+        CHECK_INT(shared->holders, 1);
+        cube_http_text_drop(shared);
+    }
+    close_all();
+}
+
+TEST(a_peer_that_leaves_while_a_shared_text_is_sent_lets_go_of_it)
+{
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    share(8 << 20);
+    peer_say(&p, GET("/text") GET("/hold"));
+    turn_idle();
+    CHECK_INT(shared->holders, 2);
+    CHECK_INT(handled, 1); /* the next one waits */
+    cube_http_text_drop(shared); /* it lives on as long as it is sent */
+    peer_close(&p);
+    turn_idle();
     close_all();
 }
 

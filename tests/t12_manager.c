@@ -536,26 +536,60 @@ TEST(a_task_goes_to_the_node_that_answers)
     cluster_close(&k);
 }
 
+static size_t listed(struct cluster *k)
+{
+    struct json_value_s *root;
+    struct json_array_s *array;
+    size_t count;
+
+    CHECK_INT(ask(k, "GET", "/tasks", NULL), 200);
+    root = cube_json_parse(k->body.data, k->body.len, NULL);
+    array = root ? json_value_as_array(root) : NULL;
+    count = array ? array->length : 9999;
+    cube_json_free(root);
+    return count;
+}
+
+TEST(a_list_is_printed_once_and_anew_after_each_change)
+{
+    struct cluster k;
+    const struct cube_http_text *first;
+
+    cluster_open(&k, 0);
+    CHECK_INT(listed(&k), 0);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK_INT(listed(&k), 1);
+    cluster_run(&k, 2000); /* until its record says why it waits */
+    CHECK_INT(listed(&k), 1);
+    first = k.manager->ledger->list;
+    CHECK(first != NULL);
+    CHECK_INT(listed(&k), 1);
+    CHECK(k.manager->ledger->list == first);
+    ask(&k, "POST", "/tasks", TASK_B);
+    CHECK_INT(listed(&k), 2);
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK_INT(listed(&k), 2);
+    ask(&k, "DELETE", "/tasks/" A "?forget=1", NULL);
+    CHECK_INT(listed(&k), 1);
+    cluster_close(&k);
+}
+
 TEST(a_listing_is_of_one_commit_however_long)
 {
     struct cluster k;
-    char body[200];
+    struct cube_buf body = {0};
 
     cluster_open(&k, 0);
-    for (int i = 0; i < 300; i++) { /* more than a slice */
-        (void)snprintf(body, sizeof body, "{\"Name\":\"t%d\",\"Image\":"
-                       "\"nginx\"}", i);
-        ask(&k, "POST", "/tasks", body);
+    for (int i = 0; i < 300; i++) { /* more than is printed at once */
+        cube_buf_clear(&body);
+        cube_buf_printf(&body, "{\"Name\":\"t%d\",\"Image\":\"nginx\","
+                        "\"Env\":[\"A=%04000d\"]}", i, i);
+        ask(&k, "POST", "/tasks", body.data);
     }
-    CHECK_INT(ask(&k, "GET", "/tasks", NULL), 200);
-    {
-        struct json_value_s *root =
-            cube_json_parse(k.body.data, k.body.len, NULL);
-        struct json_array_s *array = root ? json_value_as_array(root) : NULL;
-
-        CHECK(array && array->length == 300);
-        cube_json_free(root);
-    }
+    CHECK_INT(listed(&k), 300);
+    CHECK(k.manager->ledger->list == NULL);
+    cube_buf_free(&body);
     cluster_close(&k);
 }
 
