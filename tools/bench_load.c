@@ -8,9 +8,9 @@
  *     bench_load sync FILE BYTES SECONDS
  *
  * `get` keeps CONNS connections busy, each asking again when it was answered;
- * with RATE it sends so many requests a second, a few each millisecond, and counts
- * a wait from when a request was due (else a server that stalls would look as
- * if nobody had asked meanwhile). `post` sends tasks, each with
+ * with RATE it sends so many requests a second, a few each millisecond, and
+ * counts a wait from when a request was due (else a server that stalls would
+ * look as if nobody had asked meanwhile). `post` sends tasks, each with
  * an ID of its own, and takes only a 201 for an answer. Both print
  *
  *     ANSWERS_PER_SECOND P50_US P99_US BODY_BYTES
