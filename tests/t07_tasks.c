@@ -650,7 +650,7 @@ TEST(a_record_lies_in_the_store_as_it_is_drawn)
     CHECK_INT(cube_number_of_key(key, 8), 7);
     cube_text_set(&v.task->name, "\"Hidden\":1, \"Task\":");
     cube_task_print(v.task, &task);
-    cube_version_print(&v, &value);
+    cube_version_print(&v, task.data, task.len, &value);
     CHECK(cube_text_starts(value.data, "{\"Number\":7,\"Epoch\":0,"));
     CHECK_HAS(value.data, ",\"Hidden\":0,");
     CHECK_STR(strstr(value.data, ",\"Task\":") + 8 + task.len, "}");
@@ -659,7 +659,7 @@ TEST(a_record_lies_in_the_store_as_it_is_drawn)
     cube_buf_clear(&out);
     cube_buf_clear(&value);
     v.keep.is_hidden = true;
-    cube_version_print(&v, &value);
+    cube_version_print(&v, task.data, task.len, &value);
     cube_listing_add(&list, value.data, value.len, &out);
     CHECK_STR(out.data, "");
     cube_task_free(v.task);
