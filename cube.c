@@ -3685,8 +3685,24 @@ struct json_array_s {
  * refused with json_parse_error_unknown before a byte is looked at. */
 enum json_parse_flags_e { json_parse_flags_default = 0 };
 
-/* The numbers are upstream's, 0 to 12. cube_json_parse has words for them, in
- * this order. */
+/*
+ * The numbers are upstream's, 0 to 12. cube_json_parse has words for them, in
+ * this order. An example of each that a text can cause:
+ *
+ *   text            error                      offset
+ *   [1 2]           1  comma or bracket        3
+ *   {"a" 1}         2  colon                   5
+ *   "\x"            4  escape sequence         2, behind its backslash
+ *   01              5  number                  1
+ *   [1,]            6  value                   3
+ *   [1              7  premature end           2
+ *   {a:1}           8  string: it is a key     1
+ *   1 2            10  trailing characters     2
+ *   1001 times [   11  recursion               1000
+ *
+ * 3, a missing quote, is upstream's too, but where it could come a key is due,
+ * which makes it 8. 9 is the allocator's; 12 is for unknown flags.
+ */
 enum json_parse_error_e {
     json_parse_error_none,
     json_parse_error_expected_comma_or_closing_bracket,
@@ -3813,10 +3829,20 @@ static struct cube_json_escape cube_json_unescape(const unsigned char *p,
 
 /* ---- Pass 1: check and measure ---- */
 
-/* Pass 1 in progress; lives on the stack of json_parse_ex. `offset` is the next
+/*
+ * Pass 1 in progress; lives on the stack of json_parse_ex. `offset` is the next
  * byte to look at, and after an error the place of it. The sizes are 64 bits
  * wide so that they cannot wrap on a 32-bit machine; cube_json_block compares
- * them with what it can allocate. */
+ * them with what it can allocate. How they grow over {"a":[1]}, on a 64-bit
+ * machine:
+ *
+ *   read     state after    dom_size             data_size
+ *   {"a":    VALUE          16 + 16 + 24 + 16    2     root, object, element
+ *   [        VALUE          + 16 + 16 + 16       2     value, array, element
+ *   1        AFTER          + 16 + 16            4     value, number
+ *   ]        AFTER          152                  4
+ *   }        END            152                  4     then the block is taken
+ */
 struct cube_json_scan {
     const unsigned char *src;
     size_t size, offset;
@@ -4151,7 +4177,9 @@ static int cube_json_scan(struct cube_json_scan *s)
 
 /* ---- Pass 2: build ---- */
 
-/* Where the next element of an open container is to be linked. */
+/* Where the next element of an open container is to be linked: the address of
+ * its first pointer, or of its last element's `next`. So an element is added
+ * without looking at those before it, however many there are. */
 struct cube_json_open {
     size_t *length;
     struct json_object_element_s **member; /* NULL: it is an array */
@@ -11969,7 +11997,9 @@ struct cube_http_listener {
     int fd;
 };
 
-/* An object; ends with cube_http_close. */
+/* An object; ends with cube_http_close. Its connections are in one list, and a
+ * connection that has finished an answer goes to the end of it: those that are
+ * idle stand in the order in which they became so, the longest first. */
 struct cube_http_server {
     struct cube_loop *loop;
     const struct cube_world *world;
@@ -12840,7 +12870,16 @@ static bool cube_http_is_health(const struct cube_http_req *req)
             cube_http_is_head(req));
 }
 
-/* Refuses with 403 or 401 who may not ask. `host` is NULL for none. */
+/*
+ * Refuses with 403 or 401 who may not ask. `host` is NULL for none. With the
+ * token "s3cret", on a server that listens on 10.0.0.7:
+ *
+ *   Host: 10.0.0.7:5555, Authorization: Bearer s3cret     served
+ *   Host: localhost:5555, no Authorization                401 wants a token
+ *   Host: 10.0.0.7:5555, Authorization: Bearer guess      401 not the one
+ *   Host: evil.example                                    403, token or not
+ *   Origin: https://evil.example                          403, token or not
+ */
 static bool cube_http_check_access(struct cube_http_req *req,
                                    const char *host)
 {
@@ -13634,6 +13673,14 @@ struct cube_http_client {
  *         |          |                        |
  *         +----------+------- closed ---------+
  *
+ * What ends it, and what becomes of its call:
+ *
+ *    connecting   refused, or too slow       the next address
+ *    call         an end, or an error        cube_http_call_lost
+ *                 cancelled                  the call is gone already
+ *                 answer says close          on_done; not kept
+ *    idle         60 s, or it is readable    nobody notices
+ *
  * Freed when it is closed and nobody on the stack works on it.
  */
 struct cube_http_link {
@@ -13648,7 +13695,19 @@ struct cube_http_link {
     struct cube_http_parser parser;
 };
 
-/* Ends with its on_done, or when it is cancelled. */
+/*
+ * One question and its answer; ends with its on_done, or when it is cancelled.
+ * Its life, with who takes the next step:
+ *
+ *    made       cube_http_call      writes the request down, defers the rest
+ *    started    call_start          a kept connection, else an address
+ *    asked      call_on_resolved    (names only) the resolver's addresses
+ *    connected  link_connected      begins to send
+ *    sent       link_send           as the socket takes it; reading goes on
+ *    head       call_on_head        on_head
+ *    body       call_on_data        on_data, or gathered
+ *    done       call_done           the connection is kept or closed; on_done
+ */
 struct cube_http_call {
     struct cube_http_client *client;
     struct cube_list link;         /* in client->calls; alone: it is done */
@@ -16873,7 +16932,12 @@ cube_ledger_open(struct cube_loop *l, struct cube_store *store,
  *                                 `--- failed ----> freed
  *
  * The change itself does not depend on who still listens: a client that hangs
- * up has submitted its task all the same.
+ * up has submitted its task all the same. With others at the same time:
+ *
+ *      turn 1   POST a, POST b: staged, vowed     7 is written, syncs
+ *      turn 2   POST c: staged, vowed             7 still syncs, 8 fills
+ *      turn 3   7 is on disk: on_change a and b,  8 finds the disk full:
+ *               201 to a and to b                 on_drop c, 507 to c
  */
 struct cube_vow {
     struct cube_commit_wait wait;
@@ -17237,6 +17301,8 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
 #define CUBE_COPY_HEAD 9
 #define CUBE_COPY_COMMIT (1u << 20) /* bytes that a receiver commits at once */
 
+/* The lengths were checked when the store took key and value: both fit 32
+ * bits. */
 static void cube_copy_frame(struct cube_buf *out, char kind, const void *a,
                             size_t a_len, const void *b, size_t b_len)
 {
@@ -17289,6 +17355,8 @@ static int cube_copy_next_tree(struct cube_copy *y, struct cube_buf *out)
     return 1;
 }
 
+/* A record, or what stands between two trees. The count is the receiver's proof
+ * that nothing was left out. */
 static int cube_copy_piece(void *arg, struct cube_buf *out)
 {
     struct cube_copy *y = arg;
@@ -17357,7 +17425,9 @@ static int cube_copy_take_frame(struct cube_copy_reader *r, char kind,
                      (unsigned long long)r->count);
 }
 
-/* Takes a piece of any size. After -1 the copy is of no use. */
+/* Takes a piece of any size. What has come is committed a megabyte at a time,
+ * what remains at the end by the caller, once is_whole says that there was an
+ * end. After -1 the copy is of no use. */
 static int cube_copy_take(struct cube_copy_reader *r, const char *data,
                           size_t len, struct cube_err *err)
 {

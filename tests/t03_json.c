@@ -446,6 +446,30 @@ TEST(the_block_is_as_it_is_drawn)
     CUBE_FREE(block);
 }
 
+/* The drawing at struct cube_json_scan. */
+TEST(the_sizes_grow_as_they_are_drawn)
+{
+    static const struct {
+        size_t offset, dom, data;
+    } rows[] = {{5, 72, 2}, {6, 120, 2}, {7, 152, 4}, {8, 152, 4},
+                {9, 152, 4}};
+    struct cube_json_scan s = {0};
+    enum cube_json_state state = CUBE_JSON_VALUE;
+
+    if (sizeof(void *) != 8)
+        SKIP("drawn for 64-bit pointers");
+    s.src = (const unsigned char *)"{\"a\":[1]}";
+    s.size = 9;
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        state = state == CUBE_JSON_VALUE ? cube_json_scan_value(&s)
+                                         : cube_json_scan_after(&s);
+        CHECK_UINT(s.offset, rows[i].offset);
+        CHECK_UINT(s.dom_size, rows[i].dom);
+        CHECK_UINT(s.data_size, rows[i].data);
+    }
+    CHECK_INT(cube_json_scan_after(&s), CUBE_JSON_END);
+}
+
 /* The drawing of the search in a word. */
 TEST(marks_in_a_word_are_as_drawn)
 {
