@@ -19293,7 +19293,11 @@ static void cube_registry_header(struct json_value_s *entry,
  * `image`; leaves `out` empty when that is nothing. Read at each pull: people
  * log in while we run. A file that is not there, or no JSON, is nothing:
  * public images need no login. Credential helpers are not asked, since they
- * are programs to be run. */
+ * are programs to be run. The file, with "user:pass" in base64:
+ *
+ *     {"auths":{"https://index.docker.io/v1/":{"auth":"dXNlcjpwYXNz"},
+ *               "localhost:5000":{"username":"user","password":"pass"}}}
+ */
 static void cube_registry_auth(const struct cube_world *w, const char *image,
                                struct cube_buf *out)
 {
@@ -20497,7 +20501,8 @@ static void cube_docker_checked(struct cube_docker_op *op,
     cube_container_clear(&c);
 }
 
-/* start: 304 says that it runs already. */
+/* start: 304 says that it runs already. After any no the container is looked
+ * at: the words alone do not say whether it runs, waits or is gone. */
 static void cube_docker_started(struct cube_docker_op *op,
                                 const struct cube_docker_answer *a)
 {
@@ -20647,7 +20652,9 @@ static void cube_docker_made(struct cube_docker_op *op,
         cube_docker_refused(s, a, "create");
 }
 
-/* Creates the container, under the next name that was not refused. */
+/* Creates the container, under the next name that was not refused. It is not
+ * cut short by a cancelling: a create that nobody waits for may still make a
+ * container, whose ID nobody has. */
 static void cube_docker_make(struct cube_docker_start *s)
 {
     struct cube_start what = {s->task, s->cluster, s->worker, s->attempt,
@@ -21661,7 +21668,14 @@ static char *cube_process_cgroup(struct cube_process *p, const char *base,
     return NULL;
 }
 
-/* False: there is no limit now, and the caller falls back on another. */
+/* False: there is no limit now, and the caller falls back on another. For 64
+ * MiB:
+ *
+ *     version 2   memory.max             67108864    memory.swap.max      0
+ *     version 1   memory.limit_in_bytes  67108864    memory.memsw. ..  67108864
+ *
+ * where the second file of version 1 counts memory and swap together.
+ */
 static bool cube_process_limit_memory(struct cube_process *p, const char *dir,
                                       int64_t bytes)
 {
@@ -21680,7 +21694,11 @@ static bool cube_process_limit_memory(struct cube_process *p, const char *dir,
 }
 
 /* A share of each 100 ms: 0.5 cores are 50000 us in 100000. The kernel takes
- * no quota below 1 ms, so less than a hundredth of a core is one. */
+ * no quota below 1 ms, so less than a hundredth of a core is one.
+ *
+ *     version 2   cpu.max            50000 100000
+ *     version 1   cpu.cfs_period_us  100000         cpu.cfs_quota_us  50000
+ */
 static bool cube_process_limit_cpu(struct cube_process *p, const char *dir,
                                    double cores)
 {
@@ -22800,7 +22818,9 @@ static int cube_process_spawn(struct cube_process_op *op, const char *dir,
     return cube_process_spawn_error(r, op->task->cmd.list[0], err);
 }
 
-/* Also after -1 *dir is set, and the caller's to free. */
+/* Makes DIR/run/WORKER/ID/work, and all above it; *dir is the one above `work`.
+ * A worker without a UUID is called "none". Also after -1 *dir is set, and the
+ * caller's to free. */
 static int cube_process_make_dirs(struct cube_process_op *op, char **dir)
 {
     struct cube_buf path = {0};
@@ -23225,7 +23245,18 @@ static void cube_process_json_config(const struct cube_process_box *box,
                     (long long)c->attempt);
 }
 
-/* The shape of Docker's inspection, with what there is. */
+/* The shape of Docker's inspection, with what there is, so that what reads the
+ * one can read the other:
+ *
+ *     {"Id":"1a2b..-1-0","Created":"2025-..","Path":"sleep","Args":["60"],
+ *      "State":{"Status":"running","Running":true,..,"Pid":4711,..},
+ *      "Image":"","LogPath":"DIR/run/WORKER/1a2b..-1-0/log","Name":"/web",
+ *      "RestartCount":0,"Driver":"process",
+ *      "HostConfig":{"Memory":0,"NanoCpus":0,"Limits":"","PortBindings":..},
+ *      "Config":{"Env":[..],"Cmd":[..],"Image":"","ExposedPorts":{..},
+ *                "Labels":{"cube.task":"1a2b..",..}},
+ *      "NetworkSettings":{"Ports":{..}}}
+ */
 static void cube_process_print(const struct cube_process_box *box,
                                const struct cube_task *t,
                                struct cube_buf *out)
@@ -23751,9 +23782,18 @@ CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
 
 #define CUBE_SEARCH_MAX 4 /* places to look at */
 
-/* A search: each place is greeted, one after the other. An object's, until it
+/*
+ * A search: each place is greeted, one after the other. An object's, until it
  * has reported or is cancelled. Only one place is greeted at a time, since the
- * first that answers wins and the order is a promise. */
+ * first that answers wins and the order is a promise.
+ *
+ *     place 0: ping --> answers: that engine
+ *                `----> no: place 1: ping --> answers: that one
+ *                                      `----> no: none is left
+ *     none:    auto, process         processes
+ *              docker, podman        place 0 all the same: it may come back
+ *              anything else         an error
+ */
 struct cube_runtime_search {
     struct cube_loop *loop;
     char *which, *dir;
@@ -30167,6 +30207,10 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
  * Invariants. A call returns with none of its callbacks left to run. What is
  * handed out on success is whole: a list with a hole, or the first half of an
  * answer, is an error.
+ *
+ * A copy of the manager's store is a stream as well (chapter 7 draws it), out
+ * of which a store is made, beside the place where it is wanted; it gets
+ * there whole and checked, or not at all.
  *
  * Naive on purpose: a list is held whole, as text and as records, which is
  * fine for the tens of thousands of tasks that a manager of this kind has.
