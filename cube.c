@@ -2342,11 +2342,11 @@ static int cube_text_u64(const char *p, size_t len, uint64_t max,
 /* ---- Buffers ---- */
 
 /*
- * Makes room for `more` bytes and the NUL behind them. Capacities are 64, 128,
- * 256, ...: a buffer that is filled byte by byte copies less than two
+ * Makes room for `more` bytes and the NUL behind them. Capacities are 256, 512,
+ * 1024, ...: a buffer that is filled byte by byte copies less than two
  * bytes for each byte in it, all growths taken together.
  *
- *    len 60, cap 64    "add 10"   need 71, so cap 128
+ *    len 250, cap 256   "add 10"   need 261, so cap 512
  *    |<------ len ------>|NUL|<-- free -->|
  *    data                                 data + cap
  */
@@ -2405,9 +2405,8 @@ static void cube_buf_put_u64(struct cube_buf *b, uint64_t v, unsigned base)
     cube_buf_add(b, p, (size_t)(text + sizeof text - p));
 }
 
-/* Formats twice: once to learn the size, once into its place. Shorter than a
- * guess with a second try, and no text here is long enough to make it
- * matter. */
+/* Formats into the room that there is, which mostly suffices, and a second time
+ * when it did not. No argument may point into the buffer. */
 CUBE_API void cube_buf_printf(struct cube_buf *b, const char *format, ...)
 {
     va_list args, again;

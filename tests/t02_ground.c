@@ -617,12 +617,12 @@ TEST(drawing_of_a_buffers_room_is_true)
 {
     struct cube_buf b = {0};
 
-    for (int i = 0; i < 60; i++)
+    for (int i = 0; i < 250; i++)
         cube_buf_addc(&b, 'x');
-    CHECK_UINT(b.cap, 64);
+    CHECK_UINT(b.cap, 256);
     cube_buf_add(&b, "0123456789", 10);
-    CHECK_UINT(b.cap, 128);
-    CHECK_INT(b.data[70], 0);
+    CHECK_UINT(b.cap, 512);
+    CHECK_INT(b.data[260], 0);
     cube_buf_free(&b);
 }
 
