@@ -14486,6 +14486,16 @@ cube_http_client_new(struct cube_loop *l, const char *base,
     return c;
 }
 
+/* Closes the connections that are kept: calls to come dial anew. For one who
+ * has learned that the way to the server was cut, where TCP would take minutes
+ * to notice. */
+static void cube_http_client_renew(struct cube_http_client *c)
+{
+    while (!cube_list_is_empty(&c->idle))
+        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
+                                     link));
+}
+
 /* Calls first, with CUBE_ECANCELED: each leaves the list before its on_done
  * runs, which may cancel others of them, but make no new one. */
 CUBE_API void cube_http_client_free(struct cube_http_client *c)
@@ -14496,9 +14506,7 @@ CUBE_API void cube_http_client_free(struct cube_http_client *c)
     while (!cube_list_is_empty(&c->calls))
         cube_http_call_fail(CUBE_OF(c->calls.next, struct cube_http_call,
                                     link), CUBE_ECANCELED, "given up");
-    while (!cube_list_is_empty(&c->idle))
-        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
-                                     link));
+    cube_http_client_renew(c);
     cube_free(c->base);
     cube_free(c->host);
     cube_free(c->token);
@@ -28799,8 +28807,24 @@ static void cube_charge_follow_polled(struct cube_charge *c,
 
 /* ---- Time ---- */
 
-/* Its connection is given up with it: after a partition, TCP would go on as if
- * nothing had happened, and the list would not come anew. */
+/* Gives up the stops that are under way. */
+static void cube_member_unorder(struct cube_member *n)
+{
+    void *value;
+
+    for (size_t at = 0; cube_map_next(&n->reports, &at, NULL, &value);) {
+        struct cube_report *r = value;
+
+        if (r->order)
+            cube_http_call_cancel(r->order);
+        r->order = NULL;
+        r->next_ms = 0;
+    }
+}
+
+/* All its connections are given up with it: after a partition, TCP would go on
+ * as if nothing had happened, the list would not come anew, and a stop would
+ * be sent into one that is dead. */
 static void cube_member_lose(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;
@@ -28808,7 +28832,9 @@ static void cube_member_lose(struct cube_member *n)
     n->state = CUBE_NODE_LOST;
     n->is_listed = false;
     n->seq = 0; /* what it has is listed anew when it is back */
+    cube_member_unorder(n);
     cube_member_hang_up(n);
+    cube_http_client_renew(n->client);
     cube_log(m->loop, CUBE_WARN, "node %s is lost: no sign of life for "
              "%lld ms", n->name, (long long)m->lost_after_ms);
     cube_manager_log_node(m, n, "it gave no sign of life");

@@ -54,7 +54,8 @@ static void room_free(void *p);
 #endif
 #define SIM_TWICE 20          /* one in so many seeds is run twice */
 #define SIM_CHILDREN 64
-#define SIM_SHOWN 5           /* failing seeds that are shrunk and shown */
+#define SIM_SHOWN 40          /* failing seeds that are shown */
+#define SIM_SHRUNK 2          /* and shrunk */
 
 /* What one run gave; sent through a pipe as it is. */
 struct sim_outcome {
@@ -415,7 +416,7 @@ static int sim_many(const char *program, uint64_t first, uint64_t count,
     sim_run_many(first, count, jobs, sum);
     zeros = sim_print_sum(sum, sim_clock_ms() - begin);
     for (int i = 0; i < sum->failed && i < SIM_SHOWN; i++)
-        sim_report(program, &sum->bad[i], i < 2);
+        sim_report(program, &sum->bad[i], i < SIM_SHRUNK);
     if (sum->failed > SIM_SHOWN)
         printf("and %ld more seeds failed\n", sum->failed - SIM_SHOWN);
     if (is_suite && zeros > 0)

@@ -7,6 +7,7 @@
 #define SIM_TICK_US (ROOM_SEC / 4)
 #define SIM_TWIN_US (5 * ROOM_SEC)
 #define SIM_GRACE_US (11 * ROOM_SEC) /* a container that is deaf to SIGTERM */
+#define SIM_ODD_US (15 * ROOM_SEC)   /* an engine is trusted again after it */
 #define SIM_RESTARTS 3
 
 static void sim_check(struct sim *s, int which)
@@ -21,6 +22,7 @@ static void sim_check(struct sim *s, int which)
 
 /* What is noted at a container. */
 struct sim_note {
+    struct sim_task *task;           /* that it runs; NULL: of no client */
     struct cube_http_server *server; /* answers its health checks */
     bool is_counted, has_failed;
 };
@@ -28,7 +30,9 @@ struct sim_note {
 /* The task of a container, by its label; NULL: of none that clients know. */
 static struct sim_task *sim_box_task(struct sim *s, const struct sim_box *b)
 {
-    return sim_task_find(s, sim_label(b, "cube.task"));
+    const struct sim_note *n = b->user;
+
+    return n ? n->task : sim_task_find(s, sim_label(b, "cube.task"));
 }
 
 static void sim_port_answer(void *arg, struct cube_http_req *req)
@@ -44,14 +48,18 @@ static const struct cube_http_route sim_port_routes[] = {
 };
 
 /* What a worker counts as a restart: a run that has failed by itself. Of one
- * attempt there may be the first, and one for each restart. */
+ * attempt there may be the first, and one for each restart. An end while the
+ * engine is away, or not well, may cost nothing: it may have been the engine's
+ * doing. */
 static void sim_box_failed(struct sim *s, struct sim_task *t,
-                           const struct sim_box *b)
+                           const struct sim_box *b, int host)
 {
     int attempt = atoi(sim_label(b, "cube.attempt"));
     int most = !strcmp(t->policy, "no") ? 1 : 1 + SIM_RESTARTS;
 
-    if (!strcmp(t->policy, "always") || !strcmp(t->policy, "unless-stopped"))
+    if (!strcmp(t->policy, "always") || !strcmp(t->policy, "unless-stopped") ||
+        !b->e->server || s->odd[host] > 0 ||
+        s->room.now_us - s->odd_us[host] < SIM_ODD_US)
         return;
     sim_check(s, SIM_CHECK_BUDGET);
     if (attempt > 0 && attempt < (int)COUNT(t->failures) &&
@@ -83,15 +91,21 @@ static void sim_box_changed(void *arg, struct sim_box *b, bool is_gone)
 
     if (!t)
         return;
+    room_say(&s->room, room_running ? room_running->name : "", "t%d, attempt "
+             "%s.%s: %s %d", t->number, sim_label(b, "cube.attempt"),
+             sim_label(b, "cube.restart"),
+             is_gone      ? "removed"
+             : is_running ? "runs" : "ended", b->code);
     if (!n)
         n = b->user = room_new(sizeof *n);
+    n->task = t;
     if (is_running && !n->is_counted)
         t->starts++;
     n->is_counted |= is_running;
     if (t->kind == SIM_FAILING && b->state == SIM_EXITED && b->code == 3 &&
         !n->has_failed) {
         n->has_failed = true;
-        sim_box_failed(s, t, b);
+        sim_box_failed(s, t, b, room_running->host->number);
     }
     (void)snprintf(where, sizeof where, "127.0.0.1:%d", t->port);
     if (is_running && !n->server && t->kind == SIM_HEALTHY)
@@ -143,46 +157,47 @@ static void sim_note_fine(struct sim *s)
     }
 }
 
-/* Since when the manager can reach all the nodes that run a task. */
-static int64_t sim_reached_us(struct sim *s, const char *id)
+/* Counts what runs of each task, and since when the manager can reach all the
+ * nodes that run it. */
+static void sim_count_running(struct sim *s)
 {
-    int64_t since = s->fine_us[0];
-
+    for (int i = 0; i < s->history->count; i++) {
+        s->history->tasks[i]->running = 0;
+        s->history->tasks[i]->is_deaf = false;
+        s->history->tasks[i]->reached_us = s->fine_us[0];
+    }
     for (int i = 0; i < SIM_NODES; i++) {
-        struct sim_engine *e = s->nodes[i].engine;
+        struct cube_list *all = &s->nodes[i].engine->boxes;
 
-        for (struct cube_list *l = e->boxes.next; l != &e->boxes;
-             l = l->next) {
+        for (struct cube_list *l = all->next; l != all; l = l->next) {
             struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+            struct sim_note *n = b->user;
 
-            if (b->state == SIM_RUNNING &&
-                !strcmp(sim_label(b, "cube.task"), id) &&
-                s->fine_us[i + 1] > since)
-                since = s->fine_us[i + 1];
+            if (b->state != SIM_RUNNING || !n || !n->task)
+                continue;
+            n->task->running++;
+            n->task->is_deaf |= b->life.term_code < 0;
+            if (n->task->reached_us < s->fine_us[i + 1])
+                n->task->reached_us = s->fine_us[i + 1];
         }
     }
-    return since;
 }
 
 static void sim_watch_twins(struct sim *s, struct sim_task *t)
 {
-    int node;
-    struct sim_box *box;
-    int64_t since, most = SIM_TWIN_US;
+    int64_t since = t->reached_us;
 
-    if (sim_running(s, t->id, &node, &box) < 2) {
+    if (t->running < 2) {
         t->twin_us = 0;
         return;
     }
     if (t->twin_us == 0)
         t->twin_us = s->room.now_us;
-    since = sim_reached_us(s, t->id);
     if (since < t->twin_us)
         since = t->twin_us;
-    if (box->life.term_code < 0)
-        most += SIM_GRACE_US;
     sim_check(s, SIM_CHECK_TWINS);
-    if (s->room.now_us - since > most)
+    if (s->room.now_us - since >
+        SIM_TWIN_US + (t->is_deaf ? SIM_GRACE_US : 0))
         SIM_BREAK(s, SIM_CHECK_TWINS, "t%d runs twice for %.1f s, in reach "
                   "of the manager for %.1f s", t->number,
                   (double)(s->room.now_us - t->twin_us) / 1e6,
@@ -272,6 +287,7 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
     struct sim *s = arg;
 
     sim_note_fine(s);
+    sim_count_running(s);
     for (int i = 0; i < s->history->count; i++) {
         struct sim_task *t = s->history->tasks[i];
 

@@ -41,6 +41,9 @@ struct sim_task {
     /* for checks.h */
     int starts;               /* of containers */
     int failures[64];         /* ends with 3, by attempt */
+    int running;              /* containers, at the last look */
+    bool is_deaf;             /* one of them does not heed SIGTERM */
+    int64_t reached_us;       /* its nodes, by the manager, since then */
     int64_t twin_us;          /* two of it run since then; 0: no */
     bool has_ended;           /* the manager has said Completed */
 };
@@ -453,15 +456,15 @@ static void sim_watch_line(struct sim_client *c, const char *p, size_t len)
     int64_t seq = 0;
     bool is_event;
 
-    (void)cube_json_i64(cube_json_get(root, "Seq"), &seq);
+    is_event = cube_json_i64(cube_json_get(root, "Seq"), &seq) == 0;
     if (!type) {
         sim_break(s, sim_check_names[SIM_CHECK_EVENTS],
                   "c%d got the line %.100s", c->number + 1, p);
         cube_json_free(root);
         return;
     }
-    is_event = !strcmp(type, "task") || !strcmp(type, "gone") ||
-               !strcmp(type, "node") || !strcmp(type, "start");
+    is_event &= strcmp(type, "hello") && strcmp(type, "reset") &&
+                strcmp(type, "listed");
     if (!strcmp(type, "reset")) {
         c->is_listing = true;
         c->resets++;

@@ -50,6 +50,8 @@ struct sim {
     char words[1000];
     struct sim_plan *faults;
     int trouble[ROOM_HOSTS];  /* faults that hit a host just now */
+    int odd[ROOM_HOSTS];      /* of these: of its engine, clock, or power */
+    int64_t odd_us[ROOM_HOSTS]; /* the last of them was on then */
     int64_t fine_us[ROOM_HOSTS]; /* none since then, and all is up */
     uint64_t most_connects, most_turns; /* in a second */
     int most_requests;
