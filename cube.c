@@ -18511,7 +18511,9 @@ static void cube_stats_print_group(const struct cube_machine_group *g,
         int64_t number;
         double real;
 
-        cube_buf_printf(out, "%s\"%s\":", i > 0 ? "," : "", f->key);
+        cube_buf_puts(out, i > 0 ? ",\"" : "\"");
+        cube_buf_puts(out, f->key);
+        cube_buf_puts(out, "\":");
         if (f->is_float) {
             memcpy(&real, at, sizeof real);
             cube_json_put_f64(out, real);
@@ -18563,15 +18565,26 @@ static int cube_stats_read_group(const struct cube_machine_group *g,
                                  struct json_value_s *group, void *base,
                                  struct cube_err *err)
 {
-    for (size_t i = 0; i < g->count; i++) {
-        struct json_value_s *v = cube_json_get_nocase(group, g->fields[i].key);
-        struct json_number_s *n = v ? json_value_as_number(v) : NULL;
+    size_t at = 0;
 
-        if (v && (!n || cube_machine_set(&g->fields[i], base, n->number,
-                                         n->number_size)))
+    for (struct json_object_element_s *m = cube_json_members(group); m;
+         m = m->next) {
+        struct json_number_s *n = json_value_as_number(m->value);
+        size_t tries = 0;
+
+        while (tries < g->count &&
+               !cube_text_is_nocase(m->name->string, m->name->string_size,
+                                    g->fields[at % g->count].key)) {
+            tries++;
+            at++;
+        }
+        if (tries == g->count || json_value_is_null(m->value))
+            continue; /* no field of ours, or one that is left as it is */
+        if (!n || cube_machine_set(&g->fields[at % g->count], base, n->number,
+                                   n->number_size))
             return cube_fail(err, CUBE_EPROTO,
                              "stats: %s.%s is no number that it can have",
-                             g->key, g->fields[i].key);
+                             g->key, g->fields[at % g->count].key);
     }
     return 0;
 }
@@ -26846,10 +26859,10 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_ROUND 2000         /* tasks looked at each second without cause */
 #define CUBE_ASLEEP_MS 2000     /* between two ticks: it was us */
 #define CUBE_DIAL_MS 200        /* before a worker is called again */
-#define CUBE_DIAL_MAX_MS 2000
+#define CUBE_DIAL_MAX_MS 1000
 #define CUBE_ORDER_MS 10000     /* for a worker to answer an order */
 #define CUBE_RETRY_MS 500       /* before an order is repeated; doubles */
-#define CUBE_RETRY_MAX_MS 8000
+#define CUBE_RETRY_MAX_MS 4000
 #define CUBE_POLL_MS 2000       /* of a worker without events */
 #define CUBE_QUEUE_MS 60000     /* such a worker has for each order */
 #define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
@@ -26904,6 +26917,7 @@ struct cube_line {
 struct cube_report {
     struct cube_task *task;        /* owned */
     bool is_seen;                  /* in the listing that is under way */
+    bool is_copied;                /* the record says all that it says */
     struct cube_http_call *order;  /* a stop that is under way */
     int64_t next_ms;               /* not to be ordered again before */
     int64_t queued_ms;             /* polled: until then the order counts,
@@ -26967,7 +26981,7 @@ struct cube_member {
  *        ^                 |
  *        |                 | 400: Failed for good
  *        |                 | anything else, or no answer
- *        |   0.5 s .. 8 s  v
+ *        |   0.5 s .. 4 s  v
  *        +------------- (retry)      touched again: is it reported by now?
  *
  * A new attempt, or a lost node, cancels both.
@@ -27410,6 +27424,7 @@ static void cube_member_heard(struct cube_member *n, struct cube_task *t)
     cube_task_free(r->task);
     r->task = t;
     r->is_seen = true;
+    r->is_copied = false;
     cube_manager_touch(n->manager, t->id);
 }
 
@@ -27962,7 +27977,7 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
 
 /* ---- Orders ---- */
 
-/* 0.5 s before the first repetition, doubled up to 8 s. */
+/* 0.5 s before the first repetition, doubled up to 4 s. */
 static int64_t cube_retry_ms(int tries)
 {
     return cube_doubled(CUBE_RETRY_MS, tries - 1, CUBE_RETRY_MAX_MS);
@@ -28475,14 +28490,18 @@ static const char *cube_report_words(const struct cube_task *from,
 
 /* Copies a report to the record. Where the state machine knows no way from
  * one state to the other, a step was missed, and Scheduled lies between. */
-static void cube_charge_copy(struct cube_charge *c, const struct cube_task *r)
+static void cube_charge_copy(struct cube_charge *c, struct cube_report *report)
 {
     struct cube_manager *m = c->manager;
-    const char *why = cube_report_words(c->rec->now->task, r);
+    const struct cube_task *r = report->task;
+    const char *why;
     struct cube_task *t;
 
-    if (!cube_report_is_news(c->rec->now->task, r))
+    if (!report->is_copied && !cube_report_is_news(c->rec->now->task, r))
+        report->is_copied = true;
+    if (report->is_copied)
         return;
+    why = cube_report_words(c->rec->now->task, r);
     t = cube_record_edit(m->ledger, c->rec)->task;
     if (t->state != r->state && !cube_state_may(t->state, r->state)) {
         t->state = CUBE_SCHEDULED;
@@ -28540,7 +28559,7 @@ static void cube_charge_catch_up(struct cube_charge *c, struct cube_member *n,
 /* mutual recursion */
 static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
-                                      const struct cube_task *r);
+                                      struct cube_report *report);
 
 /* The rows of the essay's table that begin with `run`; `n` is the node that
  * the record names, or NULL, and `r` what it says of the task, or NULL. */
@@ -28565,11 +28584,11 @@ static void cube_charge_keep_running(struct cube_charge *c,
         if (!c->order && !cube_timer_is_set(&c->retry))
             cube_charge_deliver(c, n);
     } else if (n->is_polled)
-        cube_charge_follow_polled(c, n, r->task);
+        cube_charge_follow_polled(c, n, r);
     else if (r->task->state != CUBE_FAILED ||
              cube_time_is_set(&r->task->restart_time) ||
              !cube_charge_move(c, n, r->task))
-        cube_charge_copy(c, r->task);
+        cube_charge_copy(c, r);
 }
 
 /* Stages the end of a task that was stopped. */
@@ -28607,7 +28626,7 @@ static void cube_charge_keep_stopped(struct cube_charge *c,
     else if (!cube_task_is_finished(r->task))
         cube_report_stop(r, false);
     else if (r->task->state == CUBE_COMPLETED)
-        cube_charge_copy(c, r->task);
+        cube_charge_copy(c, r);
     else
         cube_charge_complete(c, r->task->error);
 }
@@ -28711,7 +28730,11 @@ static void cube_manager_changed(void *arg, struct cube_record *rec,
 {
     struct cube_manager *m = arg;
     struct cube_charge *c = cube_charge_of(m, rec);
+    struct cube_report *r = cube_member_report(
+        cube_manager_member(m, rec->now->task->node), rec->id);
 
+    if (r)
+        r->is_copied = false;
     if (rec->now->is_gone && !rec->pending) {
         cube_charge_free(c);
         rec->owner = NULL;
@@ -28787,8 +28810,9 @@ static void cube_charge_sick(void *arg, const char *why)
  * health checks. */
 static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
-                                      const struct cube_task *r)
+                                      struct cube_report *report)
 {
+    const struct cube_task *r = report->task;
     const char *colon = strrchr(n->name, ':');
     struct cube_buf host = {0};
 
@@ -28796,7 +28820,7 @@ static void cube_charge_follow_polled(struct cube_charge *c,
         cube_charge_fail_polled(c, r, r->error);
         return;
     }
-    cube_charge_copy(c, r);
+    cube_charge_copy(c, report);
     if (r->state != CUBE_RUNNING || c->rec->pending)
         return;
     cube_buf_add(&host, n->name, (size_t)(colon - n->name));

@@ -979,7 +979,8 @@ static struct room_file *room_file_new(void)
 /* What /proc and /etc say. */
 static char *room_text(struct room_proc *p, const char *path)
 {
-    long long ticks = (long long)(p->room->now_us - p->host->boot_us) / 10000;
+    long long up_s = (long long)(p->room->now_us - p->host->boot_us) /
+                     ROOM_SEC;
     char text[600] = "";
 
     if (!strcmp(path, "/etc/machine-id"))
@@ -991,10 +992,10 @@ static char *room_text(struct room_proc *p, const char *path)
                        "MemAvailable:   14336000 kB\n");
     else if (!strcmp(path, "/proc/stat"))
         (void)snprintf(text, sizeof text,
-                       "cpu  %lld 0 %lld %lld 0 0 0 0 0 0\n"
+                       "cpu  %lld00 0 0 %lld00 0 0 0 0 0 0\n"
                        "cpu0 1 0 1 1 0 0 0 0 0 0\ncpu1 1 0 1 1 0 0 0 0 0 0\n"
                        "cpu2 1 0 1 1 0 0 0 0 0 0\ncpu3 1 0 1 1 0 0 0 0 0 0\n",
-                       ticks / 10, ticks / 20, 4 * ticks);
+                       up_s, 3 * up_s); /* a quarter of it in use */
     else if (!strcmp(path, "/proc/loadavg"))
         (void)snprintf(text, sizeof text, "0.10 0.20 0.30 1/100 4321\n");
     return *text ? strdup(text) : NULL;
