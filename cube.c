@@ -24918,6 +24918,7 @@ struct cube_worker {
     struct cube_list dirty;       /* units to reconcile */
     struct cube_defer pass;
     struct cube_timer beat, sweep, rejoin, retry;
+    enum cube_code spell; /* why commits fail; CUBE_OK: they do not */
     struct cube_list peeks, askers; /* who waits for the engine */
     struct cube_http_client *joiner; /* NULL: it joins nobody */
     struct cube_http_call *joining; /* a registration that is under way */
@@ -25664,11 +25665,15 @@ static void cube_worker_committed(void *arg, uint64_t commit,
     struct cube_worker *w = arg;
 
     (void)commit;
-    if (!err)
+    if (!err) {
+        w->spell = CUBE_OK;
         return;
+    }
     memcpy(w->next_cluster, w->cluster, sizeof w->next_cluster);
     w->next_epoch = w->epoch;
-    cube_log(w->loop, CUBE_ERROR, "commit: %s", err->text);
+    if (err->code != w->spell) /* a full disk is told once, not each second */
+        cube_log(w->loop, CUBE_ERROR, "commit: %s", err->text);
+    w->spell = err->code;
     cube_timer_set(w->loop, &w->retry, CUBE_RETRY_COMMIT_MS,
                    cube_worker_touch_all, w);
 }
@@ -26857,6 +26862,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_LOST_LEAST_MS 2000 /* workers give a sign of life each second */
 #define CUBE_TICK_MS 250
 #define CUBE_ROUND 2000         /* tasks looked at each second without cause */
+#define CUBE_PAUSE_MS 4000      /* of our own changes, after a failed commit */
 #define CUBE_ASLEEP_MS 2000     /* between two ticks: it was us */
 #define CUBE_DIAL_MS 200        /* before a worker is called again */
 #define CUBE_DIAL_MAX_MS 1000
@@ -26901,6 +26907,8 @@ struct cube_manager {
     bool is_paced;                  /* many nodes vanished at once */
     bool has_room;                  /* something changed for those who wait */
     size_t round_at;                /* who is looked at next without cause */
+    int64_t pause_ms;               /* no changes of our own before */
+    enum cube_code spell;           /* why commits fail; CUBE_OK: they do not */
     struct cube_promises *promises; /* NULL: to be added up when needed */
 };
 
@@ -27183,6 +27191,32 @@ static void cube_manager_log_node(struct cube_manager *m,
     cube_manager_log_event(m, &text);
 }
 
+/* On a disk that is full a user may try as often as he likes, but the manager
+ * itself tries again every few seconds only, and says so once, until a commit
+ * has worked, or fails for another reason. */
+static void cube_manager_pause(struct cube_manager *m,
+                               const struct cube_err *err)
+{
+    int64_t now = cube_loop_now_ms(m->loop);
+
+    if (err->code != m->spell)
+        cube_log(m->loop, CUBE_ERROR, "commit: %s (tried again every %d s)",
+                 err->text, CUBE_PAUSE_MS / 1000);
+    m->spell = err->code;
+    if (m->pause_ms <= now)
+        m->pause_ms = now + CUBE_PAUSE_MS;
+}
+
+/* A commit has worked, perhaps after some that did not. */
+static void cube_manager_resume(struct cube_manager *m)
+{
+    if (m->spell == CUBE_OK)
+        return;
+    cube_log(m->loop, CUBE_INFO, "commits work again");
+    m->spell = CUBE_OK;
+    m->pause_ms = 0;
+}
+
 /* A commit is done: show its events, or drop all that was staged, of later
  * commits too, as the ledger does. Their numbers are given out again: nobody
  * has seen them. */
@@ -27204,13 +27238,15 @@ static void cube_manager_committed(void *arg, uint64_t commit,
             cube_feed_push(&m->feed, line->text);
         cube_free(line);
     }
-    if (!err)
+    if (!err) {
+        cube_manager_resume(m);
         return;
+    }
     cube_promises_forget(m);
     m->staged_seq = m->feed.last;
     m->next_epoch = m->epoch;
-    m->has_room = true; /* the next tick looks at all of them again */
-    cube_log(m->loop, CUBE_ERROR, "commit: %s", err->text);
+    m->has_room = true; /* all of them are looked at again after the pause */
+    cube_manager_pause(m, err);
 }
 
 /* ---- Members ---- */
@@ -28715,6 +28751,8 @@ static void cube_manager_pass(void *arg)
 {
     struct cube_manager *m = arg;
 
+    if (cube_loop_now_ms(m->loop) < m->pause_ms)
+        return; /* the tick after the pause touches all */
     while (!cube_list_is_empty(&m->dirty)) {
         struct cube_charge *c =
             CUBE_OF(m->dirty.next, struct cube_charge, dirty);
@@ -29321,10 +29359,11 @@ static void cube_manager_tick(void *arg)
     if (now - m->last_sweep_ms >= 1000) {
         m->last_sweep_ms = now;
         cube_manager_round(m);
-        cube_manager_sweep(m);
+        if (now >= m->pause_ms)
+            cube_manager_sweep(m);
         cube_feed_beat(&m->feed, beat, sizeof beat - 1);
     }
-    if (m->has_room) {
+    if (m->has_room && now >= m->pause_ms) {
         m->has_room = false;
         cube_manager_touch_all(m);
     }

@@ -21,6 +21,7 @@ struct cluster {
     const char *store, *worker_store;
     int node_count;
     bool is_loud;
+    int complaints; /* errors in the log of all of them */
     /* the last answer */
     int status;
     struct cube_buf body;
@@ -31,6 +32,7 @@ static void cluster_log(void *arg, enum cube_level level, const char *text)
 {
     struct cluster *k = arg;
 
+    k->complaints += level == CUBE_ERROR;
     if (k->is_loud)
         (void)fprintf(stderr, "%8.3f [%d] %s\n",
                       (double)(k->world.now_ms - 1000000) / 1000, level, text);

@@ -10,6 +10,7 @@ struct jump_world {
     int64_t now_ms;
     int jobs;                /* under way */
     int full;                /* this errno value ends each write to a file */
+    int refused;             /* writes that ended so */
     int sync_fails;          /* so many syncs from now on end with EIO */
 };
 
@@ -68,6 +69,7 @@ static int64_t jump_pwrite(void *ctx, int fd, const void *buf, size_t len,
 {
     struct jump_world *w = ctx;
 
+    w->refused += w->full != 0;
     return w->full ? -w->full
                    : cube_world_real()->pwrite(NULL, fd, buf, len, at);
 }

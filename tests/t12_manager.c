@@ -310,6 +310,31 @@ TEST(a_manager_that_slept_blames_itself)
     cluster_close(&k);
 }
 
+/* It once tried several times a second, and logged each. */
+TEST(a_manager_on_a_full_disk_tries_every_few_seconds_and_says_so_once)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    cluster_worker_down(&k, 0); /* its disk is another */
+    k.worker_store = "memory";
+    cluster_worker_up(&k, 0);
+    ask(&k, "POST", "/tasks", TASK_A);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    k.complaints = 0;
+    k.world.full = ENOSPC;
+    fake_exit(k.runtimes[0], A, 0);
+    cluster_run(&k, 40000);
+    CHECK_INT(k.complaints, 1);
+    CHECK(k.world.refused >= 5);
+    CHECK(k.world.refused <= 40); /* a try may be two writes */
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 200);
+    k.world.full = 0;
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 10000));
+    CHECK_INT(k.complaints, 1);
+    cluster_close(&k);
+}
+
 TEST(a_full_disk_answers_507_and_goes_on_when_there_is_room)
 {
     struct cluster k;
