@@ -269,7 +269,8 @@ static const struct command commands[] = {
      "their metrics are those of their last change before it.",
      0, 0, NULL, run_node, false},
     {"node rm", "NODE...", "Forget nodes that had joined",
-     "The manager forgets the node. Its tasks are started elsewhere.",
+     "For nodes that are gone: their tasks are started elsewhere. One whose\n"
+     "worker is still up would join again, so stop the worker first.",
      1, -1, "@node", run_node_rm, false},
     {"backup", "FILE", "Copy all that the manager has stored",
      "The copy has all that was acknowledged when it began; the manager\n"

@@ -67,6 +67,12 @@ class Past(Case):
         self.refused(c, "what is kept begins at", "node", "--at",
                      "2020-01-01 10:32")
         self.refused(c, "knows no task", "history", "nobody")
+        self.run_pid(c, "web")
+        time.sleep(1.1)          # a clock shows whole seconds
+        for form in ("%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S"):
+            self.assertIn("Running", self.ok(
+                c, "status", "--at", time.strftime(form)))
+        self.assertIn("Running", self.ok(c, "status", "--at", "-0.05s"))
 
     def test_what_is_removed_after_keep_is_forgotten_and_said_so(self):
         c = self.cluster(manager=["--keep", "2s"])
