@@ -27123,7 +27123,7 @@ static void cube_promises_follow(struct cube_manager *m,
         at--;
     if (!m->promises ||
         (at == c->promised &&
-         (at == 0 || (t->host_ports.count == 0 &&
+         (at == 0 || (t->host_ports.count == 0 && rec->now &&
                       rec->now->task->host_ports.count == 0))))
         return;
     if (c->promised > 0) {

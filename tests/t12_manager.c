@@ -244,6 +244,23 @@ TEST(a_store_in_memory_loses_no_running_task)
     cluster_close(&k);
 }
 
+TEST(a_task_that_is_just_being_adopted_can_be_stopped)
+{
+    struct cluster k;
+    struct cube_task *t = NULL;
+
+    cluster_open(&k, 1);
+    CHECK_INT(cube_task_parse(TASK_A, strlen(TASK_A), true, &t, NULL), 0);
+    t->state = CUBE_RUNNING;
+    cube_promises_add_up(k.manager);
+    cube_manager_adopt(k.manager, CUBE_OF(k.manager->members.next,
+                                          struct cube_member, link), t);
+    cube_manager_want_stop(k.manager, cube_ledger_find(k.manager->ledger, A));
+    cube_task_free(t);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 5000));
+    cluster_close(&k);
+}
+
 TEST(a_manager_in_memory_keeps_cluster_and_epoch_in_a_line)
 {
     struct cluster k;
