@@ -657,8 +657,16 @@ static void cube_job_do(struct cube_job *job)
     job->result = r < 0 ? -errno : 0;
 }
 
-/* A helper's life: take a job, do it on a copy, report it unless it was
- * cancelled, until the poll is closed. */
+/*
+ * A helper's life: take a job, do it on a copy, report it unless it was
+ * cancelled, until the poll is closed.
+ *
+ *    lock    take the first of the queue: it is `current`; copy it
+ *    free    the system call, on the copy, for as long as it takes
+ *    lock    `current` is still set: the copy's result goes into the job, the
+ *            job to the done list, and the poll is woken
+ *            it is NULL: the job was cancelled, and may be freed by now
+ */
 static void *cube_helper_main(void *arg)
 {
     struct cube_helper *h = arg;
@@ -794,8 +802,16 @@ static struct cube_jobs *cube_jobs_new(void)
     return jobs;
 }
 
-/* EPOLLRDHUP goes with reading: a peer that has closed is something to read
- * about. Hangups and errors come unasked. */
+/*
+ * What is asked for, and what comes:
+ *
+ *    CUBE_READ     EPOLLIN, EPOLLRDHUP       something to read, or its end
+ *    CUBE_WRITE    EPOLLOUT                  room, or connected
+ *    CUBE_HANGUP   EPOLLHUP, EPOLLERR        come unasked
+ *
+ * EPOLLRDHUP goes with reading: a peer that has closed is something to read
+ * about.
+ */
 static uint32_t cube_world_epoll_events(unsigned events)
 {
     return (events & CUBE_READ ? (uint32_t)EPOLLIN | EPOLLRDHUP : 0) |
@@ -959,9 +975,17 @@ static int cube_world_poll_wait(void *ctx, struct cube_poll *p,
 
 /* ---- Files ---- */
 
-/* A descriptor, closed on exec, or a negative errno value. New files are for
- * their owner alone: they hold tasks, with the secrets in their
- * environment. */
+/*
+ * A descriptor, closed on exec, or a negative errno value. New files are for
+ * their owner alone: they hold tasks, with the secrets in their environment.
+ *
+ *    flags                             file is there    it is not
+ *    0                                 read             -ENOENT
+ *    WRITE                             read, written    -ENOENT
+ *    WRITE | CREATE                    as it is         empty
+ *    WRITE | CREATE | TRUNC            emptied          empty
+ *    WRITE | CREATE | EXCL             -EEXIST          empty
+ */
 static int cube_world_open(void *ctx, const char *path, unsigned flags)
 {
     int mode = (flags & CUBE_OPEN_WRITE ? O_RDWR : O_RDONLY) | O_CLOEXEC |
@@ -1526,10 +1550,19 @@ static void cube_sup_become(struct cube_sup *s, pid_t parent, int output,
     _exit(e == ENOENT ? 127 : 126);
 }
 
-/* Clones the command; 0 when it runs or `exec_error` says why it does not. A
- * negative errno value when there could not even be a process. Waits for the
- * exec, which is over in a moment: the read ends with the error or with the
- * pipe. */
+/*
+ * Clones the command; 0 when it runs or `exec_error` says why it does not. A
+ * negative errno value when there could not even be a process. Two pipes are
+ * between the two:
+ *
+ *    command                            supervisor
+ *    1, 2  ------- output ------------> pipe_fd, copied to the log until all
+ *                                       who have the other end are gone
+ *    (closed on exec) --- error ------> an int: it could not be executed
+ *                                       the end: it runs
+ *
+ * Waits for the exec, which is over in a moment.
+ */
 static int cube_sup_start(struct cube_sup *s)
 {
     int output[2], error[2];
@@ -1827,8 +1860,15 @@ static void cube_sup_report(int fd, int result)
     close(fd);
 }
 
-/* The order is the promise: who sees `exit` knows that no process of the task
- * is left and that its log is complete. */
+/*
+ * The order is the promise: who sees `exit` knows that no process of the task
+ * is left and that its log is complete.
+ *
+ *   1. Descendants are killed, so nobody writes to the pipe any more.
+ *   2. What is in the pipe goes to the log, and what was lost is told there.
+ *   3. exit is written, synced, renamed.
+ *   4. The cgroups, empty by now, are removed.
+ */
 static void cube_sup_finish(struct cube_sup *s)
 {
     cube_sup_sweep(s);
@@ -1856,9 +1896,12 @@ static void cube_sup_end(struct cube_sup *s, int result)
     _exit(0);
 }
 
-/* The supervisor's life; the descriptor of the report is `report_fd`. Never
- * returns. A failure before the command exists empties the lock file: no
- * "started" in it means that this attempt has not begun. */
+/* The supervisor's life, drawn above; the descriptor of the report is
+ * `report_fd`. Never returns. A failure before the command exists empties
+ * the lock file: no "started" in it means that this attempt has not begun. A
+ * command that could not be executed has an exit file all the same, and only
+ * then is it reported: whoever hears of it finds the whole story on the
+ * disk. */
 static void cube_sup_main(struct cube_sup *s)
 {
     int r;
@@ -1888,7 +1931,7 @@ static void cube_sup_main(struct cube_sup *s)
 /* The PID that holds a POSIX lock on the file, or 0 when it is free: so a
  * worker that was restarted finds its tasks' supervisors again. -ESRCH: held,
  * but by a process of another PID namespace, which cannot be signalled from
- * here. */
+ * here. Nothing is locked by asking; a file that is not there is -ENOENT. */
 static int cube_world_lock_owner(void *ctx, const char *path)
 {
     struct flock lock;
@@ -16739,10 +16782,16 @@ static void cube_ledger_join(struct cube_ledger *g)
     cube_commit_wait(g->commit, &w->wait, cube_ledger_committed, w);
 }
 
-/* A version to be changed at will and then staged with cube_record_stage. A
+/*
+ * A version to be changed at will and then staged with cube_record_stage. A
  * record without one gets an empty task and the next number. A second edit in
  * the same commit gives the same version again: what one commit holds of a
- * record is its last state. Borrowed, until the commit ends. */
+ * record is its last state. Borrowed, until the commit ends.
+ *
+ *    v = cube_record_edit(g, rec);
+ *    v->task->state = CUBE_RUNNING;
+ *    cube_record_stage(g, rec);          in the same turn
+ */
 static struct cube_version *cube_record_edit(struct cube_ledger *g,
                                              struct cube_record *rec)
 {
@@ -17765,9 +17814,22 @@ static bool cube_feed_can_resume(const struct cube_feed *f, const char *after,
     return seq <= f->last && seq + 1 >= f->first;
 }
 
-/* Answers GET /events: hello, and from then on all that happens. The keeper's
- * list and its ring are this thread's, so nothing changes between the hello
- * and the first line. */
+/*
+ * Answers GET /events: hello, and from then on all that happens. The keeper's
+ * list and its ring are this thread's, so nothing changes between the hello and
+ * the first line. Somebody new, one task there, and then it ends:
+ *
+ *    {"Type":"hello","Stream":"S","Seq":41,...}
+ *    {"Type":"reset","Stream":"S","Seq":41}
+ *    {"Type":"task","Stream":"S","Seq":41,...,"Task":{"ID":"T",...}}
+ *    {"Type":"listed","Stream":"S","Seq":41}
+ *    {"Type":"task","Stream":"S","Seq":42,...,"Task":{"ID":"T","State":3,...}}
+ *
+ * Whoever reads so far and comes back asks for after=S:42. A place to resume
+ * from are the numbers of lines that are kept, and that of `listed`: hello's is
+ * where the stream is, not its reader, and a listed task's is its moment, with
+ * the rest of the list still to come.
+ */
 static void cube_feed_follow(struct cube_feed *f, struct cube_http_req *req)
 {
     const char *only = cube_http_query(req, "task");
@@ -17987,7 +18049,10 @@ static void cube_health_sick(struct cube_health *h, const char *why)
 }
 
 /* No answer in time is a failure, like any other error. Redirections count as
- * well: somebody is there who answers. */
+ * well: somebody is there who answers. With the defaults, a task that refuses
+ * all connections is asked every second, nothing counts for 30 s, and the third
+ * failure from then on makes it sick, after 32 s; one that was well and hangs
+ * is sick after three intervals and timeouts at the most, 45 s. */
 static void cube_health_answered(void *arg, const struct cube_http_answer *a)
 {
     struct cube_health *h = arg;
@@ -31099,6 +31164,7 @@ struct cube_client_lines {
     cube_client_notice_fn *fn;
     void *arg;
     struct cube_buf rest; /* of a line that is not whole yet */
+    bool is_listing;      /* between a reset and its listed */
     bool is_enough;
     struct cube_err err;
 };
@@ -31163,6 +31229,10 @@ static int cube_client_line(struct cube_client_lines *l, const char *line,
     if (!v)
         return -1;
     cube_client_notice(&n, v, &cursor);
+    l->is_listing = n.type == CUBE_NOTICE_RESET ||
+                    (l->is_listing && n.type != CUBE_NOTICE_LISTED);
+    if (l->is_listing || n.type == CUBE_NOTICE_HELLO)
+        n.cursor = NULL; /* what that number promises is still to come */
     cube_node_info_read(&node, cube_json_get(v, "Node"), "", 0);
     if (n.type == CUBE_NOTICE_TASK)
         task = cube_task_from_json(cube_json_get(v, "Task"), false, &l->err);

@@ -1584,7 +1584,7 @@ enum cube_notice_type {
 /* One line of GET /events; borrowed, until the callback returns. */
 struct cube_notice {
     enum cube_notice_type type;
-    const char *cursor;   /* where to resume behind it; NULL: nowhere */
+    const char *cursor;   /* where to resume behind it; NULL: where before */
     struct cube_time time;
     const struct cube_task *task;
     const struct cube_node_info *node;

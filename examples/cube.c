@@ -2851,7 +2851,7 @@ static int run_inspect(struct app *a)
 
 struct watch {
     struct app *app;
-    bool follows;
+    bool follows, has_begun;
     char cursor[80]; /* of the last event; a broken stream goes on there */
 };
 
@@ -2881,6 +2881,7 @@ static bool on_event(void *arg, const struct cube_notice *n)
 {
     struct watch *w = arg;
 
+    w->has_begun = true;
     if (n->cursor)
         (void)snprintf(w->cursor, sizeof w->cursor, "%s", n->cursor);
     if (wants_json(w->app) && n->type != CUBE_NOTICE_BEAT)
@@ -2894,7 +2895,7 @@ static bool on_event(void *arg, const struct cube_notice *n)
 /* With --follow it outlives restarts of the manager. */
 static int run_events(struct app *a)
 {
-    struct watch w = {a, flag(&a->line, F_FOLLOW) != NULL, ""};
+    struct watch w = {a, flag(&a->line, F_FOLLOW) != NULL, false, ""};
     int code = open_client(a);
 
     while (code == DONE) {
@@ -2903,7 +2904,7 @@ static int run_events(struct app *a)
         if (cube_client_events(a->client, NULL, *w.cursor ? w.cursor : NULL,
                                on_event, &w, &a->err) == 0)
             break;
-        if (!w.follows || !*w.cursor ||
+        if (!w.follows || !w.has_begun ||
             (a->err.code != CUBE_ECONN && a->err.code != CUBE_ETIMEOUT))
             code = client_failed(a, "cannot follow the events");
         else

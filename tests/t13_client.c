@@ -399,7 +399,11 @@ static const char stream[] =
     "{\"Type\":\"node\",\"Node\":{\"Name\":\"n1\"}}\n"
     "{\"Type\":\"from the future\"}\n"
     "{}\n"
-    "{\"Type\":\"reset\"}\n{\"Type\":\"listed\"}\n";
+    /* what is listed has the number of its moment, and no place to resume */
+    "{\"Type\":\"reset\",\"Stream\":\"s\",\"Seq\":11}\n"
+    "{\"Type\":\"task\",\"Stream\":\"s\",\"Seq\":12,"
+    "\"Task\":{\"Name\":\"db\"}}\n"
+    "{\"Type\":\"listed\",\"Stream\":\"s\",\"Seq\":11}\n";
 
 TEST(events_are_whole_lines_in_pieces_of_any_size)
 {
@@ -411,8 +415,8 @@ TEST(events_are_whole_lines_in_pieces_of_any_size)
                                      &err), -1);
         CHECK_INT(err.code, CUBE_ECONN); /* the manager ended them */
         CHECK_STR(seen.data,
-                  "hello[s:7] task[s:8]web gone[s:9]x node[]n1 beat[] beat[] "
-                  "reset[] listed[] ");
+                  "hello[] task[s:8]web gone[s:9]x node[]n1 beat[] beat[] "
+                  "reset[] task[]db listed[s:11] ");
         cube_buf_free(&seen);
         close_all();
     }
@@ -425,7 +429,7 @@ TEST(enough_events_end_the_call_at_once)
     CHECK_INT(cube_client_events(client, "a b", "s:3", on_notice, NULL, &err),
               0);
     CHECK_STR(asked, "GET /events after=s:3");
-    CHECK_STR(seen.data, "hello[s:7] task[s:8]web ");
+    CHECK_STR(seen.data, "hello[] task[s:8]web ");
     cube_buf_free(&seen);
     close_all();
 }
