@@ -28810,8 +28810,7 @@ static void cube_charge_reconcile(struct cube_charge *c)
 }
 
 /* Looks at each charge that was touched. A step may touch others: then the
- * pass goes on until none is left. What was promised is added up when the
- * first task is placed, and dropped behind the last. */
+ * pass goes on until none is left. */
 static void cube_manager_pass(void *arg)
 {
     struct cube_manager *m = arg;
