@@ -10145,10 +10145,10 @@ struct cube_loop {
     struct cube_poll *poll;
     struct cube_watch **watches; /* by descriptor; NULL where none */
     size_t watch_cap;
-    unsigned generation; /* of the newest watch */
+    unsigned generation;         /* of the newest watch */
     struct cube_timer **heap;    /* [0] is due first */
     size_t heap_len, heap_cap;
-    uint64_t timer_order; /* of the newest timer */
+    uint64_t timer_order;        /* of the newest timer */
     struct cube_defer *first_defer, *last_defer;
     struct cube_ready ready[CUBE_LOOP_BATCH]; /* this turn's */
     int ready_count;
@@ -11176,10 +11176,10 @@ struct cube_http_parser {
     uint64_t left;          /* bytes of the body or of the chunk to come */
     uint64_t length;        /* Content-Length */
     size_t extra;           /* chunk extensions and trailers so far */
-    int blanks, hosts; /* empty lines before; Host fields */
+    int blanks, hosts;      /* empty lines before; Host fields */
     bool has_length, has_coding, is_chunked, has_other_coding;
     bool says_close, says_keep, says_continue, says_other_expect;
-    bool has_bare_lf; /* of an answer: not to be reused */
+    bool has_bare_lf;       /* of an answer: not to be reused */
     bool has_body;          /* after HEAD: bytes of a body will come */
     bool is_kept;           /* after HEAD: the connection can be used again */
     const char *piece;      /* DATA: borrowed from the input */
@@ -12031,7 +12031,8 @@ enum cube_http_wait {
 #define CUBE_HTTP_GRACE_MS 1000 /* idle for less: it may have just spoken */
 #define CUBE_HTTP_ACCEPT_BATCH 64
 
-/* One listening socket of a server; a member of it. */
+/* One listening socket of a server; a member of it. `addr` is what was bound,
+ * with the port that the kernel chose. */
 struct cube_http_listener {
     struct cube_http_server *server;
     struct cube_watch watch;
@@ -12067,29 +12068,28 @@ struct cube_http_text {
     int holders;
 };
 
-/*
- * A connection and the request that it is about: one object, since a
- * connection has one open request at a time. It is freed when the socket is
- * closed (fd -1), no handler has it (phase OVER), and nobody on the stack
- * works on it (is_busy).
- */
+/* A connection and the request that it is about: one object, since a connection
+ * has one open request at a time. It is freed when the socket is closed (fd
+ * -1), no handler has it (phase OVER), and nobody on the stack works on it
+ * (is_busy). Behind the parser stands what is of one request, and is cleared
+ * for the next. */
 struct cube_http_req {
     struct cube_http_server *server; /* NULL once the socket is closed */
-    struct cube_list link;
+    struct cube_list link;           /* in its server's `conns` */
     struct cube_watch watch;
-    struct cube_timer timer;
-    struct cube_defer defer;
-    int fd;
+    struct cube_timer timer;         /* comes at deadline_ms, or before it */
+    struct cube_defer defer;         /* another look, later in this turn */
+    int fd;                          /* -1: closed */
     enum cube_http_phase phase;
     enum cube_http_wait wait;
     int64_t deadline_ms;
-    bool is_unix;
-    bool is_busy;
-    bool is_eof;       /* the peer sends no more */
-    bool is_broken;    /* reading or writing failed */
-    bool must_close;   /* after this answer */
-    bool is_chunked;   /* the answer is */
-    bool is_drain_due; /* bytes were written since on_drain ran */
+    bool is_unix;                    /* any Host will do */
+    bool is_busy;                    /* somebody on the stack looks at it */
+    bool is_eof;                     /* the peer sends no more */
+    bool is_broken;                  /* reading or writing failed */
+    bool must_close;                 /* after this answer */
+    bool is_chunked;                 /* the answer is */
+    bool is_drain_due;               /* bytes were written since on_drain ran */
 
     struct cube_http_parser parser;
     struct cube_buf ahead;  /* read, not parsed */
@@ -12198,9 +12198,9 @@ static void cube_http_flush(struct cube_http_req *req)
     }
 }
 
-/* Sends or queues. What is large, and can go at once, is not copied: a listing
- * of 10 MB goes to the socket from where it was printed, and only what the
- * socket does not take is kept. */
+/* Sends or queues. What is large, and can go at once, is not copied: a piece of
+ * a long listing goes to the socket from where it was printed, and only what
+ * the socket does not take is kept. */
 static void cube_http_push(struct cube_http_req *req, const char *data,
                            size_t len)
 {
@@ -13854,7 +13854,9 @@ static void cube_http_link_keep(struct cube_http_link *k)
                                      link));
 }
 
-/* A kept connection that still seems alive, the last used one first. */
+/* A kept connection that still seems alive, the last used one first: it is the
+ * least likely to have been closed. NULL: there is none. The read of one byte
+ * must find nothing; an end, or a byte that nobody asked for, ends it. */
 static struct cube_http_link *cube_http_link_take(struct cube_http_client *c)
 {
     while (!cube_list_is_empty(&c->idle)) {
@@ -14052,8 +14054,9 @@ static void cube_http_call_on_head(struct cube_http_call *call,
     }
 }
 
-/* Feeds the parser and calls back. Each callback may cancel its call: then
- * the connection has none any more. */
+/* Feeds the parser and calls back. Each callback may cancel its call: then the
+ * connection has none any more, and the loop ends. The bytes are on the
+ * reader's stack, so that whatever is freed here they stay. */
 static void cube_http_link_feed(struct cube_http_link *k,
                                 struct cube_http_input *in)
 {
@@ -14180,7 +14183,8 @@ static void cube_http_link_begin(struct cube_http_link *k)
  * Addresses are tried one after the other. RFC 8305 (Happy Eyeballs) would
  * race them; in a cluster a name has one address, or two of one machine. */
 
-/* That address did not work: on to the next one. */
+/* That address did not work: its words are kept, as those of the last one are
+ * told when none is left. The caller goes on to the next one. */
 static void cube_http_call_refused(struct cube_http_call *call, int r)
 {
     char text[128];
@@ -15544,6 +15548,8 @@ static void cube_ports_print(const void *field, struct cube_buf *out)
     cube_buf_addc(out, '}');
 }
 
+/* An entry, whatever it says, counts: a port may be listed and not
+ * reachable. */
 static bool cube_ports_is_set(const void *field)
 {
     return ((const struct cube_ports *)field)->count > 0;
@@ -15591,7 +15597,13 @@ static const struct cube_kind cube_kind_of_ports = {
  *       |         key of row 1: `,"ContainerID":`, whole
  *       key of row 0 without its comma: the object's first
  *
- * is_own: not in the Go implementation; is_spec: the user's own wish.
+ * is_own: not in the Go implementation; is_spec: the user's own wish. What
+ * happens to {"name":"web","Cmd":["sh"]}:
+ *
+ *      "name"   row 2, Name      text   read: t->name is a copy of "web"
+ *      "Cmd"    row 16, Cmd      words  read: t->cmd is a list of one
+ *      printed  rows 0 .. 15 always, "Name":"web" third; then "Cmd", as it
+ *               is set, and no other of our own
  */
 struct cube_field {
     const char *name, *key; /* key: as it is printed, `,"Name":` */
@@ -16423,6 +16435,8 @@ struct cube_keep {
  *      edit, stage       now A           pending B (8) -> C (9)
  *      8 is on disk      now B           pending C (9)     A freed
  *      9 fails           now B           pending -         C freed
+ *
+ * Two are enough: while 8 syncs all edits go into C, however many there are.
  */
 struct cube_version {
     struct cube_task *task; /* owned */
