@@ -27664,6 +27664,20 @@ static void cube_member_know_epoch(struct cube_member *n, int64_t seen)
              (long long)m->next_epoch);
 }
 
+/* Has this worker heard our epoch under another name that it has here? */
+static bool cube_member_is_led_elsewhere(const struct cube_member *n)
+{
+    struct cube_list *head = &n->manager->members, *link;
+
+    for (link = head->next; link != head; link = link->next) {
+        struct cube_member *o = CUBE_OF(link, struct cube_member, link);
+
+        if (o != n && o->is_led && cube_member_is_same(o, n))
+            return true;
+    }
+    return false;
+}
+
 /* A line that tells whose orders a worker takes, and of which epoch. */
 static void cube_member_on_epoch(struct cube_member *n,
                                  struct json_value_s *line)
@@ -27703,6 +27717,7 @@ static void cube_member_on_hello(struct cube_member *n,
         cube_log(m->loop, CUBE_WARN, "node %s: %s", n->name, n->refusal);
         cube_manager_log_node(m, n, n->refusal);
     } else {
+        n->is_led |= cube_member_is_led_elsewhere(n);
         cube_member_on_epoch(n, line);
         n->is_led |= m->next_epoch == m->epoch;
     }

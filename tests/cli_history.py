@@ -156,6 +156,20 @@ class Backups(Case):
         self.ok(c, "stop", "web")
         self.assertFalse(is_alive(pid))
 
+    def test_a_worker_of_two_names_is_no_other_managers(self):
+        c = self.cluster(1)
+        self.run_pid(c, "web")
+        node = harness.get(c.url + "/nodes")[0]
+        status, _, _ = harness.http("POST", c.url + "/nodes", {
+            "Name": "localhost:%d" % c.ports[0], "Worker": node["Worker"]})
+        self.assertEqual(status, 201)
+        wait_until("both are up", lambda: [
+            n["State"] for n in harness.get(c.url + "/nodes")] ==
+            ["up", "up"])
+        self.run_pid(c, "more")
+        self.assertNotIn("older copy", c.manager.output())
+        self.assertNotIn("stop one of them", c.manager.output())
+
     def test_the_epoch_can_be_told(self):
         c = self.cluster(1)
         self.run_pid(c, "web")   # now the worker is the cluster's
