@@ -111,7 +111,8 @@ asan:                           ## the same under ASan and UBSan
 
 # Left out: what runs for many minutes there (the sanitizers see it), and what
 # needs processes as descriptors, which valgrind 3.19 does not know.
-checked := $(filter-out %/t03_json %/t04_store %/t04_crash %/t09_engine, \
+checked := $(filter-out %/t03_json %/t04_store %/t04_crash %/t04_faults \
+             %/t04_bounds %/t09_engine, \
              $(filter $(BUILD)/tests/t%,$(suites)))
 valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 	@TEST_WRAP="valgrind -q --leak-check=full --track-fds=yes \
