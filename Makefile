@@ -121,12 +121,12 @@ valgrind: $(checked)            ## C suites: leaks of memory and descriptors
 
 # The state of a disk after a crash, N times; and a writer killed N / 1000
 # times. What fails is printed with the command that repeats it.
-N ?= 1000000
+crash: CRASHES = $(or $(N),1000000)
 crash:                          ## N crashes of the store (1000000)
 	@$(MAKE) --no-print-directory TEST_CFLAGS="-O2 -g" BUILD=build/crash \
 	    build/crash/tests/t04_crash
-	TEST_TIMEOUT=100000 CRASH_STATES=$(N) CRASH_SUBSETS=64 \
-	    TEST_KILLS=$$(($(N) / 1000)) build/crash/tests/t04_crash
+	TEST_TIMEOUT=100000 CRASH_STATES=$(CRASHES) CRASH_SUBSETS=64 \
+	    TEST_KILLS=$$(($(CRASHES) / 1000)) build/crash/tests/t04_crash
 
 fuzz: $(fuzzers)                ## each fuzz target for FUZZ_SECONDS
 	@tools/fuzz $(FUZZ_SECONDS) $(fuzzers)
