@@ -5566,17 +5566,18 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
 #define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
 #ifndef CUBE_STORE_PAGE /* a test sets all of these, much smaller, or none */
-#define CUBE_STORE_PAGE 4096   /* bytes that a page is filled to */
+#define CUBE_STORE_PAGE 4096   /* bytes that a branch is filled to, */
+#define CUBE_STORE_LEAF 2048   /* and a leaf */
 #define CUBE_STORE_GROUP 65536 /* bytes of pages that one record gathers */
 #define CUBE_STORE_CHUNK 65536 /* bytes that opening reads at once */
 #define CUBE_STORE_EXTENT_MIN (64u << 10) /* zeros laid out ahead at once */
 #define CUBE_STORE_EXTENT_MAX (1u << 20)
-#define CUBE_STORE_SLACK (4u << 20)        /* garbage that bothers nobody */
-#define CUBE_STORE_LIMIT (6u << 20)        /* garbage that stops commits */
+#define CUBE_STORE_SLACK (3u << 20)        /* garbage that bothers nobody */
+#define CUBE_STORE_LIMIT (6u << 20)        /* garbage: compaction ends here */
 #define CUBE_STORE_NODES 32768 /* bytes that an overlay grows by */
+#define CUBE_STORE_MEM_MIN (1u << 20)      /* an overlay, if there is room */
 #define CUBE_STORE_CACHE_MIN (256u << 10)
 #define CUBE_STORE_TAIL_SMALL 65536        /* to replay at opening: fine */
-#define CUBE_STORE_DEBT (1u << 20)         /* background work put off */
 #define CUBE_STORE_POLYNOMIAL 0x82f63b78u  /* 0: all checksums are right */
 #endif
 #define CUBE_STORE_RECORD_MAX (CUBE_STORE_COMMIT_MAX + (64u << 20))
@@ -5925,8 +5926,9 @@ static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
  * the next records has no new size and no new blocks to record, which costs as
  * much again as the data. Where it cannot, the record itself may still fit. A
  * record larger than an extent is written without: its sync costs more than
- * the new size does. It never fails: the room is a favour to later syncs, not
- * a promise.
+ * the new size does; so is a file that has no roots yet, which is synced once,
+ * at its end. It never fails: the room is a favour to later syncs, not a
+ * promise.
  *
  *     end                size           to, a multiple of 4096
  *      |  need  |         |              |
@@ -5937,7 +5939,7 @@ static void cube_store_make_room(struct cube_store_file *f, uint64_t need)
 {
     uint64_t extent = f->end / 8, to;
 
-    if (f->fd < 0 || f->end + need <= f->size)
+    if (f->fd < 0 || f->base == 0 || f->end + need <= f->size)
         return;
     if (extent < CUBE_STORE_EXTENT_MIN)
         extent = CUBE_STORE_EXTENT_MIN;
@@ -6221,6 +6223,13 @@ struct cube_store_item {
     struct cube_store_ref ref; /* of the child, or of the value */
 };
 
+/* Bytes that a page of this level is filled to. A change copies the whole leaf
+ * that it falls into, so leaves are short; wide branches save levels. */
+static size_t cube_store_page_fill(int level)
+{
+    return level > 0 ? CUBE_STORE_PAGE : CUBE_STORE_LEAF;
+}
+
 /* How many entries the page has. */
 static uint32_t cube_store_page_count(const uint8_t *page)
 {
@@ -6372,11 +6381,11 @@ static bool cube_store_page_ok(const uint8_t *page, size_t len)
  * Freed when it is neither pinned nor cached. A pin is a promise to a pointer:
  * who holds one may read data, and nobody frees or moves it meanwhile.
  *
- *                  fetch              shrink, forget
+ *                  fetch              shrink, free
  *     (on disk) ---------> cached ----------------------> freed
  *                          |    ^                           ^
  *                    fetch |    | unpin                     |
- *                          v    |        forget             | last
+ *                          v    |         free              | last
  *                       cached, pinned ---------> pinned ---+ unpin
  */
 struct cube_store_ext {
@@ -6412,29 +6421,6 @@ static struct cube_store_ext **cube_store_cache_slot(
     uint64_t h = (at ^ (uint64_t)file << 48) * 0x9e3779b97f4a7c15u;
 
     return &c->slots[(h >> 20) & (c->slot_count - 1)];
-}
-
-/* Twice as many chains, so that they stay about one entry long. */
-static void cube_store_cache_grow(struct cube_store_cache *c)
-{
-    struct cube_store_cache old = *c;
-
-    c->slot_count = old.slot_count ? old.slot_count * 2 : 64;
-    c->slots = cube_alloc(c->slot_count * sizeof *c->slots);
-    for (size_t i = 0; i < old.slot_count; i++) {
-        while (old.slots[i]) {
-            struct cube_store_ext *e = old.slots[i];
-            struct cube_store_ext **slot =
-                cube_store_cache_slot(c, e->file, e->at);
-
-            old.slots[i] = e->next;
-            e->next = *slot;
-            *slot = e;
-        }
-    }
-    c->bytes += (c->slot_count - old.slot_count) * sizeof *c->slots;
-    c->hand = 0;
-    cube_free(old.slots);
 }
 
 /* Takes *at out of its chain; freed now or with its last pin. Afterwards *at
@@ -6475,21 +6461,26 @@ static void cube_store_cache_shrink(struct cube_store_cache *c)
     }
 }
 
-/* Forgets what is of this file; of all files with number 0. What is pinned
- * loses its place in the table only; its holders keep the bytes. */
-static void cube_store_cache_forget(struct cube_store_cache *c,
-                                    uint32_t file)
+/* Forgets all, at the end. What is of a file that a compaction has replaced is
+ * not looked for before that: nobody asks for it, so the hand finds it cold. */
+static void cube_store_cache_free(struct cube_store_cache *c)
 {
     for (size_t i = 0; i < c->slot_count; i++) {
-        struct cube_store_ext **at = &c->slots[i];
-
-        while (*at) {
-            if (file == 0 || (*at)->file == file)
-                cube_store_cache_remove(c, at);
-            else
-                at = &(*at)->next;
-        }
+        while (c->slots[i])
+            cube_store_cache_remove(c, &c->slots[i]);
     }
+    cube_free(c->slots);
+}
+
+/* A table that never has to grow, since growing would hold up the reader that
+ * causes it: a chain for each kilobyte. */
+static void cube_store_cache_init(struct cube_store_cache *c, size_t bytes)
+{
+    for (c->slot_count = 64; c->slot_count < bytes >> 10;)
+        c->slot_count *= 2;
+    c->slots = cube_alloc(c->slot_count * sizeof *c->slots);
+    c->bytes = c->slot_count * sizeof *c->slots;
+    c->max_bytes = bytes;
 }
 
 /* The counterpart of load and fetch; NULL is allowed. */
@@ -6542,8 +6533,7 @@ static struct cube_store_ext *cube_store_fetch(
         struct cube_store_cache *c, const struct cube_store_file *f,
         struct cube_store_ref ref, uint64_t limit, struct cube_err *err)
 {
-    struct cube_store_ext *e = c->slot_count > 0
-        ? *cube_store_cache_slot(c, f->number, ref.at) : NULL;
+    struct cube_store_ext *e = *cube_store_cache_slot(c, f->number, ref.at);
 
     while (e && (e->at != ref.at || e->file != f->number))
         e = e->next;
@@ -6555,8 +6545,6 @@ static struct cube_store_ext *cube_store_fetch(
     e = cube_store_load(f, ref, limit, err);
     if (!e || cube_store_ext_bytes(e) > c->max_bytes / 4)
         return e;
-    if (c->count >= c->slot_count)
-        cube_store_cache_grow(c);
     e->next = *cube_store_cache_slot(c, f->number, ref.at);
     *cube_store_cache_slot(c, f->number, ref.at) = e;
     e->is_cached = true;
@@ -6638,6 +6626,7 @@ struct cube_store_mem {
     int refs;
     struct cube_store_chunk *chunks;
     size_t bytes;          /* of memory */
+    size_t keys;           /* different ones */
     uint64_t random;       /* decides heights; the same at each run */
     uint64_t last_commit;  /* the latest one in it */
     uint64_t upto;         /* frozen: where the records after it begin */
@@ -6701,6 +6690,14 @@ static void *cube_store_mem_alloc(struct cube_store_mem *m, size_t len)
 static const uint8_t *cube_store_node_key(const struct cube_store_node *n)
 {
     return (const uint8_t *)(n->next + n->height);
+}
+
+/* Is it a version of this key? NULL is none. */
+static bool cube_store_node_is(const struct cube_store_node *n, unsigned tree,
+                               const uint8_t *key, size_t key_len)
+{
+    return n && n->tree == tree && n->key_len == key_len &&
+           memcmp(cube_store_node_key(n), key, key_len) == 0;
 }
 
 /* Where (tree, key, commit) stands to a node: less than 0, before it. */
@@ -6777,6 +6774,7 @@ static struct cube_store_node *cube_store_mem_put(
     if (*is_new) { /* else readers of this commit see the new value at once */
         int height = cube_store_mem_height(m);
 
+        m->keys += !cube_store_node_is(n, what->tree, key, what->key_len);
         n = cube_store_mem_alloc(m, sizeof *n + (size_t)height *
                                  sizeof n->next[0] + what->key_len);
         *n = *what;
@@ -6829,9 +6827,7 @@ static struct cube_store_node *cube_store_mem_next(
 {
     struct cube_store_node *m = n->next[0];
 
-    while (m && m->tree == n->tree && m->key_len == n->key_len &&
-           memcmp(cube_store_node_key(m), cube_store_node_key(n),
-                  n->key_len) == 0)
+    while (cube_store_node_is(m, n->tree, cube_store_node_key(n), n->key_len))
         m = m->next[0];
     return cube_store_mem_visible(m, n->tree, commit);
 }
@@ -6860,8 +6856,7 @@ static struct cube_store_node *cube_store_mem_prev(
         key = cube_store_node_key(n);
         key_len = n->key_len;
         n = cube_store_mem_find(m, tree, key, key_len, commit, NULL);
-        if (n && n->tree == tree && n->key_len == key_len &&
-            memcmp(cube_store_node_key(n), key, key_len) == 0)
+        if (cube_store_node_is(n, tree, key, key_len))
             return n;
     }
 }
@@ -7220,8 +7215,7 @@ static const struct cube_store_node *cube_store_view_node(
             continue;
         n = cube_store_mem_find(v->mem[i], (unsigned)tree, key, key_len,
                                 v->commit, NULL);
-        if (n && n->tree == tree && n->key_len == key_len &&
-            memcmp(cube_store_node_key(n), key, key_len) == 0)
+        if (cube_store_node_is(n, (unsigned)tree, key, key_len))
             return n;
     }
     return NULL;
@@ -7344,7 +7338,7 @@ struct cube_store_walk {
     struct cube_store_path path;
     struct cube_store_pack *packs[CUBE_STORE_DEPTH];
     struct cube_buf group; /* the 'P' record that is being filled */
-    uint64_t done_bytes;   /* written by the last step */
+    size_t merged;         /* keys of ops that are dealt with */
 };
 
 /* Enough entries for any pack: it is emptied beyond two pages, and an entry
@@ -7518,9 +7512,11 @@ static void cube_store_walk_add(struct cube_store_walk *w, int level,
 
         p->at[p->count++] = (uint16_t)p->data.len;
         cube_buf_add(&p->data, entry, len);
-        if (cube_store_pack_bytes(p, 0, p->count) <= 2 * CUBE_STORE_PAGE)
+        if (cube_store_pack_bytes(p, 0, p->count) <=
+            2 * cube_store_page_fill(level))
             return;
-        while (cube_store_pack_bytes(p, 0, n + 1) <= CUBE_STORE_PAGE)
+        while (cube_store_pack_bytes(p, 0, n + 1) <=
+               cube_store_page_fill(level))
             n++;
         len = cube_store_walk_emit(w, level, n, above);
         entry = above;
@@ -7538,7 +7534,7 @@ static void cube_store_walk_flush(struct cube_store_walk *w, int level)
         size_t all = cube_store_pack_bytes(p, 0, p->count), len;
         uint32_t n = 1;
 
-        if (all <= CUBE_STORE_PAGE)
+        if (all <= cube_store_page_fill(level))
             n = p->count;
         while (n < p->count && cube_store_pack_bytes(p, 0, n) < all / 2)
             n++;
@@ -7644,6 +7640,7 @@ static void cube_store_walk_change(struct cube_store_walk *w,
                             n->val_len, n->place);
     }
     w->op = cube_store_mem_next(n, UINT64_MAX);
+    w->merged++;
 }
 
 /* Where what is below step d ends: the key of the next entry there or
@@ -7769,7 +7766,7 @@ static int cube_store_walk_branch(struct cube_store_walk *w,
         cube_store_page_item(page, s->i, &item);
         if (w->is_copy || cube_store_walk_is_due(w, bound, len) ||
             (below->count > 0 && cube_store_pack_bytes(below, 0, below->count)
-             < CUBE_STORE_PAGE / 4))
+             < cube_store_page_fill(level - 1) / 4))
             return cube_store_walk_down(w, item.ref, level - 1, err);
         for (int i = 0; i < level; i++)
             cube_store_walk_flush(w, i);
@@ -7896,7 +7893,6 @@ static int cube_store_walk_step(struct cube_store_walk *w,
         if (cube_store_walk_unit(w, err) < 0)
             return -1;
     }
-    w->done_bytes = w->group.len;
     if (w->group.len > CUBE_STORE_HEAD) {
         if (cube_store_rec_append(w->to->file, 'P', &w->group,
                                   w->to->commit, err) < 0)
@@ -7931,6 +7927,7 @@ struct cube_store_comp {
                                            done */
     struct cube_store_walk *walk;
     struct cube_store_mem *mem; /* CATCH: the bite; later: the new overlay */
+    uint64_t began;             /* the old file's end when it began */
     uint64_t at, tail_at;       /* the next record of the old file to read;
                                    where the bite began */
     uint32_t crc, tail_crc;
@@ -7944,7 +7941,7 @@ struct cube_store {
     struct cube_store_options options;
     struct cube_store_crc crc;
     struct cube_store_cache cache;
-    size_t mem_max; /* an overlay of more is frozen */
+    size_t mem_max; /* bytes of an overlay, see cube_store_mem_limit */
     struct cube_store_file *file;
     uint32_t file_number;
     struct cube_store_view view; /* the last commit */
@@ -7967,7 +7964,6 @@ struct cube_store {
     struct cube_store_roots *pending; /* a checkpoint that is written, */
     uint64_t pending_end;             /* and on disk once all to here is */
     struct cube_store_comp *comp;
-    uint64_t debt;     /* background bytes that commits have run up */
     uint64_t retry_at; /* no compaction before the file ends here, */
     int64_t retry_ms;  /* nor before this time */
 
@@ -7982,6 +7978,17 @@ struct cube_store {
 static bool cube_store_is_memory(const struct cube_store *s)
 {
     return !s->path;
+}
+
+/* An overlay of more is frozen: an eighth of what lives, so that merging it is
+ * worth its while, and its records are no burden to the file's size. */
+static size_t cube_store_mem_limit(const struct cube_store *s)
+{
+    uint64_t count, live = cube_store_roots_sum(s->view.roots, &count) / 8;
+
+    if (live < CUBE_STORE_MEM_MIN)
+        live = CUBE_STORE_MEM_MIN;
+    return live < s->mem_max ? (size_t)live : s->mem_max;
 }
 
 /* The number of a tree, or -1. */
@@ -8332,7 +8339,6 @@ static int cube_store_checkpoint_step(struct cube_store *s,
     if (!w)
         return cube_store_checkpoint_start(s);
     r = cube_store_walk_step(w, err);
-    s->debt -= s->debt < w->done_bytes ? s->debt : w->done_bytes;
     if (r == 0) {
         r = cube_store_roots_write(w->to, false, err);
         if (r == 0) {
@@ -8474,6 +8480,7 @@ static int cube_store_comp_start(struct cube_store *s, struct cube_err *err)
     c->out = out;
     c->from = s->view.roots;
     c->from->refs++;
+    c->began = s->file->end;
     c->at = c->tail_at = c->from->replay;
     c->crc = c->tail_crc = c->from->replay_crc;
     c->mem = cube_store_mem_new();
@@ -8490,8 +8497,6 @@ static int cube_store_comp_walk_step(struct cube_store *s,
     struct cube_store_comp *c = s->comp;
     int r = cube_store_walk_step(c->walk, err);
 
-    s->debt -= s->debt < c->walk->done_bytes ? s->debt
-                                             : c->walk->done_bytes;
     if (r != 0)
         return r;
     cube_store_roots_drop(c->to);
@@ -8560,7 +8565,7 @@ static int cube_store_comp_catch(struct cube_store *s, struct cube_err *err)
 
     if (c->walk)
         return cube_store_comp_walk_step(s, err);
-    if (c->mem->bytes > s->mem_max) {
+    if (c->mem->bytes > cube_store_mem_limit(s)) {
         cube_store_comp_walk(s, c->to, c->mem, c->mem->last_commit);
         cube_store_mem_drop(c->mem);
         c->mem = cube_store_mem_new();
@@ -8638,10 +8643,8 @@ static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
         for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;
              n = n->next[0]) {
             if (n->commit > s->view.commit ||
-                (last && last->tree == n->tree &&
-                 last->key_len == n->key_len &&
-                 memcmp(cube_store_node_key(last), cube_store_node_key(n),
-                        n->key_len) == 0))
+                cube_store_node_is(last, n->tree, cube_store_node_key(n),
+                                   n->key_len))
                 continue;
             cube_store_add_change(&c->buf, n->is_del ? 'D' : 'P', n->tree,
                                   cube_store_node_key(n), n->key_len, n->val,
@@ -8673,7 +8676,6 @@ static void cube_store_comp_swap(struct cube_store *s)
 {
     struct cube_store_comp *c = s->comp;
     struct cube_store_node *n = s->batch_nodes;
-    uint32_t old = s->file->number;
 
     cube_store_checkpoint_abort(s);
     s->batch_nodes = NULL;
@@ -8698,11 +8700,9 @@ static void cube_store_comp_swap(struct cube_store *s)
     c->to = NULL;
     c->mem = NULL;
     c->out = NULL;
-    cube_store_cache_forget(&s->cache, old);
     cube_store_comp_free(s);
     s->is_broken = false;
     s->retry_at = 0;
-    s->debt = 0;
     s->compactions++;
 }
 
@@ -8770,9 +8770,9 @@ static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
 }
 
 /* Is the garbage worth the copying? Yes, when the file is longer than one and
- * a half times what lives, plus what is normal for a tail and its overlays. A
- * store whose sync failed always wants one, as soon as the pause since the
- * last try is over. */
+ * three quarters of what lives, plus what is normal for a tail and its
+ * overlays. A store whose sync failed always wants one, as soon as the pause
+ * since the last try is over. */
 static bool cube_store_comp_is_due(const struct cube_store *s)
 {
     uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
@@ -8783,7 +8783,7 @@ static bool cube_store_comp_is_due(const struct cube_store *s)
         return false;
     if (s->is_broken || s->retry_at > s->file->end)
         return s->is_broken;
-    return s->file->end > live + live / 2 + slack + s->view.mem[0]->bytes +
+    return s->file->end > live + live / 4 * 3 + slack + s->view.mem[0]->bytes +
                           (s->view.mem[1] ? s->view.mem[1]->bytes : 0);
 }
 
@@ -9081,7 +9081,8 @@ static int cube_store_lock(struct cube_store *s, struct cube_err *err)
     return r < 0 ? -1 : 0;
 }
 
-/* Divides the memory: a quarter for two overlays, the rest for the cache. */
+/* Divides the memory: an eighth for each of three overlays (one fills, one is
+ * frozen, one is a compaction's), the rest for the cache. */
 static void cube_store_set_options(struct cube_store *s,
                                    const struct cube_store_options *o)
 {
@@ -9097,7 +9098,7 @@ static void cube_store_set_options(struct cube_store *s,
     s->mem_max = bytes / 8;
     if (s->mem_max > CUBE_STORE_MEM_MAX)
         s->mem_max = CUBE_STORE_MEM_MAX;
-    s->cache.max_bytes = bytes - 2 * s->mem_max;
+    cube_store_cache_init(&s->cache, bytes - 3 * s->mem_max);
 }
 
 /* ---- Changes and commits ----
@@ -9221,41 +9222,56 @@ CUBE_API int cube_store_fd(const struct cube_store *s)
     return s->file->fd;
 }
 
-/* Has background work fallen behind what commits run up? True when a commit
- * must do background work itself before it may go on: both overlays are full,
- * the debt is too large, or the file has grown beyond twice what lives and a
- * compaction is due. */
-static bool cube_store_is_behind(const struct cube_store *s, size_t more)
+/* Has the merging of the frozen overlay fallen behind the filling of the next?
+ * Both should be done at once: with a third of the one full, a third of the
+ * other is to be merged. */
+static bool cube_store_checkpoint_is_late(const struct cube_store *s)
 {
-    uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
+    const struct cube_store_mem *frozen = s->view.mem[1];
+    double merged = s->checkpoint ? (double)s->checkpoint->merged : 0;
 
-    if (s->view.mem[1] && s->view.mem[0]->bytes > s->mem_max)
-        return true;
-    if (s->comp && s->comp->phase == CUBE_STORE_SWAP)
-        return true;
-    return s->debt > CUBE_STORE_DEBT || (cube_store_comp_is_due(s) &&
-           s->file->end + more > 2 * live + CUBE_STORE_LIMIT);
+    return frozen && !s->pending && !s->is_stuck &&
+           merged * (double)cube_store_mem_limit(s) <
+           (double)s->view.mem[0]->bytes * (double)frozen->keys;
 }
 
-/* Pays with the time of a commit for the background work that nobody did in
- * slices, so that neither the overlay nor the file grows without bound. While
- * such work waits a batch is charged three times its length: it is written
- * again by a checkpoint, and again by a compaction, along with its neighbours.
- * When the work fails or has to wait the debt is waived; a commit never fails
- * because of it. A sync that the caller has taken over stays his: of two that
- * run at once the system tells only one that something was lost. */
+/* The same for a compaction: it should be done when the file, with more bytes
+ * in it, is twice as long as what lives, and some.
+ *
+ *     began          end                     limit
+ *       |-- used -----|                        |      of this room
+ *       |========== is done ========|- to do --|      as much of the work
+ */
+static bool cube_store_comp_is_late(const struct cube_store *s, size_t more)
+{
+    const struct cube_store_comp *c = s->comp;
+    uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
+    uint64_t end = s->file->end + more, limit = 2 * live + CUBE_STORE_LIMIT;
+    double work, done;
+
+    if (!c)
+        return cube_store_comp_is_due(s);
+    if (end >= limit || c->phase == CUBE_STORE_SWAP)
+        return true;
+    if (c->phase == CUBE_STORE_SYNCING)
+        return false;
+    work = (double)(live + end - c->from->replay);
+    done = (double)(c->out->end + c->at - c->from->replay);
+    return limit > c->began && done * (double)(limit - c->began) <
+                               work * (double)(end - c->began);
+}
+
+/* Background work that nobody did in slices is done here, in the time of a
+ * commit and in proportion to its length, so that neither the overlay nor the
+ * file grows without bound, and no single commit pays for all of it. A commit
+ * never fails because of it. A sync that the caller has taken over stays his:
+ * of two that run at once the system tells only one that something was lost. */
 static void cube_store_catch_up(struct cube_store *s)
 {
-    if (s->view.mem[1] || s->comp || cube_store_comp_is_due(s))
-        s->debt += 3 * (uint64_t)s->batch.len;
-    else
-        s->debt = 0;
-    while (cube_store_is_behind(s, s->batch.len)) {
-        if (cube_store_work(s, s->options.is_sync_split, &s->last) <= 0) {
-            s->debt = 0;
-            return;
-        }
-    }
+    while (cube_store_checkpoint_is_late(s) &&
+           cube_store_checkpoint_step(s, &s->last) > 0) {}
+    while (cube_store_comp_is_late(s, s->batch.len) &&
+           cube_store_comp_step(s, s->options.is_sync_split, &s->last) > 0) {}
 }
 
 /* Drops the batch that could not be written or synced, and what was staged on
@@ -9340,7 +9356,7 @@ static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
     if (s->batch.cap > CUBE_STORE_EXTENT_MAX)
         cube_buf_free(&s->batch);
     cube_store_rec_begin(&s->batch);
-    if (s->view.mem[0]->bytes > s->mem_max && !s->view.mem[1])
+    if (s->view.mem[0]->bytes > cube_store_mem_limit(s) && !s->view.mem[1])
         cube_store_freeze(s);
     return 0;
 }
@@ -9520,8 +9536,7 @@ CUBE_API void cube_store_close(struct cube_store *s)
     cube_store_checkpoint_abort(s);
     cube_store_view_drop(&s->view);
     cube_store_file_drop(s->file);
-    cube_store_cache_forget(&s->cache, 0);
-    cube_free(s->cache.slots);
+    cube_store_cache_free(&s->cache);
     cube_buf_free(&s->batch);
     if (s->lock_fd >= 0)
         s->world->close(s->world->ctx, s->lock_fd);
