@@ -5565,6 +5565,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
 #define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
 #define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
+#define CUBE_STORE_STEPS 4     /* of background work in a little commit */
 #ifndef CUBE_STORE_PAGE /* a test sets all of these, much smaller, or none */
 #define CUBE_STORE_PAGE 4096   /* bytes that a branch is filled to, */
 #define CUBE_STORE_LEAF 2048   /* and a leaf */
@@ -5574,6 +5575,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_EXTENT_MAX (1u << 20)
 #define CUBE_STORE_SLACK (3u << 20)        /* garbage that bothers nobody */
 #define CUBE_STORE_LIMIT (6u << 20)        /* garbage: compaction ends here */
+#define CUBE_STORE_TRIM (1u << 20)         /* of an old file, cut off at once */
 #define CUBE_STORE_NODES 32768 /* bytes that an overlay grows by */
 #define CUBE_STORE_MEM_MIN (1u << 20)      /* an overlay, if there is room */
 #define CUBE_STORE_CACHE_MIN (256u << 10)
@@ -6381,11 +6383,11 @@ static bool cube_store_page_ok(const uint8_t *page, size_t len)
  * Freed when it is neither pinned nor cached. A pin is a promise to a pointer:
  * who holds one may read data, and nobody frees or moves it meanwhile.
  *
- *                  fetch              shrink, free
+ *                  fetch              shrink, forget
  *     (on disk) ---------> cached ----------------------> freed
  *                          |    ^                           ^
  *                    fetch |    | unpin                     |
- *                          v    |         free              | last
+ *                          v    |        forget             | last
  *                       cached, pinned ---------> pinned ---+ unpin
  */
 struct cube_store_ext {
@@ -6463,13 +6465,12 @@ static void cube_store_cache_shrink(struct cube_store_cache *c)
 
 /* Forgets all, at the end. What is of a file that a compaction has replaced is
  * not looked for before that: nobody asks for it, so the hand finds it cold. */
-static void cube_store_cache_free(struct cube_store_cache *c)
+static void cube_store_cache_forget(struct cube_store_cache *c)
 {
     for (size_t i = 0; i < c->slot_count; i++) {
         while (c->slots[i])
             cube_store_cache_remove(c, &c->slots[i]);
     }
-    cube_free(c->slots);
 }
 
 /* A table that never has to grow, since growing would hold up the reader that
@@ -7964,6 +7965,7 @@ struct cube_store {
     struct cube_store_roots *pending; /* a checkpoint that is written, */
     uint64_t pending_end;             /* and on disk once all to here is */
     struct cube_store_comp *comp;
+    struct cube_store_file *old; /* replaced, and still to be trimmed; or NULL */
     uint64_t retry_at; /* no compaction before the file ends here, */
     int64_t retry_ms;  /* nor before this time */
 
@@ -8690,7 +8692,8 @@ static void cube_store_comp_swap(struct cube_store *s)
     cube_store_roots_drop(s->view.roots);
     cube_store_mem_drop(s->view.mem[0]);
     cube_store_mem_drop(s->view.mem[1]);
-    cube_store_file_drop(s->file);
+    cube_store_file_drop(s->old);
+    s->old = s->file;
     s->view.mem[1] = NULL;
     s->view.roots = c->to;
     s->view.mem[0] = c->mem;
@@ -8807,6 +8810,25 @@ static int cube_store_comp_step(struct cube_store *s, bool may_wait,
     return r;
 }
 
+/* Takes a piece off the file that the last compaction has replaced: 1, there
+ * is more of it; 0. To close a file that has no name frees all that it has, a
+ * third of a millisecond for each megabyte; so it goes in slices too. Not
+ * while a crash could bring its name back, or a snapshot reads it. */
+static int cube_store_trim(struct cube_store *s)
+{
+    struct cube_store_file *f = s->old;
+
+    if (!f || s->is_dir_dirty || f->refs > 1)
+        return 0;
+    f->size -= f->size < CUBE_STORE_TRIM ? f->size : CUBE_STORE_TRIM;
+    if (f->fd >= 0 && f->size > 0 &&
+        s->world->truncate(s->world->ctx, f->fd, (int64_t)f->size) >= 0)
+        return 1;
+    cube_store_file_drop(f);
+    s->old = NULL;
+    return 0;
+}
+
 /* One step of whatever waits: 1, more; 0, nothing now; -1, it failed. */
 static int cube_store_work(struct cube_store *s, bool may_wait,
                            struct cube_err *err)
@@ -8816,7 +8838,9 @@ static int cube_store_work(struct cube_store *s, bool may_wait,
     if (s->options.is_read_only)
         return 0;
     r = cube_store_checkpoint_step(s, err);
-    return r ? r : cube_store_comp_step(s, may_wait, err);
+    if (r == 0)
+        r = cube_store_comp_step(s, may_wait, err);
+    return r ? r : cube_store_trim(s);
 }
 
 /* ---- Opening ----
@@ -9222,39 +9246,42 @@ CUBE_API int cube_store_fd(const struct cube_store *s)
     return s->file->fd;
 }
 
-/* Has the merging of the frozen overlay fallen behind the filling of the next?
- * Both should be done at once: with a third of the one full, a third of the
- * other is to be merged. */
-static bool cube_store_checkpoint_is_late(const struct cube_store *s)
+/* How late is the merging of the frozen overlay? Both should be done at once:
+ * with a third of the next one full, a third of it is to be merged. 0: it is
+ * not; 1: some steps are due; 2: it has to be done now. */
+static int cube_store_checkpoint_is_late(const struct cube_store *s)
 {
     const struct cube_store_mem *frozen = s->view.mem[1];
     double merged = s->checkpoint ? (double)s->checkpoint->merged : 0;
+    double limit = (double)cube_store_mem_limit(s);
+    double bytes = (double)s->view.mem[0]->bytes;
 
-    return frozen && !s->pending && !s->is_stuck &&
-           merged * (double)cube_store_mem_limit(s) <
-           (double)s->view.mem[0]->bytes * (double)frozen->keys;
+    if (!frozen || s->pending || s->is_stuck)
+        return 0;
+    return bytes > limit ? 2 : merged * limit < bytes * (double)frozen->keys;
 }
 
-/* The same for a compaction: it should be done when the file, with more bytes
- * in it, is twice as long as what lives, and some.
+/* The same for a compaction: it should be done when the file is twice as long
+ * as what lives, and some.
  *
  *     began          end                     limit
  *       |-- used -----|                        |      of this room
  *       |========== is done ========|- to do --|      as much of the work
  */
-static bool cube_store_comp_is_late(const struct cube_store *s, size_t more)
+static int cube_store_comp_is_late(const struct cube_store *s)
 {
     const struct cube_store_comp *c = s->comp;
     uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
-    uint64_t end = s->file->end + more, limit = 2 * live + CUBE_STORE_LIMIT;
+    uint64_t end = s->file->end + s->batch.len;
+    uint64_t limit = 2 * live + CUBE_STORE_LIMIT;
     double work, done;
 
     if (!c)
         return cube_store_comp_is_due(s);
-    if (end >= limit || c->phase == CUBE_STORE_SWAP)
-        return true;
-    if (c->phase == CUBE_STORE_SYNCING)
-        return false;
+    if (end >= limit)
+        return 2;
+    if (c->phase >= CUBE_STORE_SYNCING)
+        return c->phase == CUBE_STORE_SWAP;
     work = (double)(live + end - c->from->replay);
     done = (double)(c->out->end + c->at - c->from->replay);
     return limit > c->began && done * (double)(limit - c->began) <
@@ -9268,10 +9295,18 @@ static bool cube_store_comp_is_late(const struct cube_store *s, size_t more)
  * of two that run at once the system tells only one that something was lost. */
 static void cube_store_catch_up(struct cube_store *s)
 {
-    while (cube_store_checkpoint_is_late(s) &&
+    size_t steps = CUBE_STORE_STEPS + s->batch.len / (CUBE_STORE_GROUP / 4);
+    size_t n = steps;
+    int late;
+
+    while ((late = cube_store_checkpoint_is_late(s)) > 0 &&
+           (late > 1 || n-- > 0) &&
            cube_store_checkpoint_step(s, &s->last) > 0) {}
-    while (cube_store_comp_is_late(s, s->batch.len) &&
+    n = steps;
+    while ((late = cube_store_comp_is_late(s)) > 0 &&
+           (late > 1 || n-- > 0) &&
            cube_store_comp_step(s, s->options.is_sync_split, &s->last) > 0) {}
+    (void)cube_store_trim(s);
 }
 
 /* Drops the batch that could not be written or synced, and what was staged on
@@ -9536,7 +9571,9 @@ CUBE_API void cube_store_close(struct cube_store *s)
     cube_store_checkpoint_abort(s);
     cube_store_view_drop(&s->view);
     cube_store_file_drop(s->file);
-    cube_store_cache_free(&s->cache);
+    cube_store_file_drop(s->old);
+    cube_store_cache_forget(&s->cache);
+    cube_free(s->cache.slots);
     cube_buf_free(&s->batch);
     if (s->lock_fd >= 0)
         s->world->close(s->world->ctx, s->lock_fd);
@@ -10150,7 +10187,8 @@ CUBE_API void cube_store_stats(const struct cube_store *s,
  */
 
 #define CUBE_LOOP_BATCH 64  /* ready descriptors taken at once */
-#define CUBE_SLICE_MS 5     /* the most that background work takes of a turn */
+#define CUBE_SLICE_MS 4     /* of background work in a turn; the step that it
+                               ends with makes that 5 at most */
 
 /* An object; ends with cube_loop_free. It owns no watch, timer or deferred
  * call: those are pointers into objects of its users, who clear them before

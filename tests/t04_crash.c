@@ -27,7 +27,7 @@
 #include <sys/wait.h>
 
 #ifdef TEST_ASAN
-#define TRANSACTIONS 30 /* of one run */
+#define TRANSACTIONS 50 /* of one run */
 #define STATES 5000
 #else
 #define TRANSACTIONS 250
@@ -291,7 +291,7 @@ static struct cube_store *run_open(void)
     struct cube_err err = {0};
     struct cube_store *s;
 
-    o.is_sync_split = test_below(2) == 0;
+    o.is_sync_split = test_below(4) > 0;
     s = cube_store_open(&run.disk.world, "t", &o, &err);
     if (!s)
         FAIL("point %ld: %s", run.point, err.text);
@@ -332,7 +332,7 @@ static void run_slice(struct cube_store *s)
     struct disk *d = &run.disk;
 
     (void)cube_store_slice(s, test_below(4) == 0 ? 40 : 0);
-    if (cube_store_slice_fd(s) < 0 || test_below(2) == 0)
+    if (cube_store_slice_fd(s) < 0 || test_below(3) == 0)
         return;
     run.split_syncs++;
     if (test_below(4) == 0)
@@ -476,7 +476,9 @@ TEST(every_crash_leaves_a_commit_not_older_than_the_last_acknowledged)
         want = 1;
     do
         run_from(test_now.seed + (uint64_t)runs++);
-    while (run.checked < want && test_now.faults == 0 && run.only_point < 0);
+    while ((run.checked < want ||
+            ((run.split_syncs < 4 || run.refused < 1) && runs < 8)) &&
+           test_now.faults == 0 && run.only_point < 0);
     printf("crash: %ld states of %d runs; %ld checkpoints, %ld compactions, "
            "%ld syncs of theirs by us, %ld failed syncs, %ld refused commits "
            "among them\n", run.checked, runs, run.checkpoints,

@@ -484,7 +484,7 @@ static bool fail_at_reading(struct cube_store *s, struct disk *d,
     bool is_reached;
 
     fault_row(&faults[4], k, "reading");
-    cube_store_cache_forget(&s->cache, 0);
+    cube_store_cache_forget(&s->cache);
     fault_begin(d, &faults[4], k);
     for (int t = 0; t < TREES; t++) {
         struct cube_cursor *c = cube_cursor_open(s, tree_names[t], NULL);
