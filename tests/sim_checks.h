@@ -282,6 +282,104 @@ static void sim_watch_pace(struct sim *s)
     }
 }
 
+/* A worker's record of an order says that its manager had sent it: then it must
+ * be on the manager's disk. */
+static void sim_watch_orders(struct sim *s, struct cube_worker *w)
+{
+    struct cube_record *rec;
+
+    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));) {
+        struct cube_record *of =
+            cube_ledger_find(s->manager.manager->ledger, rec->id);
+        int64_t attempt;
+
+        if (!of || !of->now || of->now->is_gone)
+            continue;
+        sim_check(s, SIM_CHECK_FIRST);
+        attempt = cube_record_latest(rec)->task->attempt;
+        if (of->now->task->attempt < attempt)
+            SIM_BREAK(s, SIM_CHECK_FIRST, "%s has attempt %d of %s, the "
+                      "manager %d", w->name, (int)attempt, rec->id,
+                      (int)of->now->task->attempt);
+    }
+}
+
+/* What a worker has once, no order of older days may bring back. */
+static void sim_watch_attempts(struct sim *s, struct sim_task *t)
+{
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct cube_worker *w = s->nodes[i].worker.worker;
+        struct cube_record *rec = w ? cube_ledger_find(w->ledger, t->id)
+                                    : NULL;
+
+        if (!rec || !rec->now)
+            continue;
+        sim_check(s, SIM_CHECK_BACK);
+        if (rec->now->task->attempt < t->had[i])
+            SIM_BREAK(s, SIM_CHECK_BACK, "t%d was in attempt %d on w%d and is "
+                      "in attempt %d", t->number, (int)t->had[i], i + 1,
+                      (int)rec->now->task->attempt);
+        t->had[i] = rec->now->task->attempt;
+    }
+}
+
+/* A task moves when its node is lost, or has failed with it; not because its
+ * manager has slept, which is no fault of the node's. */
+static void sim_watch_moves(struct sim *s, struct sim_task *t)
+{
+    struct cube_record *rec =
+        cube_ledger_find(s->manager.manager->ledger, t->id);
+    const struct cube_version *v = rec ? rec->now : NULL;
+    int64_t long_ago = s->room.now_us - 15 * ROOM_SEC;
+
+    if (!v)
+        return;
+    sim_check(s, SIM_CHECK_CAUSE);
+    if (t->attempt > 0 && v->task->attempt > t->attempt && t->node >= 0 &&
+        v->keep.moves == t->moves && t->remove_us == 0 &&
+        s->awake_us < long_ago && s->fine_us[t->node + 1] < long_ago)
+        SIM_BREAK(s, SIM_CHECK_CAUSE, "t%d left w%d, which was fine for "
+                  "%.1f s", t->number, t->node + 1,
+                  (double)(s->room.now_us - s->fine_us[t->node + 1]) / 1e6);
+    t->attempt = v->task->attempt;
+    t->moves = v->keep.moves;
+    t->node = *v->task->node ? v->task->node[1] - '1' : -1;
+}
+
+/* The manager says "node w1:5556 is lost: ...": was there a reason? */
+static void sim_node_lost(struct sim *s, const char *text)
+{
+    const char *name = strstr(text, "node w");
+    int64_t long_ago = s->room.now_us - 15 * ROOM_SEC;
+    int node = name ? name[6] - '1' : 0;
+
+    sim_check(s, SIM_CHECK_CAUSE);
+    if (s->awake_us < long_ago && s->fine_us[node + 1] < long_ago)
+        SIM_BREAK(s, SIM_CHECK_CAUSE, "w%d counts as lost, and was fine for "
+                  "%.1f s", node + 1,
+                  (double)(s->room.now_us - s->fine_us[node + 1]) / 1e6);
+}
+
+/* Of the manager: its epochs, and when it was hit by more than sleep. */
+static void sim_watch_manager(struct sim *s)
+{
+    struct sim_daemon *d = &s->manager;
+
+    if (s->trouble[0] > d->proc->is_stopped || !d->proc->is_up)
+        s->awake_us = s->room.now_us;
+    if (!d->manager)
+        return;
+    if (s->epoch > 0 && d->since_us != s->epoch_us) {
+        sim_check(s, SIM_CHECK_EPOCH);
+        if (d->first_epoch <= s->epoch)
+            SIM_BREAK(s, SIM_CHECK_EPOCH, "a manager started in epoch %d, "
+                      "after one of epoch %d", (int)d->first_epoch,
+                      (int)s->epoch);
+    }
+    s->epoch = d->manager->epoch;
+    s->epoch_us = d->since_us;
+}
+
 static void sim_watch_over(struct room *r, void *arg, int64_t number)
 {
     struct sim *s = arg;
@@ -292,9 +390,18 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
         struct sim_task *t = s->history->tasks[i];
 
         sim_watch_twins(s, t);
-        if (s->manager.manager)
+        if (number % 4 == 0)
+            sim_watch_attempts(s, t);
+        if (s->manager.manager) {
             sim_watch_record(s, t);
+            sim_watch_moves(s, t);
+        }
     }
+    for (int i = 0; i < SIM_NODES && s->manager.manager; i++) {
+        if (s->nodes[i].worker.worker)
+            sim_watch_orders(s, s->nodes[i].worker.worker);
+    }
+    sim_watch_manager(s);
     if (number % 4 == 0) {
         sim_watch_pace(s);
         sim_watch_memory(s);

@@ -46,6 +46,9 @@ struct sim_task {
     int64_t reached_us;       /* its nodes, by the manager, since then */
     int64_t twin_us;          /* two of it run since then; 0: no */
     bool has_ended;           /* the manager has said Completed */
+    int64_t attempt, moves;   /* at the last look, of the manager's record */
+    int node;                 /* and where it was; -1: nowhere */
+    int64_t had[SIM_NODES];   /* the attempt on each worker */
 };
 
 struct sim_history {
@@ -93,6 +96,7 @@ enum {
     SIM_CHECK_KEPT, SIM_CHECK_STOP_KEPT, SIM_CHECK_LISTED, SIM_CHECK_STATES,
     SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
     SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
+    SIM_CHECK_FIRST, SIM_CHECK_BACK, SIM_CHECK_EPOCH, SIM_CHECK_CAUSE,
     SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
     SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
     SIM_CHECK_STREAMS, SIM_CHECKS
@@ -110,6 +114,10 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "no restart budget is exceeded",
     "restarts, deliveries, reconnections are paced",
     "nothing leaks",
+    "what a worker has, its manager has on disk",
+    "no worker goes back to an older attempt",
+    "each start of a manager has a higher epoch",
+    "no task leaves its node without a cause",
     "what should run runs exactly once",
     "it has the ports it asked for",
     "its node has room for it",
@@ -192,7 +200,8 @@ static struct sim_task *sim_task_new(struct sim_client *c)
     t->policy = policies[room_below(&s->room, COUNT(policies))];
     (void)snprintf(t->body, sizeof t->body,
                    "{\"ID\":\"%s\",\"Name\":\"t%d\",\"Image\":\"%s\","
-                   "\"RestartPolicy\":\"%s\"%s}", t->id, t->number,
+                   "\"RestartPolicy\":\"%s\"%s}", t->id,
+                   t->number % 4, /* names are no identities */
                    t->kind == SIM_NO_IMAGE ? "nosuch" : "busybox", t->policy,
                    sim_command(s, t, command, sizeof command));
     return t;

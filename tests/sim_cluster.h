@@ -26,6 +26,7 @@ struct sim_daemon {
     int held;                 /* so many faults keep it from being started */
     bool is_starting;         /* in a second */
     int64_t since_us;         /* it started then */
+    int64_t first_epoch;      /* of a manager, as it started */
 };
 
 struct sim_node {
@@ -53,6 +54,8 @@ struct sim {
     int odd[ROOM_HOSTS];      /* of these: of its engine, clock, or power */
     int64_t odd_us[ROOM_HOSTS]; /* the last of them was on then */
     int64_t fine_us[ROOM_HOSTS]; /* none since then, and all is up */
+    int64_t epoch, epoch_us;  /* the manager's last, which started then */
+    int64_t awake_us;         /* its last fault that was more than sleep */
     uint64_t most_connects, most_turns; /* in a second */
     int most_requests;
     long *fault_counts, *check_counts;
@@ -84,12 +87,17 @@ static void sim_proc_turn(void *arg)
         abort();
 }
 
+/* see sim_checks.h */
+static void sim_node_lost(struct sim *s, const char *text);
+
 static void sim_proc_log(void *arg, enum cube_level level, const char *text)
 {
     struct room_proc *p = arg;
 
     (void)level;
     room_say(p->room, p->name, "%s", text);
+    if (strstr(text, " is lost: "))
+        sim_node_lost(CUBE_OF(p->room, struct sim, room), text);
 }
 
 /* A loop for the process, in its own world. */
@@ -188,6 +196,7 @@ static void sim_daemon_start(struct room *r, void *arg, int64_t number)
         sim_daemon_free(d);
         sim_daemon_later(d, ROOM_SEC);
     }
+    d->first_epoch = d->manager ? d->manager->epoch : 0;
     room_running = NULL;
 }
 
