@@ -323,6 +323,32 @@ static void sim_watch_attempts(struct sim *s, struct sim_task *t)
     }
 }
 
+/* Fifteen seconds ago, by a clock that stops while the manager sleeps: what it
+ * had begun before it fell asleep, it goes on with. */
+static int64_t sim_long_ago(const struct sim *s)
+{
+    int64_t awake_us = s->room.now_us - s->woke_us;
+    int64_t long_us = 15 * ROOM_SEC;
+
+    return awake_us >= long_us ? s->room.now_us - long_us
+                               : s->slept_us - (long_us - awake_us);
+}
+
+/* Its last sleep. Two that follow soon count as more than sleep. */
+static void sim_watch_sleep(struct sim *s)
+{
+    bool is_asleep = s->manager.proc->is_stopped;
+
+    if (is_asleep && !s->is_asleep) {
+        if (s->room.now_us - s->woke_us < 15 * ROOM_SEC)
+            s->awake_us = s->room.now_us;
+        s->slept_us = s->room.now_us;
+    }
+    if (is_asleep)
+        s->woke_us = s->room.now_us;
+    s->is_asleep = is_asleep;
+}
+
 /* A task moves when its node is lost, or has failed with it; not because its
  * manager has slept, which is no fault of the node's. */
 static void sim_watch_moves(struct sim *s, struct sim_task *t)
@@ -330,7 +356,7 @@ static void sim_watch_moves(struct sim *s, struct sim_task *t)
     struct cube_record *rec =
         cube_ledger_find(s->manager.manager->ledger, t->id);
     const struct cube_version *v = rec ? rec->now : NULL;
-    int64_t long_ago = s->room.now_us - 15 * ROOM_SEC;
+    int64_t long_ago = sim_long_ago(s);
 
     if (!v)
         return;
@@ -350,7 +376,7 @@ static void sim_watch_moves(struct sim *s, struct sim_task *t)
 static void sim_node_lost(struct sim *s, const char *text)
 {
     const char *name = strstr(text, "node w");
-    int64_t long_ago = s->room.now_us - 15 * ROOM_SEC;
+    int64_t long_ago = sim_long_ago(s);
     int node = name ? name[6] - '1' : 0;
 
     sim_check(s, SIM_CHECK_CAUSE);
@@ -365,6 +391,7 @@ static void sim_watch_manager(struct sim *s)
 {
     struct sim_daemon *d = &s->manager;
 
+    sim_watch_sleep(s);
     if (s->trouble[0] > d->proc->is_stopped || !d->proc->is_up)
         s->awake_us = s->room.now_us;
     if (!d->manager)

@@ -56,6 +56,8 @@ struct sim {
     int64_t fine_us[ROOM_HOSTS]; /* none since then, and all is up */
     int64_t epoch, epoch_us;  /* the manager's last, which started then */
     int64_t awake_us;         /* its last fault that was more than sleep */
+    int64_t slept_us, woke_us; /* its last sleep, from and to */
+    bool is_asleep;
     uint64_t most_connects, most_turns; /* in a second */
     int most_requests;
     long *fault_counts, *check_counts;
