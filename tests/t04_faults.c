@@ -523,7 +523,7 @@ TEST(read_that_fails_is_told_and_can_be_repeated)
     disk_init(&d);
     memset(&want, 0, sizeof want);
     s = must_open(&d.world, "t");
-    for (int i = 0; i < 100; i++)
+    for (int i = 0; i < 200; i++)
         change(s, &want);
     commit(s);
     CHECK_INT(cube_store_compact(s, NULL), 0);
