@@ -4852,22 +4852,44 @@ CUBE_UNUSED static int json_value_is_null(const struct json_value_s *value)
 
 /* ---- The interface: printing ---- */
 
-/* Where a print goes. Run twice, it measures first and writes then. */
+/* Where a print goes: a block that grows. Once there is no memory nothing is
+ * written any more, and the print is given up at its end. */
 struct cube_json_print {
-    char *at; /* NULL: only count */
-    size_t size;
     const char *indent, *newline, *colon; /* empty texts: minified */
+    char *text;
+    size_t size, cap;
+    bool is_out_of_memory;
 };
 
-/* Counts, and in the second run writes. */
-static void cube_json_print_add(struct cube_json_print *o, const void *p,
-                                size_t size)
+/* Room for so many bytes more; -1 when there is none. Twice as much each time,
+ * so that a long text is moved a few times only. */
+static int cube_json_print_room(struct cube_json_print *o, size_t more)
 {
-    if (o->at && size > 0) {
-        memcpy(o->at, p, size);
-        o->at += size;
+    size_t cap = o->cap < 256 ? 256 : o->cap;
+    char *text;
+
+    if (more <= o->cap - o->size)
+        return 0;
+    while (cap - o->size < more && cap <= SIZE_MAX / 2)
+        cap *= 2;
+    text = o->is_out_of_memory || cap - o->size < more
+               ? NULL : CUBE_REALLOC(o->text, cap);
+    if (!text) {
+        o->is_out_of_memory = true;
+        return -1;
     }
-    o->size += size;
+    o->text = text;
+    o->cap = cap;
+    return 0;
+}
+
+static inline void cube_json_print_add(struct cube_json_print *o,
+                                       const void *p, size_t size)
+{
+    if (size > 0 && cube_json_print_room(o, size) == 0) {
+        memcpy(o->text + o->size, p, size);
+        o->size += size;
+    }
 }
 
 /* The escape of an ASCII byte that may not stand for itself; returns its
@@ -4897,9 +4919,16 @@ static void cube_json_print_string(struct cube_json_print *o,
                                    const struct json_string_s *string)
 {
     const unsigned char *p = (const unsigned char *)string->string;
-    size_t left = string->string_size, n;
+    size_t left = string->string_size, n = cube_json_plain(p, left);
     char escape[6];
 
+    if (n == left && cube_json_print_room(o, n + 2) == 0) { /* most of them */
+        o->text[o->size] = '"';
+        memcpy(o->text + o->size + 1, p ? p : (const void *)"", n);
+        o->text[o->size + 1 + n] = '"';
+        o->size += n + 2;
+        return;
+    }
     cube_json_print_add(o, "\"", 1);
     while (left > 0) {
         n = cube_json_plain(p, left);
@@ -4922,6 +4951,8 @@ static void cube_json_print_line(struct cube_json_print *o, size_t depth)
 {
     size_t indent_size = strlen(o->indent);
 
+    if (!*o->newline && indent_size == 0)
+        return;
     cube_json_print_add(o, o->newline, strlen(o->newline));
     for (size_t i = 0; i < depth && indent_size > 0; i++)
         cube_json_print_add(o, o->indent, indent_size);
@@ -4944,8 +4975,7 @@ static void cube_json_print_leaf(struct cube_json_print *o,
         cube_json_print_add(o, words[value->type], strlen(words[value->type]));
 }
 
-/* One run over the tree; -1 when it cannot be printed, which the first of two
- * runs finds. A container's own brackets stand at the depth of its parent, and
+/* One run over the tree; -1 when it cannot be printed. A container's own brackets stand at the depth of its parent, and
  * the walk has entered it by the time of OPEN: hence the one less. */
 static int cube_json_print_tree(struct cube_json_print *o,
                                 const struct json_value_s *value)
@@ -4978,35 +5008,31 @@ static int cube_json_print_tree(struct cube_json_print *o,
     return 0;
 }
 
-/* Two runs, one to measure and one to write, instead of a buffer that grows:
- * the caller releases one block, and out of memory is known before a byte is
- * written. NULL for a tree that cannot be printed, too. `*out_size` counts the
- * NUL, as upstream does. */
-static void *cube_json_print_all(struct cube_json_print style,
+/* NULL for a tree that cannot be printed, and without memory. `*out_size`
+ * counts the NUL, as upstream does. One run into a block that grows, which is
+ * cut to its size in the end: to measure first takes as long as to write. */
+static void *cube_json_print_all(struct cube_json_print o,
                                  const struct json_value_s *value,
                                  size_t *out_size)
 {
-    struct cube_json_print o = style;
     char *text;
 
-    if (!value || cube_json_print_tree(&o, value))
+    if (!value || cube_json_print_tree(&o, value) ||
+        cube_json_print_room(&o, 1) || o.is_out_of_memory) {
+        CUBE_FREE(o.text);
         return NULL;
-    text = CUBE_MALLOC(o.size + 1);
-    if (!text)
-        return NULL;
-    text[o.size] = 0;
+    }
+    o.text[o.size++] = 0;
     if (out_size)
-        *out_size = o.size + 1;
-    o = style;
-    o.at = text;
-    (void)cube_json_print_tree(&o, value);
-    return text;
+        *out_size = o.size;
+    text = CUBE_REALLOC(o.text, o.size);
+    return text ? text : o.text;
 }
 
 CUBE_UNUSED static void *json_write_minified(const struct json_value_s *value,
                                              size_t *out_size)
 {
-    struct cube_json_print style = {NULL, 0, "", "", ":"};
+    struct cube_json_print style = {"", "", ":", NULL, 0, 0, false};
 
     return cube_json_print_all(style, value, out_size);
 }
@@ -5016,8 +5042,9 @@ CUBE_UNUSED static void *json_write_pretty(const struct json_value_s *value,
                                            const char *newline,
                                            size_t *out_size)
 {
-    struct cube_json_print style = {NULL, 0, indent ? indent : "  ",
-                                    newline ? newline : "\n", " : "};
+    struct cube_json_print style = {indent ? indent : "  ",
+                                    newline ? newline : "\n", " : ", NULL, 0,
+                                    0, false};
 
     return cube_json_print_all(style, value, out_size);
 }
