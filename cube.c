@@ -25817,7 +25817,8 @@ static void cube_worker_touch_all(void *arg)
         cube_unit_touch(cube_unit_of(w, rec));
 }
 
-/* A commit that failed leaves everything as it was: try again in a while. */
+/* A commit that failed leaves everything as it was, whose orders are taken
+ * included: try again in a while. Those who waited for it have been told. */
 static void cube_worker_committed(void *arg, uint64_t commit,
                                   const struct cube_err *err)
 {
@@ -27816,7 +27817,8 @@ static void cube_member_on_reset(struct cube_member *n,
         ((struct cube_report *)value)->is_seen = false;
 }
 
-/* A task of the list, or a change. */
+/* A task of the list, or a change. While the list is not complete nothing is
+ * adopted: cube_member_listed does that, once it is known to be all. */
 static void cube_member_on_task(struct cube_member *n,
                                 struct json_value_s *line)
 {
@@ -28157,7 +28159,9 @@ static void cube_member_dial(void *arg)
     cube_buf_free(&target);
 }
 
-/* A worker at "host:port"; dialled at once. NULL when that is no address. */
+/* A worker at "host:port"; dialled at once. NULL when that is no address. It is
+ * new until it answers, and has as long for that as any other silence may
+ * last. The name must not be there already. */
 static struct cube_member *cube_member_new(struct cube_manager *m,
                                            const char *name,
                                            struct cube_err *err)
@@ -28417,7 +28421,8 @@ static bool cube_promises_look(struct cube_manager *m)
     return p && i == p->count;
 }
 
-/* Adds up what every node has promised. */
+/* Adds up what every node has promised, from nothing: tasks times nodes, once
+ * for each time that something other than a placement has changed. */
 static void cube_promises_add_up(struct cube_manager *m)
 {
     struct cube_promises *p = cube_alloc(sizeof *p);
@@ -28935,7 +28940,9 @@ static void cube_manager_pass(void *arg)
     }
 }
 
-/* A change is on disk: what it asks for can be done now. */
+/* A change is on disk: what it asks for can be done now. Frees the charge of a
+ * record that is gone. What has ended makes room, so the next tick looks at
+ * all who wait. */
 static void cube_manager_changed(void *arg, struct cube_record *rec,
                                  const struct cube_version *before)
 {
@@ -31511,7 +31518,8 @@ static struct cube_store *cube_client_open_part(const struct cube_world *w,
     return NULL;
 }
 
-/* Fetches the copy into a store, and reads that through. */
+/* Fetches the copy into a store, and reads that through. -1 as well when the
+ * stream ended well, but before the frame that says: this was all. */
 static int cube_client_fetch_copy(struct cube_client *c, struct cube_store *s,
                                   uint64_t *records, struct cube_err *err)
 {
@@ -31553,6 +31561,14 @@ static int cube_client_put_in_place(const struct cube_world *w,
                  : 0;
 }
 
+/*
+ * 1. Is FILE free to be written? Said at once, before anything is fetched.
+ * 2. Take FILE.part, and with it its lock.
+ * 3. Fetch, commit, compact, and read all of it through.
+ * 4. Ask 1 again, since that took a while; then rename, and sync the directory.
+ * A failure at any step removes FILE.part. FILE is whole all the time: what it
+ * was, or the copy.
+ */
 CUBE_API int cube_client_backup(struct cube_client *c, const char *path,
                                 bool is_replacing, uint64_t *records,
                                 struct cube_err *err)
