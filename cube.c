@@ -4883,6 +4883,7 @@ static int cube_json_print_room(struct cube_json_print *o, size_t more)
     return 0;
 }
 
+/* What finds no room is left out; it is told at the end, once. */
 static inline void cube_json_print_add(struct cube_json_print *o,
                                        const void *p, size_t size)
 {
@@ -4975,8 +4976,9 @@ static void cube_json_print_leaf(struct cube_json_print *o,
         cube_json_print_add(o, words[value->type], strlen(words[value->type]));
 }
 
-/* One run over the tree; -1 when it cannot be printed. A container's own brackets stand at the depth of its parent, and
- * the walk has entered it by the time of OPEN: hence the one less. */
+/* One run over the tree; -1 when it cannot be printed. A container's own
+ * brackets stand at the depth of its parent, and the walk has entered it by the
+ * time of OPEN: hence the one less. */
 static int cube_json_print_tree(struct cube_json_print *o,
                                 const struct json_value_s *value)
 {
@@ -7992,7 +7994,7 @@ struct cube_store {
     struct cube_store_roots *pending; /* a checkpoint that is written, */
     uint64_t pending_end;             /* and on disk once all to here is */
     struct cube_store_comp *comp;
-    struct cube_store_file *old; /* replaced, and still to be trimmed; or NULL */
+    struct cube_store_file *old; /* replaced, still to be trimmed; or NULL */
     uint64_t retry_at; /* no compaction before the file ends here, */
     int64_t retry_ms;  /* nor before this time */
 
