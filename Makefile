@@ -50,7 +50,7 @@ fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
 benches  := $(or $(wildcard tools/bench), \
               $(filter-out %.c,$(wildcard tools/bench_*)))
 
-.PHONY: all test sim build-tests asan valgrind crash fuzz bench bench-store \
+.PHONY: all test sim sim-mutants build-tests asan valgrind crash fuzz bench bench-store \
         lint single static install clean help demo
 .DELETE_ON_ERROR:
 
@@ -102,6 +102,12 @@ test:                           ## run all suites (TESTS="a b" for some)
 sim: $(BUILD)/tests/sim         ## simulated clusters: SEED=n, or N=n of them
 	@$< $(if $(SEED),-s $(SEED) $(if $(FAULTS),-k $(FAULTS)), \
 	    $(if $(N),-n $(N)) $(if $(FROM),-f $(FROM)))
+
+# Each mutant must fail one of MUTANT_SEEDS seeds.
+MUTANT_SEEDS ?= 2000
+sim-mutants:                    ## what the simulator catches of tests/mutants
+	@TIMEOUT=1800 tools/mutants run sh -c '$(CC) $(BASE) -w -O1 \
+	    -o sim tests/sim.c && ./sim -x -n $(MUTANT_SEEDS)'
 
 asan:                           ## the same under ASan and UBSan
 	@UBSAN_OPTIONS=print_stacktrace=1 $(MAKE) --no-print-directory test \

@@ -5,6 +5,7 @@
  *
  *     build/tests/sim                    the suite: SIM_SEEDS seeds (300)
  *     build/tests/sim -n 500 [-f 1000]   so many seeds [from that one on]
+ *     build/tests/sim -x -n 500          until one of them fails
  *     build/tests/sim -s 42              one seed, with its trace
  *     build/tests/sim -s 42 -k 3,7       with these faults of its plan alone
  *     build/tests/sim -s 42 -k -         with none of them
@@ -249,7 +250,8 @@ static void sim_report(const char *program, const struct sim_outcome *bad,
         if (keep.list[i])
             printf("  fault %d: %s on host %d, %.3f s to %.3f s\n", i,
                    sim_fault_rows[f->kind].name, f->host,
-                   (double)f->at_us / 1e6, (double)(f->at_us + f->for_us) / 1e6);
+                   (double)f->at_us / 1e6, (double)(f->at_us + f->for_us) /
+                       1e6);
     }
     printf("  shorter: %s -s %llu -k ", program,
            (unsigned long long)bad->seed);
@@ -337,8 +339,20 @@ static bool sim_job_read(struct sim_job *j, struct sim_sum *sum, uint64_t end,
     return true;
 }
 
+/* Ends the children. */
+static void sim_stop_many(const struct sim_job *list, int jobs)
+{
+    for (int i = 0; i < jobs; i++) {
+        if (list[i].pid <= 0)
+            continue;
+        (void)kill(list[i].pid, SIGKILL);
+        (void)waitpid(list[i].pid, NULL, 0);
+        close(list[i].in);
+    }
+}
+
 static void sim_run_many(uint64_t first, uint64_t count, int jobs,
-                         struct sim_sum *sum)
+                         bool until_bad, struct sim_sum *sum)
 {
     struct sim_keep keep = {.is_all = true};
     struct sim_job list[SIM_CHILDREN];
@@ -352,6 +366,10 @@ static void sim_run_many(uint64_t first, uint64_t count, int jobs,
                            &keep);
     }
     while (open > 0) {
+        if (until_bad && sum->failed > 0) {
+            sim_stop_many(list, jobs);
+            return;
+        }
         open = 0;
         for (int i = 0; i < jobs; i++) {
             fds[i].fd = list[i].pid > 0 ? list[i].in : -1;
@@ -407,16 +425,20 @@ static long sim_clock_ms(void)
 }
 
 static int sim_many(const char *program, uint64_t first, uint64_t count,
-                    int jobs, bool is_suite)
+                    int jobs, bool is_suite, bool until_bad)
 {
     struct sim_sum *sum = room_new(sizeof *sum);
     long begin = sim_clock_ms();
     int zeros, bad;
 
-    sim_run_many(first, count, jobs, sum);
+    sim_run_many(first, count, jobs, until_bad, sum);
+    if (until_bad && sum->failed > 0)
+        printf("%.40s: seed %llu, the %ldth: %.500s\n", sum->bad[0].broken,
+               (unsigned long long)sum->bad[0].seed,
+               sum->passed + sum->failed, sum->bad[0].words);
     zeros = sim_print_sum(sum, sim_clock_ms() - begin);
     for (int i = 0; i < sum->failed && i < SIM_SHOWN; i++)
-        sim_report(program, &sum->bad[i], i < SIM_SHRUNK);
+        sim_report(program, &sum->bad[i], !until_bad && i < SIM_SHRUNK);
     if (sum->failed > SIM_SHOWN)
         printf("and %ld more seeds failed\n", sum->failed - SIM_SHOWN);
     if (is_suite && zeros > 0)
@@ -453,9 +475,10 @@ int main(int argc, char **argv)
     const char *seeds = getenv("SIM_SEEDS"), *jobs = getenv("SIM_JOBS");
     const char *one = NULL, *kept = NULL, *count = NULL, *first = "1";
     int workers = jobs ? atoi(jobs) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    bool until_bad = false;
     int option;
 
-    while ((option = getopt(argc, argv, "s:k:n:f:j:")) > 0) {
+    while ((option = getopt(argc, argv, "s:k:n:f:j:x")) > 0) {
         if (option == 's')
             one = optarg;
         else if (option == 'k')
@@ -464,6 +487,8 @@ int main(int argc, char **argv)
             count = optarg;
         else if (option == 'f')
             first = optarg;
+        else if (option == 'x')
+            until_bad = true;
         else if (option == 'j')
             workers = atoi(optarg);
         else
@@ -477,5 +502,5 @@ int main(int argc, char **argv)
                     strtoull(count   ? count
                              : seeds ? seeds
                                      : SIM_SUITE, NULL, 0),
-                    workers, !count);
+                    workers, !count, until_bad);
 }
