@@ -50,8 +50,8 @@ fuzzers  := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/fuzz_*.c))
 benches  := $(or $(wildcard tools/bench), \
               $(filter-out %.c,$(wildcard tools/bench_*)))
 
-.PHONY: all test sim sim-mutants build-tests asan valgrind crash fuzz bench bench-store \
-        lint single static install clean help demo
+.PHONY: all test sim sim-mutants build-tests asan valgrind crash fuzz bench \
+        bench-store lint single static install clean help demo
 .DELETE_ON_ERROR:
 
 all: $(examples)                ## build examples/cube and the other examples
@@ -85,7 +85,7 @@ $(BUILD)/fuzz_%: tests/fuzz_%.c
 	    -o $@ $< $(LINK)
 
 # Suites that measure times, or restart an engine, and so run by themselves.
-alone    := faults.py disturb.py partition.py
+alone    := sim faults.py disturb.py partition.py
 # Scripts that look at sources and compilers, not at what was built here.
 compiling := tests/build.py tests/layers.py
 

@@ -6,6 +6,7 @@
 
 #define SIM_TICK_US (ROOM_SEC / 4)
 #define SIM_TWIN_US (5 * ROOM_SEC)
+#define SIM_SILENT_US (8 * ROOM_SEC) /* 5 s, the tick, and a sign on its way */
 #define SIM_GRACE_US (11 * ROOM_SEC) /* a container that is deaf to SIGTERM */
 #define SIM_ODD_US (15 * ROOM_SEC)   /* an engine is trusted again after it */
 #define SIM_RESTARTS 3
@@ -154,6 +155,39 @@ static void sim_note_fine(struct sim *s)
         if (s->trouble[i] > 0 || !d->proc->is_up ||
             (i > 0 && !s->nodes[i - 1].engine->server))
             s->fine_us[i] = s->room.now_us;
+    }
+}
+
+/* Can this node give a sign of life, for all that is known here? */
+static bool sim_is_heard(struct sim *s, int host)
+{
+    const struct room_proc *p = s->nodes[host - 1].worker.proc;
+
+    return p->is_up && !p->is_stopped && !s->room.links[host][0].barred;
+}
+
+/* A manager that is well gives up a node that nothing can have come from. */
+static void sim_watch_lost(struct sim *s)
+{
+    int64_t now = s->room.now_us;
+
+    for (int i = 1; i <= SIM_NODES; i++) {
+        char name[20];
+        struct cube_member *n;
+        int64_t since = s->fine_us[0];
+
+        if (sim_is_heard(s, i))
+            s->heard_us[i] = now;
+        if (since < s->heard_us[i])
+            since = s->heard_us[i];
+        if (!s->manager.manager || now - since < SIM_SILENT_US)
+            continue;
+        (void)snprintf(name, sizeof name, "w%d:5556", i);
+        n = cube_manager_member(s->manager.manager, name);
+        sim_check(s, SIM_CHECK_LOST);
+        if (n && n->state == CUBE_NODE_UP)
+            SIM_BREAK(s, SIM_CHECK_LOST, "w%d is up, %.1f s after its last",
+                      i, (double)(now - since) / 1e6);
     }
 }
 
@@ -413,6 +447,7 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
 
     sim_note_fine(s);
     sim_count_running(s);
+    sim_watch_lost(s);
     for (int i = 0; i < s->history->count; i++) {
         struct sim_task *t = s->history->tasks[i];
 

@@ -97,6 +97,7 @@ enum {
     SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
     SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
     SIM_CHECK_FIRST, SIM_CHECK_BACK, SIM_CHECK_EPOCH, SIM_CHECK_CAUSE,
+    SIM_CHECK_LOST,
     SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
     SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
     SIM_CHECK_STREAMS, SIM_CHECKS
@@ -118,6 +119,7 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "no worker goes back to an older attempt",
     "each start of a manager has a higher epoch",
     "no task leaves its node without a cause",
+    "a node without a sign of life is lost",
     "what should run runs exactly once",
     "it has the ports it asked for",
     "its node has room for it",
@@ -159,8 +161,9 @@ static const char *sim_command(struct sim *s, struct sim_task *t, char *out,
         break;
     case SIM_PORTED:
     case SIM_HEALTHY:
-        t->port = (t->kind == SIM_HEALTHY ? 9000 + t->number
-                                          : 8000 + (int)room_below(&s->room, 4));
+        t->port = t->kind == SIM_HEALTHY
+                      ? 9000 + t->number
+                      : 8000 + (int)room_below(&s->room, 4);
         (void)snprintf(out, size, ",\"ExposedPorts\":{\"80/tcp\":{}},"
                        "\"PortBindings\":{\"80/tcp\":\"%d\"}%s", t->port,
                        t->kind == SIM_HEALTHY ? ",\"HealthCheck\":\"/health\""

@@ -53,6 +53,7 @@ struct sim {
     int trouble[ROOM_HOSTS];  /* faults that hit a host just now */
     int odd[ROOM_HOSTS];      /* of these: of its engine, clock, or power */
     int64_t odd_us[ROOM_HOSTS]; /* the last of them was on then */
+    int64_t heard_us[ROOM_HOSTS]; /* the manager could hear it then */
     int64_t fine_us[ROOM_HOSTS]; /* none since then, and all is up */
     int64_t epoch, epoch_us;  /* the manager's last, which started then */
     int64_t awake_us;         /* its last fault that was more than sleep */

@@ -685,8 +685,9 @@ static int room_accept(void *ctx, int fd, struct cube_addr *peer)
     return room_fd_new(p, ROOM_END, e);
 }
 
-static struct room_conn *room_conn_new(struct room_proc *p, struct room_host *to,
-                                     const struct cube_addr *addr)
+static struct room_conn *room_conn_new(struct room_proc *p,
+                                       struct room_host *to,
+                                       const struct cube_addr *addr)
 {
     struct room_conn *c = room_new(sizeof *c);
     struct room *s = p->room;
@@ -1632,13 +1633,14 @@ static int room_pid_signal(void *ctx, int fd, int number)
 }
 
 static const struct cube_world room_table = {
-    NULL, room_now_ms, room_wall_ns, room_fill, room_env, room_uid, room_listen,
-    room_accept, room_connect, room_connected, room_local_addr, room_recv, room_send,
-    room_shut, room_close, room_poll_open, room_poll_close, room_poll_fd,
-    room_poll_add, room_poll_add, room_poll_remove, room_poll_wait, room_poll_wake,
-    room_job_start, room_job_cancel, room_open, room_pread, room_pwrite,
-    room_truncate, room_size, room_sync, room_sync_dir, room_lock, room_rename,
-    room_unlink, room_mkdir, room_rmdir, room_list, room_space, room_spawn,
+    NULL, room_now_ms, room_wall_ns, room_fill, room_env, room_uid,
+    room_listen, room_accept, room_connect, room_connected, room_local_addr,
+    room_recv, room_send, room_shut, room_close, room_poll_open,
+    room_poll_close, room_poll_fd, room_poll_add, room_poll_add,
+    room_poll_remove, room_poll_wait, room_poll_wake, room_job_start,
+    room_job_cancel, room_open, room_pread, room_pwrite, room_truncate,
+    room_size, room_sync, room_sync_dir, room_lock, room_rename, room_unlink,
+    room_mkdir, room_rmdir, room_list, room_space, room_spawn,
     room_lock_owner, room_pid_open, room_pid_signal, room_close
 };
 
