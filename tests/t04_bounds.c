@@ -286,3 +286,25 @@ TEST(opening_reads_no_more_of_a_large_store_than_of_a_small_one)
     }
     disk_free(&after);
 }
+
+/* It once wrote all of the file again, as if nothing of it were on disk. */
+TEST(opening_after_a_compaction_does_not_write_the_file_again)
+{
+    static struct disk d;
+    static char val[1000];
+    struct cube_store *s;
+    int calls;
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    for (uint32_t k = 0; k < 3000; k++)
+        CHECK_INT(cube_store_put(s, "t", &k, 4, val, sizeof val, NULL), 0);
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    cube_store_close(s);
+    calls = d.calls;
+    s = must_open(&d.world, "t");
+    CHECK(d.calls - calls < 40);
+    cube_store_close(s);
+    disk_free(&d);
+}

@@ -52,9 +52,9 @@ static void small_make(struct small *f, int compact_at)
                               : cube_store_compact(s, NULL), 0);
         if (i == compact_at) {
             cube_store_stats(s, &stats);
+            f->first = stats.used_bytes - CUBE_STORE_HEAD; /* but the mark */
             for (int j = 0; j <= i + 1; j++)
-                f->ends[j] = stats.used_bytes;
-            f->first = stats.used_bytes;
+                f->ends[j] = f->first;
         }
     }
     cube_buf_add(&f->bytes, disk_file(&d, "t")->now.data,

@@ -727,7 +727,7 @@ static void load(const struct engine *e, uint64_t n, size_t cache)
 
         key_of(i, key);
         e->put(is_in_order ? sorted[i] : key);
-        if (i % 1000 == 999)
+        if (i % 100 == 99)
             e->commit();
     }
     e->commit();
