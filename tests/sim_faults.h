@@ -403,9 +403,11 @@ static void sim_fault_event(struct room *r, void *arg, int64_t number)
 
     f->is_on = number % 2 == 0;
     s->trouble[f->host] += f->is_on ? 1 : -1;
+    /* A clock that jumped stays odd: a run that it hit may seem to have been
+     * long, which earns a new budget of restarts. */
     if (f->kind == SIM_F_POWER ||
         (f->kind >= SIM_F_CLOCK && f->kind <= SIM_F_E_SICK))
-        s->odd[f->host] += f->is_on ? 1 : -1;
+        s->odd[f->host] += f->is_on ? 1 : f->kind == SIM_F_CLOCK ? 0 : -1;
     s->odd_us[f->host] = r->now_us;
     s->fault_counts[f->kind] += f->is_on;
     room_say(r, sim_fault_host(s, f->host)->name, "%s: fault %d, %s%s",
