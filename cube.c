@@ -5526,6 +5526,15 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *   B  a batch: the changes of one commit     P  pages of trees
  *   R  roots: where each named tree begins    0  zeros, laid out ahead
  *
+ * tools/storedump prints a file in these words. Of one with two keys that was
+ * compacted, and then got a third:
+ *
+ *      64 P pages: 23 bytes               the leaf of a and bc, at 128
+ *     160 R roots: 88 bytes               one tree, its root page 128+23
+ *     320 B batch: 0 bytes, synced to 320   a mark: all before is on disk
+ *     384 B batch: 6 bytes                put d = 4
+ *     464 end of the records              zeros follow
+ *
  * A tree is never changed but copied: a changed leaf is written anew, and so
  * are its parents, up to the root; all else is shared with the tree before.
  *
