@@ -312,6 +312,29 @@ TEST(bytes_are_as_drawn)
     cube_store_close(s);
 }
 
+TEST(file_of_the_essay_is_as_drawn)
+{
+    static const struct { uint64_t at; char kind; uint32_t len; } want[] = {
+        {64, 'P', 23}, {160, 'R', 88}, {320, 'B', 0}, {384, 'B', 6}};
+    struct cube_store *s = must_open(NULL, test_path());
+    struct cube_store_rec rec;
+
+    put(s, "a", "1");
+    put(s, "bc", "xyz");
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    CHECK_UINT(s->view.roots->trees[0].root.at, 128);
+    put(s, "d", "4");
+    commit(s);
+    for (size_t i = 0; i < COUNT(want); i++) {
+        REQUIRE(cube_store_rec_head(s->file, want[i].at, &rec, NULL) == 1);
+        CHECK_INT(rec.kind, want[i].kind);
+        CHECK_UINT(rec.len, want[i].len);
+    }
+    CHECK_UINT(s->file->end, 464);
+    cube_store_close(s);
+}
+
 TEST(instruction_and_tables_give_the_same_checksum)
 {
     struct cube_store_crc fast, slow;
