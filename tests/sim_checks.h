@@ -583,7 +583,7 @@ static void sim_look_backoff(struct sim *s, struct sim_look *l,
     int64_t due_ns = cube_time_to_ns(&t->restart_time);
     int64_t left_ns;
 
-    if (node < 0)
+    if (node < 0 || s->odd[node + 1] > 0) /* its clock has jumped since */
         return;
     left_ns = due_ns - (ROOM_SINCE_NS + s->room.now_us * 1000 +
                         s->nodes[node].host->wall_ns);
