@@ -5526,15 +5526,6 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *   B  a batch: the changes of one commit     P  pages of trees
  *   R  roots: where each named tree begins    0  zeros, laid out ahead
  *
- * tools/storedump prints a file in these words. Of one with two keys that was
- * compacted, and then got a third:
- *
- *      64 P pages: 23 bytes               the leaf of a and bc, at 128
- *     160 R roots: 88 bytes               one tree, its root page 128+23
- *     320 B batch: 0 bytes, synced to 320   a mark: all before is on disk
- *     384 B batch: 6 bytes                put d = 4
- *     464 end of the records              zeros follow
- *
  * A tree is never changed but copied: a changed leaf is written anew, and so
  * are its parents, up to the root; all else is shared with the tree before.
  *
@@ -5564,10 +5555,9 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *
  * What is paid: the file grows with each change. When it is 7/4 as long as
  * what lives, a compaction copies that to a new file, in slices, beside the
- * commits: at a steady load of overwrites four bytes are copied for three that
- * are put. Keys at random cost more, since each merge copies every leaf that a
- * key falls into; a million of them, loaded one after another, wrote 6 bytes
- * for each of theirs. Keys that come in order fill pages, and copy none.
+ * commits: four bytes for three that a steady load of overwrites puts. Keys at
+ * random cost more, since a merge copies each leaf that one falls into (a
+ * million of them took 6 bytes for each of theirs); keys in order copy none.
  *
  * What always holds:
  *   - a record, once synced, never changes; files are replaced by rename;
@@ -5587,10 +5577,19 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  * the one that readers see. When the overlay is full it is frozen, and
  * cube_store_slice merges it into the trees, and later copies them.
  *
- * Naive on purpose: one writer, one thread, at most 32 trees, neighbours joined
- * only when rewritten, an overlay that walks backwards by searching. For
- * queries, several writing processes or values of gigabytes take SQLite; to
- * share reads between processes take LMDB.
+ * Naive on purpose: one writer, one thread, 32 trees, neighbours joined only
+ * when rewritten, an overlay that walks backwards by searching. For queries,
+ * several writing processes or values of gigabytes take SQLite; to share reads
+ * between processes LMDB. */
+
+/* A real file, as tools/storedump prints it in the words above: one with two
+ * keys that was compacted, and then got a third.
+ *
+ *      64 P pages: 23 bytes               the leaf of a and bc, at 128
+ *     160 R roots: 88 bytes               one tree, its root page 128+23
+ *     320 B batch: 0 bytes, synced to 320   a mark: all before is on disk
+ *     384 B batch: 6 bytes                put d = 4
+ *     464 end of the records              zeros follow
  */
 
 /* ---- Sizes ---- */
