@@ -60,6 +60,7 @@ static void sim_box_failed(struct sim *s, struct sim_task *t,
 
     if (!strcmp(t->policy, "always") || !strcmp(t->policy, "unless-stopped") ||
         !b->e->server || s->odd[host] > 0 ||
+        t->remove_us > 0 || /* what was removed may be submitted anew */
         s->room.now_us - s->odd_us[host] < SIM_ODD_US)
         return;
     sim_check(s, SIM_CHECK_BUDGET);
