@@ -25168,6 +25168,7 @@ struct cube_unit {
     bool is_starting;              /* and it is a start */
     bool is_stirred;               /* the engine spoke of it meanwhile */
     int64_t attempt;               /* that the last start was for */
+    int64_t began_ms;              /* when that ended; 0: no start of ours */
     bool is_ahead;                 /* of the list that is under way */
     struct cube_timer rest;        /* after a step that was refused */
     bool is_due;                   /* its time to be started again has come */
@@ -25338,6 +25339,18 @@ static void cube_version_fail(struct cube_worker *w, struct cube_version *v,
     cube_version_plan(w, v);
 }
 
+/* Has what ended run for so long that it has earned a new budget? Wall clocks,
+ * the engine's too, can jump: what this worker has started must have run for
+ * as long by the clock that does not. */
+static bool cube_unit_was_long(const struct cube_unit *u, int64_t ran_ns)
+{
+    const struct cube_world *world = u->worker->world;
+
+    return ran_ns >= CUBE_LONG_RUN_MS * INT64_C(1000000) &&
+           (u->began_ms == 0 ||
+            world->now_ms(world->ctx) - u->began_ms >= CUBE_LONG_RUN_MS);
+}
+
 /* The same as a change of the record on its own, for what did not end by an
  * exit: it never started, is sick, or its container is gone. What has run for
  * long has earned a new budget, however it came to its end. */
@@ -25348,8 +25361,7 @@ static void cube_unit_fail(struct cube_unit *u, const char *words)
     int64_t since = cube_time_to_ns(&v->task->start_time);
 
     if (v->task->state == CUBE_RUNNING &&
-        w->world->wall_ns(w->world->ctx) - since >=
-            CUBE_LONG_RUN_MS * 1000000LL)
+        cube_unit_was_long(u, w->world->wall_ns(w->world->ctx) - since))
         v->keep.restarts = 0;
     cube_version_fail(w, v, words);
     cube_record_stage(w->ledger, u->rec);
@@ -25423,10 +25435,13 @@ static void cube_unit_started(void *arg, const struct cube_container *box,
 {
     struct cube_unit *u = arg;
     const struct cube_task *t = cube_record_latest(u->rec)->task;
+    const struct cube_world *world = u->worker->world;
 
     cube_timer_clear(u->worker->loop, &u->progress_timer);
-    if (box)
+    if (box) {
         cube_unit_set_box(u, box);
+        u->began_ms = world->now_ms(world->ctx);
+    }
     if (err && cube_runtime_is_trouble(err))
         cube_unit_explain(u, err->text);
     else if (err && err->code != CUBE_ECANCELED && t->attempt == u->attempt)
@@ -25592,8 +25607,8 @@ static void cube_unit_record_exit(struct cube_unit *u)
     cube_task_set(&t->container_id, box->id);
     if (cube_time_is_set(&box->started))
         t->start_time = box->started;
-    if (cube_time_to_ns(&box->finished) - cube_time_to_ns(&t->start_time) >=
-        CUBE_LONG_RUN_MS * 1000000LL)
+    if (cube_unit_was_long(u, cube_time_to_ns(&box->finished) -
+                                  cube_time_to_ns(&t->start_time)))
         v->keep.restarts = 0;
     cube_unit_exit_words(box, &words);
     cube_version_fail(w, v, words.data);

@@ -8,6 +8,7 @@
 struct jump_world {
     struct cube_world table; /* pass &this->table; its ctx is this struct */
     int64_t now_ms;
+    int64_t ahead_ns;        /* what somebody added to the wall clock */
     int jobs;                /* under way */
     int full;                /* this errno value ends each write to a file */
     int refused;             /* writes that ended so */
@@ -23,7 +24,9 @@ static int64_t jump_now_ms(void *ctx)
 
 static int64_t jump_wall_ns(void *ctx)
 {
-    return JUMP_SINCE_NS + ((struct jump_world *)ctx)->now_ms * 1000000;
+    const struct jump_world *w = ctx;
+
+    return JUMP_SINCE_NS + w->now_ms * 1000000 + w->ahead_ns;
 }
 
 static int jump_job_start(void *ctx, struct cube_poll *p, struct cube_job *job)

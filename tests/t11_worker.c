@@ -234,6 +234,25 @@ TEST(ten_minutes_of_running_earn_a_new_budget)
     cluster_close(&k);
 }
 
+TEST(a_wall_clock_that_jumps_ahead_earns_nothing)
+{
+    struct cluster k;
+
+    worker_open(&k);
+    order(&k, C1, 1, 1, "");
+    for (int i = 0; i < 4; i++) {
+        CHECK(await(&k, CUBE_RUNNING, 20000));
+        k.world.ahead_ns += INT64_C(3600) * 1000000000;
+        cluster_run(&k, 1000);
+        fake_exit(k.runtimes[0], A, 1);
+        cluster_run(&k, 500);
+    }
+    cluster_run(&k, 60000);
+    CHECK(await(&k, CUBE_FAILED, 1000));
+    CHECK_INT(k.engines[0].made, 4);
+    cluster_close(&k);
+}
+
 TEST(a_container_removed_by_hand_is_started_again)
 {
     struct cluster k;
