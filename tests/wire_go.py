@@ -92,14 +92,14 @@ class GoManager(Case):
         """The 16 fields first and in order, compact, one newline; Cube's own
         only where they are set."""
         t = self.shell("exec sleep 1000", Name="a", Image="b:latest",
-                       Cpu=0.5, Memory=65536, HealthCheck="/h?a=1&b=<2>",
+                       Cpu=0.5, Memory=8 << 20, HealthCheck="/h?a=1&b=<2>",
                        ExposedPorts={"80/tcp": {}, "443/tcp": {}},
                        StartTime="2025-03-01T10:11:12.120000000+02:00",
                        RestartCount=2)
         body = self.go.call("POST", "/tasks", go.event(t))[2]
         want = (
             '{"ID":"%s","ContainerID":"","Name":"a","State":1,"Image":'
-            '"b:latest","Cpu":0.5,"Memory":65536,"Disk":0,"HostPorts":null,'
+            '"b:latest","Cpu":0.5,"Memory":8388608,"Disk":0,"HostPorts":null,'
             '"ExposedPorts":{"443/tcp":{},"80/tcp":{}},"PortBindings":null,'
             '"RestartPolicy":"","StartTime":"2025-03-01T10:11:12.12+02:00",'
             '"FinishTime":"0001-01-01T00:00:00Z","HealthCheck":'

@@ -78,7 +78,7 @@ class GoWorker(Case):
 
     def test_a_task_is_delivered_once_and_seen_running(self):
         c = self.go_cluster()
-        task_id = self.submit(c, RestartPolicy="no", Memory=1 << 20)
+        task_id = self.submit(c, RestartPolicy="no", Memory=8 << 20)
         got = c.wait_for(task_id, go.RUNNING)
         post, = self.go[0].posts
         self.assertEqual(list(post["Task"])[:16], TASK_KEYS)
@@ -91,7 +91,7 @@ class GoWorker(Case):
         self.assertEqual(got["Node"], self.go[0].name)
         self.assertNotEqual(got["StartTime"], go.UNSET)
         n, = self.up(c)
-        self.assertEqual((n["TaskCount"], n["MemoryAllocated"]), (1, 1024))
+        self.assertEqual((n["TaskCount"], n["MemoryAllocated"]), (1, 8192))
 
     def test_a_worker_that_takes_its_time_is_not_told_twice(self):
         """It takes one order from its queue in ten seconds (here three), and
