@@ -27282,15 +27282,6 @@ static void cube_charge_free(struct cube_charge *c)
     cube_free(c);
 }
 
-/* Has the task of that ID looked at, if there is one. */
-static void cube_manager_touch(struct cube_manager *m, const char *id)
-{
-    struct cube_record *rec = cube_ledger_find(m->ledger, id);
-
-    if (rec)
-        cube_charge_touch(cube_charge_of(m, rec));
-}
-
 /* Has every task looked at: something changed that may concern all. */
 static void cube_manager_touch_all(struct cube_manager *m)
 {
@@ -27314,6 +27305,31 @@ static bool cube_task_holds(const struct cube_task *t, const char *node)
 {
     return !cube_task_is_finished(t) && t->state != CUBE_PENDING &&
            strcmp(t->node, node) == 0;
+}
+
+/* Does it run, or is it about to? One whose stop is wished does not count: it
+ * is on its way out. */
+static bool cube_task_is_active(const struct cube_task *t)
+{
+    return !cube_task_is_finished(t) && t->wanted != CUBE_WANT_STOP;
+}
+
+/* A lost node that is back may still run a task that waits for another one. */
+static bool cube_member_still_runs(struct cube_member *n,
+                                   const struct cube_task *t)
+{
+    const struct cube_report *r =
+        n->state == CUBE_NODE_UP ? cube_map_get(&n->reports, t->id) : NULL;
+
+    return r && t->state == CUBE_PENDING && strcmp(t->node, n->name) == 0 &&
+           r->task->attempt == t->attempt && cube_task_is_active(r->task);
+}
+
+/* A task counts for this node by its record, or since it was found there: the
+ * others that wait must not be given its room before its record says so. */
+static bool cube_member_holds(struct cube_member *n, const struct cube_task *t)
+{
+    return cube_task_holds(t, n->name) || cube_member_still_runs(n, t);
 }
 
 /* They are added up anew when they are needed next. */
@@ -27340,7 +27356,7 @@ static void cube_promises_follow(struct cube_manager *m,
     const struct cube_task *t = cube_record_latest(rec)->task;
     size_t at = m->promises ? m->promises->count : 0;
 
-    while (at > 0 && !cube_task_holds(t, m->promises->nodes[at - 1].name))
+    while (at > 0 && !cube_member_holds(m->promises->members[at - 1], t))
         at--;
     if (!m->promises ||
         (at == c->promised &&
@@ -27504,6 +27520,20 @@ static struct cube_report *cube_member_report(struct cube_member *n,
     return n ? cube_map_get(&n->reports, id) : NULL;
 }
 
+/* It says something else of a task, whose record is looked at in this turn. Of
+ * one that waits, what is promised can follow from that. */
+static void cube_member_touch(struct cube_member *n, const char *id)
+{
+    struct cube_manager *m = n->manager;
+    struct cube_record *rec = cube_ledger_find(m->ledger, id);
+
+    if (!rec)
+        return;
+    cube_charge_touch(cube_charge_of(m, rec));
+    if (cube_record_latest(rec)->task->state == CUBE_PENDING)
+        cube_promises_follow(m, rec);
+}
+
 /* The worker does not have that task any more. */
 static void cube_member_drop(struct cube_member *n, const char *id)
 {
@@ -27511,7 +27541,7 @@ static void cube_member_drop(struct cube_member *n, const char *id)
 
     if (r)
         cube_report_free(r);
-    cube_manager_touch(n->manager, id);
+    cube_member_touch(n, id);
 }
 
 /* Forgets all reports, or those that a listing has not shown, unless it is
@@ -27609,7 +27639,7 @@ static void cube_member_print(struct cube_member *n, struct cube_buf *out)
     for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
         const struct cube_task *t = rec->now->task;
 
-        if (!cube_task_holds(t, n->name))
+        if (!cube_member_holds(n, t))
             continue;
         mem += t->mem_bytes / 1024;
         disk += t->disk_bytes;
@@ -27682,14 +27712,7 @@ static void cube_member_heard(struct cube_member *n, struct cube_task *t)
     r->task = t;
     r->is_seen = true;
     r->is_copied = false;
-    cube_manager_touch(n->manager, t->id);
-}
-
-/* Does it run, or is it about to? One whose stop is wished does not count: it
- * is on its way out. */
-static bool cube_task_is_active(const struct cube_task *t)
-{
-    return !cube_task_is_finished(t) && t->wanted != CUBE_WANT_STOP;
+    cube_member_touch(n, t->id);
 }
 
 /* A task that this manager does not know runs on a worker of its cluster:
@@ -28511,7 +28534,7 @@ static void cube_promises_add_up(struct cube_manager *m)
 
         c->promised = 0;
         for (size_t i = 0; i < p->count; i++) {
-            if (cube_task_holds(t, p->nodes[i].name)) {
+            if (cube_member_holds(p->members[i], t)) {
                 c->promised = i + 1;
                 cube_node_promise(&p->nodes[i], t);
             }
@@ -28845,8 +28868,7 @@ static void cube_charge_keep_running(struct cube_charge *c,
 {
     const struct cube_task *t = c->rec->now->task;
 
-    if (t->state == CUBE_PENDING && r && n->is_listed &&
-        r->task->attempt == t->attempt && cube_task_is_active(r->task))
+    if (n && n->is_listed && cube_member_still_runs(n, t))
         cube_charge_catch_up(c, n, r->task); /* back before it was moved */
     else if (t->state == CUBE_PENDING)
         cube_charge_schedule(c);
@@ -30124,7 +30146,7 @@ static void cube_manager_forget(void *arg, struct cube_http_req *req)
     }
     for (size_t at = 0; n->state == CUBE_NODE_UP &&
                         (rec = cube_ledger_next(m->ledger, &at));) {
-        if (!cube_task_holds(rec->now->task, name))
+        if (!cube_member_holds(n, rec->now->task))
             continue;
         cube_http_reply_error(req, 409, "node %s is up and runs task %s: stop "
                               "its tasks, and then the worker, first", name,

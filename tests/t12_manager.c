@@ -5,6 +5,7 @@
 
 #define A "aaaaaaaa-0000-4000-8000-000000000001"
 #define B "bbbbbbbb-0000-4000-8000-000000000002"
+#define C "cccccccc-0000-4000-8000-000000000003"
 #define TASK_A "{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":\"nginx\"}"
 #define TASK_B "{\"ID\":\"" B "\",\"Name\":\"web\",\"Image\":\"nginx\"}"
 
@@ -181,6 +182,42 @@ TEST(a_task_that_fits_nowhere_waits_with_reasons_and_runs_when_it_fits)
     cube_task_free(t);
     ask(&k, "DELETE", "/tasks/" A, NULL);
     CHECK(cluster_await(&k, B, CUBE_RUNNING, 5000));
+    cluster_close(&k);
+}
+
+/* A node was lost and came back. Of its tasks, which by then waited for another
+ * one, each was found there again; but one that had waited before them, for
+ * room that they had, was looked at first, and was given that room. */
+TEST(the_room_of_tasks_that_are_found_on_a_node_again_is_given_to_nobody)
+{
+    struct cluster k;
+    struct cube_task *t;
+
+    cluster_open(&k, 1);
+    ask(&k, "POST", "/tasks", "{\"ID\":\"" A "\",\"Name\":\"web\",\"Image\":"
+        "\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}");
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    ask(&k, "POST", "/tasks", "{\"ID\":\"" B "\",\"Name\":\"both\",\"Image\":"
+        "\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\",\"81/tcp\":\"8081\"}}");
+    ask(&k, "POST", "/tasks", "{\"ID\":\"" C "\",\"Name\":\"one\",\"Image\":"
+        "\"nginx\",\"PortBindings\":{\"81/tcp\":\"8081\"}}");
+    CHECK(cluster_await(&k, C, CUBE_RUNNING, 2000));
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK_INT(cluster_state(&k, B), CUBE_PENDING); /* for 8081, now */
+    cluster_worker_down(&k, 0);
+    cluster_run(&k, 7000);
+    CHECK_INT(cluster_state(&k, C), CUBE_PENDING);
+    cluster_worker_up(&k, 0);
+    cluster_run(&k, 5000);
+    t = cluster_task(&k, C);
+    CHECK_INT(t->state, CUBE_RUNNING);
+    CHECK_INT(t->attempt, 1);
+    cube_task_free(t);
+    t = cluster_task(&k, B);
+    CHECK_INT(t->state, CUBE_PENDING);
+    CHECK_INT(t->attempt, 0);
+    cube_task_free(t);
     cluster_close(&k);
 }
 
