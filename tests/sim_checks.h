@@ -242,9 +242,7 @@ static void sim_watch_twins(struct sim *s, struct sim_task *t)
 /* What the manager has in its ledger of what was acknowledged. */
 static void sim_watch_record(struct sim *s, struct sim_task *t)
 {
-    struct cube_record *rec =
-        cube_ledger_find(s->manager.manager->ledger, t->id);
-    const struct cube_version *v = rec ? rec->now : NULL;
+    const struct cube_version *v = t->rec ? t->rec->now : NULL;
 
     if (t->remove_us > 0)
         return;
@@ -317,44 +315,66 @@ static void sim_watch_pace(struct sim *s)
     }
 }
 
-/* A worker's record of an order says that its manager had sent it: then it must
- * be on the manager's disk. */
-static void sim_watch_orders(struct sim *s, struct cube_worker *w)
+/* The manager's records of the tasks, found in one walk. */
+static void sim_watch_ledger(struct sim *s)
 {
+    struct cube_ledger *g = s->manager.manager->ledger;
     struct cube_record *rec;
 
-    for (size_t at = 0; (rec = cube_ledger_next(w->ledger, &at));) {
-        struct cube_record *of =
-            cube_ledger_find(s->manager.manager->ledger, rec->id);
-        int64_t attempt;
+    for (int i = 0; i < s->history->count; i++)
+        s->history->tasks[i]->rec = NULL;
+    for (size_t at = 0; (rec = cube_ledger_next(g, &at));) {
+        struct sim_task *t = sim_task_find(s, rec->id);
 
-        if (!of || !of->now || of->now->is_gone)
-            continue;
-        sim_check(s, SIM_CHECK_FIRST);
-        attempt = cube_record_latest(rec)->task->attempt;
-        if (of->now->task->attempt < attempt)
-            SIM_BREAK(s, SIM_CHECK_FIRST, "%s has attempt %d of %s, the "
-                      "manager %d", w->name, (int)attempt, rec->id,
-                      (int)of->now->task->attempt);
+        if (t)
+            t->rec = rec;
     }
 }
 
-/* What a worker has once, no order of older days may bring back. */
-static void sim_watch_attempts(struct sim *s, struct sim_task *t)
+/* A worker's record of an order says that its manager had sent it: then it must
+ * be on the manager's disk. */
+static void sim_watch_order(struct sim *s, const struct cube_worker *w,
+                            struct cube_record *rec, const struct sim_task *t)
 {
-    for (int i = 0; i < SIM_NODES; i++) {
-        struct cube_worker *w = s->nodes[i].worker.worker;
-        struct cube_record *rec = w ? cube_ledger_find(w->ledger, t->id)
-                                    : NULL;
+    int64_t attempt;
 
-        if (!rec || !rec->now)
+    if (!t->rec || t->rec->now->is_gone)
+        return;
+    sim_check(s, SIM_CHECK_FIRST);
+    attempt = cube_record_latest(rec)->task->attempt;
+    if (t->rec->now->task->attempt < attempt)
+        SIM_BREAK(s, SIM_CHECK_FIRST, "%s has attempt %d of %s, the "
+                  "manager %d", w->name, (int)attempt, rec->id,
+                  (int)t->rec->now->task->attempt);
+}
+
+/* What a worker has once, no order of older days may bring back. */
+static void sim_watch_attempt(struct sim *s, int node,
+                              const struct cube_record *rec,
+                              struct sim_task *t)
+{
+    sim_check(s, SIM_CHECK_BACK);
+    if (rec->now->task->attempt < t->had[node])
+        SIM_BREAK(s, SIM_CHECK_BACK, "t%d was in attempt %d on w%d and is in "
+                  "attempt %d", t->number, (int)t->had[node], node + 1,
+                  (int)rec->now->task->attempt);
+    t->had[node] = rec->now->task->attempt;
+}
+
+static void sim_watch_worker(struct sim *s, int node, bool is_second)
+{
+    struct cube_worker *w = s->nodes[node].worker.worker;
+    struct cube_record *rec;
+
+    for (size_t at = 0; w && (rec = cube_ledger_next(w->ledger, &at));) {
+        struct sim_task *t = sim_task_find(s, rec->id);
+
+        if (!t)
             continue;
-        sim_check(s, SIM_CHECK_BACK);
-        if (rec->now->task->attempt < t->had[i])
-            SIM_BREAK(s, SIM_CHECK_BACK, "t%d was in attempt %d on w%d and is "
-                      "in attempt %d", t->number, (int)t->had[i], i + 1,
-                      (int)rec->now->task->attempt);
-        t->had[i] = rec->now->task->attempt;
+        if (s->manager.manager)
+            sim_watch_order(s, w, rec, t);
+        if (is_second)
+            sim_watch_attempt(s, node, rec, t);
     }
 }
 
@@ -388,9 +408,7 @@ static void sim_watch_sleep(struct sim *s)
  * manager has slept, which is no fault of the node's. */
 static void sim_watch_moves(struct sim *s, struct sim_task *t)
 {
-    struct cube_record *rec =
-        cube_ledger_find(s->manager.manager->ledger, t->id);
-    const struct cube_version *v = rec ? rec->now : NULL;
+    const struct cube_version *v = t->rec ? t->rec->now : NULL;
     int64_t long_ago = sim_long_ago(s);
 
     if (!v)
@@ -449,21 +467,19 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
     sim_note_fine(s);
     sim_count_running(s);
     sim_watch_lost(s);
+    if (s->manager.manager)
+        sim_watch_ledger(s);
     for (int i = 0; i < s->history->count; i++) {
         struct sim_task *t = s->history->tasks[i];
 
         sim_watch_twins(s, t);
-        if (number % 4 == 0)
-            sim_watch_attempts(s, t);
         if (s->manager.manager) {
             sim_watch_record(s, t);
             sim_watch_moves(s, t);
         }
     }
-    for (int i = 0; i < SIM_NODES && s->manager.manager; i++) {
-        if (s->nodes[i].worker.worker)
-            sim_watch_orders(s, s->nodes[i].worker.worker);
-    }
+    for (int i = 0; i < SIM_NODES; i++)
+        sim_watch_worker(s, i, number % 4 == 0);
     sim_watch_manager(s);
     if (number % 4 == 0) {
         sim_watch_pace(s);

@@ -49,11 +49,17 @@ struct sim_task {
     int64_t attempt, moves;   /* at the last look, of the manager's record */
     int node;                 /* and where it was; -1: nowhere */
     int64_t had[SIM_NODES];   /* the attempt on each worker */
+    struct cube_record *rec;  /* the manager's, of this look; NULL: none */
 };
+
+/* All tasks, by number; and by the first byte of their IDs, since they are
+ * looked for all the time: a place is taken by the next that is free. */
+#define SIM_PLACES 256
 
 struct sim_history {
     struct sim_task *tasks[SIM_TASKS];
     int count;
+    struct sim_task *places[SIM_PLACES];
 };
 
 /* What a client has been told of a task by its stream. */
@@ -131,12 +137,25 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "what clients were told is what is",
 };
 
+static int sim_hex(char c)
+{
+    return c >= 'a' ? c - 'a' + 10 : c - '0';
+}
+
+/* Where it is, or where it would be. */
+static struct sim_task **sim_task_place(struct sim_history *h, const char *id)
+{
+    unsigned at = (unsigned)(sim_hex(id[0]) * 16 + sim_hex(id[1]));
+
+    while (h->places[at % SIM_PLACES] &&
+           strcmp(h->places[at % SIM_PLACES]->id, id) != 0)
+        at++;
+    return &h->places[at % SIM_PLACES];
+}
+
 static struct sim_task *sim_task_find(struct sim *s, const char *id)
 {
-    for (int i = 0; i < s->history->count; i++)
-        if (!strcmp(s->history->tasks[i]->id, id))
-            return s->history->tasks[i];
-    return NULL;
+    return *id ? *sim_task_place(s->history, id) : NULL;
 }
 
 /* ---- Tasks ---- */
@@ -199,6 +218,7 @@ static struct sim_task *sim_task_new(struct sim_client *c)
     t->owner = c->number;
     h->tasks[h->count++] = t;
     cube_uuid_new(&c->proc->table, t->id);
+    *sim_task_place(h, t->id) = t;
     t->kind = kinds[room_below(&s->room, COUNT(kinds))];
     t->policy = policies[room_below(&s->room, COUNT(policies))];
     (void)snprintf(t->body, sizeof t->body,
