@@ -37,6 +37,7 @@ struct sim_task {
     int64_t sent_us, acked_us;
     int64_t stop_us, stop_acked_us;
     int64_t remove_us, remove_acked_us;
+    bool may_be_gone;         /* a removal was not answered */
     bool is_asking;           /* a call for it is under way */
     /* for checks.h */
     int starts;               /* of containers */
@@ -328,6 +329,8 @@ static void sim_answered(void *arg, const struct cube_http_answer *w)
              w->err ? w->err->text : "");
     if (sim_answer_is_vague(w)) {
         a->client->silences++;
+        if (a->what == SIM_RM)
+            t->may_be_gone = true;
         free(a);
         return;
     }
@@ -348,10 +351,11 @@ static void sim_answered(void *arg, const struct cube_http_answer *w)
             t->stop_acked_us = now;
         is_odd = w->status != 204;
         break;
-    case SIM_RM: /* 409: it has not ended yet; 404: gone by an earlier one */
+    case SIM_RM: /* 409: it has not ended yet, or is back, by a late submission
+                    behind an earlier one; 404: gone by an earlier one */
         if (w->status == 204 || w->status == 404)
             t->remove_acked_us = now;
-        else
+        else if (!t->may_be_gone)
             t->remove_us = t->remove_acked_us; /* not asked, so far */
         is_odd = w->status != 204 && w->status != 409 && w->status != 404;
         break;
