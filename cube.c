@@ -27095,6 +27095,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
 #define CUBE_AT_ONCE_MS 60000   /* nodes lost within it vanished together */
 #define CUBE_PACED_MS 1000      /* between two moves when many nodes vanish */
+#define CUBE_PACED_ON_MS 2000   /* and when so many are back: lost ones are
+                                   called each second */
 #define CUBE_LINE_MAX (4 << 20) /* of a worker's event */
 #define CUBE_NODES_MAX 10000
 #define CUBE_SWEEP_EVENTS 1000  /* old events removed in one second */
@@ -27124,8 +27126,9 @@ struct cube_manager {
     struct cube_list dirty;         /* charges to reconcile */
     struct cube_defer pass;
     struct cube_timer tick;
-    int64_t last_tick_ms, last_move_ms, last_sweep_ms;
-    bool is_paced;                  /* many nodes vanished at once */
+    int64_t last_tick_ms, last_sweep_ms;
+    int64_t last_leave_ms, last_arrive_ms; /* of tasks that are moved */
+    int64_t paced_ms;               /* moves are paced until then */
     bool has_room;                  /* something changed for those who wait */
     size_t round_at;                /* who is looked at next without cause */
     int64_t pause_ms;               /* no changes of our own before */
@@ -28632,13 +28635,31 @@ static void cube_charge_explain(struct cube_charge *c, const char *why)
     cube_manager_stage(m, c->rec, "it waits for a node");
 }
 
+/* While moves are paced, is it too early for one more? Asked when a task leaves
+ * a lost node, and again when it is placed: the first of many nodes that are
+ * back must not be given what all of them had, and still run. The next tick
+ * looks again. */
+static bool cube_manager_must_wait(const struct cube_manager *m,
+                                   int64_t last_ms)
+{
+    int64_t now = cube_loop_now_ms(m->loop);
+
+    return now < m->paced_ms && now - last_ms < CUBE_PACED_MS;
+}
+
 /* Places a waiting task, or says on its record why it waits. */
 static void cube_charge_schedule(struct cube_charge *c)
 {
+    struct cube_manager *m = c->manager;
+    bool is_move = c->rec->now->task->attempt > 0;
     struct cube_buf why = {0};
-    struct cube_member *n =
-        cube_charge_place(c, c->rec->now->keep.avoid, &why);
+    struct cube_member *n;
 
+    if (is_move && cube_manager_must_wait(m, m->last_arrive_ms))
+        return;
+    n = cube_charge_place(c, c->rec->now->keep.avoid, &why);
+    if (n && is_move)
+        m->last_arrive_ms = cube_loop_now_ms(m->loop);
     if (n)
         cube_charge_assign(c, n, "");
     else
@@ -28713,12 +28734,11 @@ static void cube_charge_schedule(struct cube_charge *c)
 static void cube_charge_displace(struct cube_charge *c, const char *why)
 {
     struct cube_manager *m = c->manager;
-    int64_t now = cube_loop_now_ms(m->loop);
     struct cube_task *t;
 
-    if (m->is_paced && now - m->last_move_ms < CUBE_PACED_MS)
-        return; /* the next tick looks again */
-    m->last_move_ms = now;
+    if (cube_manager_must_wait(m, m->last_leave_ms))
+        return;
+    m->last_leave_ms = cube_loop_now_ms(m->loop);
     t = cube_record_edit(m->ledger, c->rec)->task;
     t->state = CUBE_PENDING;
     cube_task_set(&t->error, why);
@@ -28868,6 +28888,9 @@ static void cube_charge_keep_running(struct cube_charge *c,
 {
     const struct cube_task *t = c->rec->now->task;
 
+    if (t->state == CUBE_PENDING && n && n->state == CUBE_NODE_UP &&
+        !n->is_listed && !n->refusal)
+        return; /* it is back, and about to say whether it runs there */
     if (n && n->is_listed && cube_member_still_runs(n, t))
         cube_charge_catch_up(c, n, r->task); /* back before it was moved */
     else if (t->state == CUBE_PENDING)
@@ -29165,8 +29188,10 @@ static void cube_member_lose(struct cube_member *n)
     cube_manager_log_node(m, n, "it gave no sign of life");
 }
 
-/* Nodes that have been silent for too long are lost; and are so many lost that
- * moves are paced?
+/* Nodes that have been silent for too long are lost; and are so many lost, or
+ * about to be, that moves are paced? Those that vanish together are not lost
+ * in one tick, since their last signs of life were up to a second apart: one
+ * that has been silent for half of that time counts.
  *
  *     lost, of those known     paced     one that has been lost for over a
  *     2 of 3                   no        minute is neither: it belongs to
@@ -29182,19 +29207,23 @@ static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
 
     for (link = m->members.next; link != &m->members; link = link->next) {
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+        bool was_there = !n->is_default || n->has_stats;
+        int64_t silent_ms = now - n->last_sign_ms;
 
-        if (n->state != CUBE_NODE_LOST && !(n->is_default && !n->has_stats) &&
-            now - n->last_sign_ms > m->lost_after_ms) {
+        if (n->state != CUBE_NODE_LOST && was_there &&
+            silent_ms > m->lost_after_ms) {
             cube_member_lose(n);
             has_lost = true;
         }
-        if (n->state == CUBE_NODE_LOST && now - n->last_sign_ms > long_ago_ms)
+        if (n->state == CUBE_NODE_LOST && silent_ms > long_ago_ms)
             continue; /* that one is not part of what happens now */
         known++;
-        lost += n->state == CUBE_NODE_LOST;
+        lost += n->state == CUBE_NODE_LOST ||
+                (was_there && silent_ms > m->lost_after_ms / 2);
     }
-    m->is_paced = lost >= 3 && lost * 2 > known;
-    if (has_lost || m->is_paced)
+    if (lost >= 3 && lost * 2 > known)
+        m->paced_ms = now + CUBE_PACED_ON_MS;
+    if (has_lost || now < m->paced_ms + CUBE_TICK_MS)
         m->has_room = true;
 }
 

@@ -6,7 +6,7 @@
 #include "fake_runtime.h"
 #include "jump_world.h"
 
-#define NODES 3
+#define NODES 5
 
 struct cluster {
     struct jump_world world;
