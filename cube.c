@@ -25076,9 +25076,10 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_BEAT_MS 1000
 #define CUBE_FIRST_BEAT_MS 20               /* to who begins to follow */
 #define CUBE_LOOK_MS 100                    /* before the next try to list, */
-#define CUBE_LOOK_MAX_MS 10000              /* doubled each time up to here */
+#define CUBE_LOOK_MAX_MS 2000               /* doubled each time up to here */
 #define CUBE_LOOK_SOON_MS 50
 #define CUBE_LOOK_SLOW_MS 60000             /* a look without cause */
+#define CUBE_FIND_MS 10000                  /* between searches for a runtime */
 #define CUBE_JOIN_MS 5000
 #define CUBE_SWEEP_MS 30000
 #define CUBE_RETRY_COMMIT_MS 1000
@@ -25286,7 +25287,8 @@ static struct cube_time cube_worker_now(struct cube_worker *w)
 /* ---- The engine in trouble ---- */
 
 /* Nothing is known until the containers have been listed again: in 0.1 s, then
- * at growing intervals, up to 10 s. No unit takes a step meanwhile. */
+ * at growing intervals, up to 2 s, since stops wait for that. No unit takes a
+ * step meanwhile. */
 static void cube_worker_doubt(struct cube_worker *w)
 {
     w->is_listed = false;
@@ -26792,8 +26794,7 @@ static void cube_worker_found(void *arg, struct cube_runtime *rt,
     cube_log(w->loop, rt ? CUBE_INFO : CUBE_ERROR, "runtime: %s",
              rt ? words : err->text);
     if (!rt) { /* the engine that was asked for may come later */
-        cube_timer_set(w->loop, &w->look, CUBE_LOOK_MAX_MS, cube_worker_find,
-                       w);
+        cube_timer_set(w->loop, &w->look, CUBE_FIND_MS, cube_worker_find, w);
         return;
     }
     cube_worker_use(w, rt);
