@@ -348,11 +348,14 @@ static void sim_watch_order(struct sim *s, const struct cube_worker *w,
                   (int)t->rec->now->task->attempt);
 }
 
-/* What a worker has once, no order of older days may bring back. */
+/* What a worker has once, no order of older days may bring back. What was
+ * removed may be submitted anew, and begins with its first attempt. */
 static void sim_watch_attempt(struct sim *s, int node,
                               const struct cube_record *rec,
                               struct sim_task *t)
 {
+    if (t->remove_us > 0)
+        return;
     sim_check(s, SIM_CHECK_BACK);
     if (rec->now->task->attempt < t->had[node])
         SIM_BREAK(s, SIM_CHECK_BACK, "t%d was in attempt %d on w%d and is in "
