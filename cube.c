@@ -27322,11 +27322,13 @@ static bool cube_task_is_active(const struct cube_task *t)
 static bool cube_member_still_runs(struct cube_member *n,
                                    const struct cube_task *t)
 {
-    const struct cube_report *r =
-        n->state == CUBE_NODE_UP ? cube_map_get(&n->reports, t->id) : NULL;
+    const struct cube_report *r;
 
-    return r && t->state == CUBE_PENDING && strcmp(t->node, n->name) == 0 &&
-           r->task->attempt == t->attempt && cube_task_is_active(r->task);
+    if (t->state != CUBE_PENDING || n->state != CUBE_NODE_UP ||
+        strcmp(t->node, n->name) != 0)
+        return false;
+    r = cube_map_get(&n->reports, t->id);
+    return r && r->task->attempt == t->attempt && cube_task_is_active(r->task);
 }
 
 /* A task counts for this node by its record, or since it was found there: the
