@@ -22717,11 +22717,14 @@ struct cube_process_ports {
 };
 
 /* Was the port promised to a process that runs? It may not have bound it
- * yet. */
-static bool cube_process_is_promised(struct cube_process *p, const char *port)
+ * yet. The same number of another protocol is another port. */
+static bool cube_process_is_promised(struct cube_process *p, const char *port,
+                                     const char *protocol)
 {
+    const char *other = "";
     size_t at = 0;
     void *each;
+    int inner;
 
     while (cube_map_next(&p->boxes, &at, NULL, &each)) {
         const struct cube_container *c = &((struct cube_process_box *)each)->c;
@@ -22731,7 +22734,9 @@ static bool cube_process_is_promised(struct cube_process *p, const char *port)
         for (size_t i = 0; i < c->ports.count; i++) {
             const struct cube_port *one = &c->ports.list[i];
 
-            if (one->count > 0 && strcmp(one->bindings[0].port, port) == 0)
+            if (one->count > 0 && strcmp(one->bindings[0].port, port) == 0 &&
+                cube_port_parse(one->port, &inner, &other) == 0 &&
+                strcmp(other, protocol) == 0)
                 return true;
         }
     }
@@ -22764,7 +22769,8 @@ static int cube_process_listen(struct cube_process_ports *s,
 /* A port that is free now; a negative errno value when there is none. The
  * kernel chooses; one that was promised is kept open, so that the next try
  * gets another. */
-static int cube_process_free_port(struct cube_process_ports *s)
+static int cube_process_free_port(struct cube_process_ports *s,
+                                  const char *protocol)
 {
     for (int i = 0; i < 100; i++) {
         int port = cube_process_listen(s, CUBE_ADDR_IP4, 0);
@@ -22773,34 +22779,50 @@ static int cube_process_free_port(struct cube_process_ports *s)
         if (port <= 0)
             return port < 0 ? port : -EIO;
         (void)snprintf(text, sizeof text, "%d", port);
-        if (!cube_process_is_promised(s->p, text) &&
+        if (!cube_process_is_promised(s->p, text, protocol) &&
             cube_process_listen(s, CUBE_ADDR_IP6, (uint16_t)port) >= 0)
             return port;
     }
     return -EADDRINUSE;
 }
 
+/* The host port that a task asks for by its number, held until all are
+ * chosen; or a negative errno value. */
+static int cube_process_named_port(struct cube_process_ports *s, int number,
+                                   const char *protocol)
+{
+    char text[16];
+    int r;
+
+    (void)snprintf(text, sizeof text, "%d", number);
+    if (cube_process_is_promised(s->p, text, protocol))
+        return -EADDRINUSE;
+    if (strcmp(protocol, "tcp") != 0)
+        return number; /* who has it is not looked at */
+    r = cube_process_listen(s, CUBE_ADDR_IP4, (uint16_t)number);
+    if (r > 0 && cube_process_listen(s, CUBE_ADDR_IP6, (uint16_t)number) < 0)
+        r = -EADDRINUSE;
+    return r;
+}
+
 /* The words are Docker's, so that whoever reads them need not know which
- * runtime it was. -1: CUBE_EBUSY if it is taken. */
+ * runtime it was. -1: CUBE_EBUSY if it is taken. `port` is in full. */
 static int cube_process_port(struct cube_process_ports *s, const char *port,
                              const char *wanted, struct cube_err *err)
 {
     struct cube_port *slot = cube_port_slot(s->chosen, port);
+    const char *protocol = "tcp";
     uint64_t number = 0;
     char text[16];
-    int r;
+    int inner, r;
 
+    (void)cube_port_parse(port, &inner, &protocol);
     (void)cube_text_u64(wanted, strlen(wanted), 65535, &number);
     (void)snprintf(text, sizeof text, "%d", (int)number);
     if (number == 0)
-        r = cube_process_free_port(s);
-    else if (cube_process_is_promised(s->p, text))
-        r = -EADDRINUSE;
+        r = cube_process_free_port(s, protocol);
     else
-        r = cube_process_listen(s, CUBE_ADDR_IP4, (uint16_t)number);
-    if (r > 0 && number != 0 &&
-        cube_process_listen(s, CUBE_ADDR_IP6, (uint16_t)number) < 0)
-        r = -EADDRINUSE;
+        r = cube_process_named_port(s, (int)number, protocol);
     if (r == -EADDRINUSE)
         return cube_fail(err, CUBE_EBUSY, "Bind for 0.0.0.0:%s failed: port "
                          "is already allocated", text);
@@ -22814,25 +22836,29 @@ static int cube_process_port(struct cube_process_ports *s, const char *port,
 }
 
 /* Chooses all ports of a task: those it asks for, free ones for the rest. All
- * or none: after -1 nothing is held. `out` is the caller's in each case. */
+ * or none: after -1 nothing is held. `out` is the caller's in each case; its
+ * keys are in full, since "80" and "80/tcp" are the same port. */
 static int cube_process_choose(struct cube_process *p,
                                const struct cube_task *t,
                                struct cube_ports *out, struct cube_err *err)
 {
     struct cube_process_ports s = {p, out, NULL, 0};
+    char full[64];
     int r = 0;
 
-    for (size_t i = 0; i < t->port_bindings.count && r == 0; i++)
-        r = cube_process_port(&s, t->port_bindings.list[i].port,
-                              t->port_bindings.list[i].host_port, err);
+    for (size_t i = 0; i < t->port_bindings.count && r == 0; i++) {
+        cube_port_full(t->port_bindings.list[i].port, full);
+        r = cube_process_port(&s, full, t->port_bindings.list[i].host_port,
+                              err);
+    }
     for (size_t i = 0; i < t->exposed_ports.count && r == 0; i++) {
-        const char *port = t->exposed_ports.list[i];
         bool is_bound = false;
 
+        cube_port_full(t->exposed_ports.list[i], full);
         for (size_t k = 0; k < out->count && !is_bound; k++)
-            is_bound = strcmp(out->list[k].port, port) == 0;
+            is_bound = strcmp(out->list[k].port, full) == 0;
         if (!is_bound)
-            r = cube_process_port(&s, port, "", err);
+            r = cube_process_port(&s, full, "", err);
     }
     for (size_t i = 0; i < s.count; i++)
         p->w->close(p->w->ctx, s.fds[i]);

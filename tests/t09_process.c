@@ -940,6 +940,60 @@ TEST(a_taken_port_is_refused_in_dockers_words)
     tear_down();
 }
 
+/* A name server asks for 53/tcp and 53/udp; the second of them was refused as
+ * taken by the first. */
+TEST(one_number_is_a_port_of_each_protocol)
+{
+    struct cube_task *t;
+    char wanted[16], line[64];
+    int fd;
+
+    set_up();
+    snprintf(wanted, sizeof wanted, "%d", free_port(&fd));
+    close(fd);
+    t = shell("env | grep PORT_53 | sort; exec sleep 1000");
+    cube_task_publish(t, "53/tcp", wanted);
+    cube_task_publish(t, "53/udp", wanted);
+    start_task(cube_task_copy(t), 1);
+    CHECK_STR(b.err.text, "");
+    snprintf(line, sizeof line, "CUBE_PORT_53=%s\nCUBE_PORT_53_UDP=%s\n",
+             wanted, wanted);
+    UNTIL(strstr(all_log(), line) != NULL);
+    snprintf(t->id, sizeof t->id, "%s", OTHER); /* both are promised */
+    cube_task_publish(t, "53/tcp", "");
+    start_task(t, 1);
+    CHECK_INT(b.err.code, CUBE_EBUSY);
+    tear_down();
+}
+
+/* "80" bound and "80/tcp" exposed were two ports, and the process was told the
+ * wrong one. */
+TEST(a_port_without_a_protocol_is_one_of_tcp)
+{
+    struct cube_task *t = NULL;
+    char wanted[16], line[100], json[300];
+    int fd;
+
+    set_up();
+    snprintf(wanted, sizeof wanted, "%d", free_port(&fd));
+    close(fd);
+    snprintf(json, sizeof json, "{\"ID\":\"" TASK "\",\"Cmd\":[\"env\"],"
+             "\"PortBindings\":{\"80\":\"%s\"},"
+             "\"ExposedPorts\":{\"80/tcp\":{}}}", wanted);
+    CHECK_INT(cube_task_parse(json, strlen(json), true, &t, NULL), 0);
+    start_task(t, 1);
+    CHECK_STR(b.err.text, "");
+    exits();
+    snprintf(line, sizeof line, "CUBE_PORT_80=%s\n", wanted);
+    CHECK_HAS(all_log(), line);
+    b.rt->ops->inspect_json(b.rt, ID1, on_text, NULL);
+    answered();
+    snprintf(line, sizeof line, "\"Ports\":{\"80/tcp\":[{\"HostIp\":"
+             "\"0.0.0.0\",\"HostPort\":\"%s\"}]}", wanted);
+    CHECK_HAS(b.text.data, line);
+    tear_down();
+}
+
 TEST(a_port_taken_on_ipv6_alone_is_taken)
 {
     struct cube_addr addr = {.kind = CUBE_ADDR_IP6};
