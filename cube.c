@@ -1246,7 +1246,7 @@ static int cube_world_space(void *ctx, const char *path,
  * clone and an exec take on a machine that is not broken. */
 #define CUBE_SUP_REPORT 3     /* the descriptor of the report in it */
 #define CUBE_SUP_CHUNK 16384  /* output copied at once */
-#define CUBE_SUP_SWEEPS 500   /* of 10 ms: then what is stuck stays */
+#define CUBE_SUP_STUCK_MS 5000 /* without a death: what is stuck stays */
 #define CUBE_SUP_EXIT 512     /* room for the exit file */
 #define CUBE_SUP_WAIT_MS 10000 /* for the report */
 
@@ -1276,6 +1276,7 @@ struct cube_sup {
     int status;          /* as waitpid gave it, once it has ended */
     int exec_error;      /* as `spawn` returns it; 0 if it went well */
     int64_t started, finished;
+    int64_t collected;      /* children that have ended, the command too */
     int64_t log_size, lost; /* bytes in log; bytes that no disk took */
     int64_t log_number;     /* how many logs were full before this one */
     int lock_fd;
@@ -1700,6 +1701,7 @@ static bool cube_sup_reap(struct cube_sup *s)
             return true;
         if (info.si_pid == s->child)
             (void)kill(-s->child, SIGKILL);
+        s->collected++;
         if (waitpid(info.si_pid, &status, 0) == s->child) {
             s->has_ended = true;
             s->status = status;
@@ -1778,16 +1780,25 @@ static void cube_sup_kill_children(struct cube_sup *s)
 
 /* Each killed child hands its own children to us: so until none is left, or
  * one cannot die. One that cannot die hangs in the kernel, on a network file
- * system say. It is given up after CUBE_SUP_SWEEPS times 10 ms; the exit code
- * of the command is worth more than waiting for it. */
+ * system say. It is given up when nobody has died for CUBE_SUP_STUCK_MS; the
+ * exit code of the command is worth more than waiting for it. Rounds are not
+ * counted, only that: each may kill no more than one of a long line of
+ * processes, and a death ends the poll at once. */
 static void cube_sup_sweep(struct cube_sup *s)
 {
-    for (int i = 0; i < CUBE_SUP_SWEEPS && cube_sup_reap(s); i++) {
+    int64_t now_ms = cube_world_now_ms(NULL), death_ms = now_ms;
+    int64_t collected = s->collected;
+
+    while (cube_sup_reap(s) && now_ms - death_ms < CUBE_SUP_STUCK_MS) {
         struct pollfd fds[1] = {{s->signal_fd, POLLIN, 0}};
 
+        if (s->collected > collected)
+            death_ms = now_ms;
+        collected = s->collected;
         cube_sup_kill_children(s);
         (void)poll(fds, 1, 10);
         cube_sup_take_signals(s);
+        now_ms = cube_world_now_ms(NULL);
     }
 }
 

@@ -689,6 +689,28 @@ TEST(a_stop_ends_the_group_and_the_daemons_that_left_it)
     tear_down();
 }
 
+/* Each in a session of its own, so that each has to be killed by itself, and
+ * only the death of one makes the next a child of the supervisor. It gave up
+ * after 500 rounds, and left the rest of the line running. */
+TEST(a_stop_ends_a_long_line_of_descendants)
+{
+    int pid;
+
+    set_up();
+    start("cat > line <<'END'\n"
+          "if [ $1 -gt 0 ]; then setsid sh line $(($1 - 1)) &\n"
+          "else echo $$ > last; exec sleep 1000; fi\n"
+          "wait\n"
+          "END\n"
+          "exec sh line 530");
+    pid = number_in("work/last");
+    CHECK(is_alive(pid));
+    stop(ID1, 1);
+    CHECK_STR(b.err.text, "");
+    CHECK(!is_alive(pid));
+    tear_down();
+}
+
 TEST(stopping_what_has_ended_or_is_unknown_is_a_success)
 {
     set_up();
