@@ -13291,14 +13291,17 @@ static int64_t cube_http_patience(const struct cube_http_options *o,
 
 /* The timer. It is not moved at each request, only the deadline is: when it
  * comes too early it is set again. So a busy connection costs a write to the
- * struct a request, and the heap is touched a few times a minute. */
+ * struct a request, and the heap is touched a few times a minute. When
+ * something has moved in this very turn, the deadline is that of a wait that is
+ * over, and the look that is due in this turn sets the next one. */
 static void cube_http_on_time(void *arg)
 {
     struct cube_http_req *req = arg;
     struct cube_http_server *s = req->server;
     int64_t left = req->deadline_ms - cube_loop_now_ms(s->loop);
 
-    if (req->wait == CUBE_HTTP_WAIT_NOTHING)
+    if (req->wait == CUBE_HTTP_WAIT_NOTHING ||
+        req->wait == CUBE_HTTP_WAIT_UNSET)
         return;
     if (left > 0) {
         cube_timer_set(s->loop, &req->timer, left, cube_http_on_time, req);

@@ -1408,6 +1408,43 @@ TEST(a_handler_may_take_its_time)
     close_all();
 }
 
+/* A timer of the connection's own stands where it last had to be; the answer
+ * below is given in the very moment in which that comes. What was waited for
+ * then is over, and its deadline cuts nobody. */
+static void answer_much(void *arg)
+{
+    cube_http_reply(held, 200, NULL, arg, 8 << 20);
+}
+
+TEST(an_answer_given_when_an_old_deadline_comes_is_not_cut)
+{
+    struct cube_http_options o = {.idle_timeout_ms = 1000};
+    struct cube_timer timer = {0};
+    char *bytes = calloc(1, 8 << 20);
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    cube_timer_set(loop, &timer, 1000, answer_much, bytes);
+    p = peer_open();
+    turn_idle();                    /* idle, for 1000 ms at most */
+    peer_say(&p, GET("/hold"));
+    turn_idle();
+    REQUIRE(held);
+    pass_ms(1000);                  /* both timers are due in one turn */
+    while (p.in.len < 8 << 20 && !p.is_eof) {
+        cube_loop_turn(loop, 10, NULL);
+        peer_read(&p);
+    }
+    CHECK(p.in.len > 8 << 20);
+    cube_buf_clear(&p.in);
+    peer_say(&p, GET("/"));         /* and the connection is kept */
+    peer_hears(&p, "hello");
+    free(bytes);
+    peer_close(&p);
+    close_all();
+}
+
 TEST(a_reader_that_stalls_is_cut)
 {
     struct cube_http_options o = {.body_timeout_ms = 400};
