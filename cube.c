@@ -13095,17 +13095,21 @@ static bool cube_http_check_access(struct cube_http_req *req,
  * kernel's window tells the client to wait. */
 
 /* The path of the target: what follows http://authority of the absolute
- * form, whose authority then stands for Host (RFC 9112, section 3.2.2). */
+ * form, whose authority then stands for Host (RFC 9112, section 3.2.2), a long
+ * one too: cut, it is no host that is known. A target without one, which is
+ * invalid (RFC 9110, section 4.2.1), comes back as it is. */
 static const char *cube_http_origin(const char *target, char *host,
                                     size_t size)
 {
     size_t len;
 
-    if (strncmp(target, "http://", 7) != 0)
+    if (!cube_text_is_nocase(target, 7, "http://"))
+        return target;
+    len = strcspn(target + 7, "/?");
+    if (len == 0)
         return target;
     target += 7;
-    len = strcspn(target, "/?");
-    (void)snprintf(host, size, "%.*s", (int)(len < size ? len : 0), target);
+    (void)snprintf(host, size, "%.*s", (int)len, target);
     return target[len] ? target + len : "/";
 }
 

@@ -1264,6 +1264,11 @@ TEST(body_of_the_largest_size_is_taken)
     close_all();
 }
 
+/* Names end at 255 characters. */
+#define TEN "evil-evil-"
+#define LONG TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN \
+    TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN "example"
+
 TEST(access_is_checked)
 {
     static const char *const names[] = {"cube.example", NULL};
@@ -1312,6 +1317,14 @@ TEST(access_is_checked)
         {"GET /healthz", "Host: CUBE.example:1\r\n", 200, "a known name"},
         {"GET http://evil.example/healthz", "Host: 127.0.0.1\r\n", 403,
          "the authority of the target counts"},
+        {"GET HTTP://evil.example/healthz", "Host: 127.0.0.1\r\n", 403,
+         "a scheme has no case"},
+        {"GET HTTP://cube.example/healthz", "Host: evil.example\r\n", 200,
+         "nor here"},
+        {"GET http://" LONG "/healthz", "Host: 127.0.0.1\r\n", 403,
+         "however long it is"},
+        {"GET http:///healthz", "Host: 127.0.0.1\r\n", 400,
+         "an authority that is none"},
     };
     struct cube_http_options o = {.tokens = {"one", "two"},
                                   .host_names = names,
@@ -1321,7 +1334,7 @@ TEST(access_is_checked)
     open_loop();
     open_server("127.0.0.1:0", &o);
     for (size_t i = 0; i < COUNT(rows); i++) {
-        char text[500];
+        char text[1000];
 
         test_row("row %zu, %s", i, rows[i].reason);
         snprintf(text, sizeof text, "%s HTTP/1.1\r\n%s\r\n", rows[i].line,
