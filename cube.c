@@ -12166,6 +12166,7 @@ enum cube_http_wait {
 #define CUBE_HTTP_LINGER_MS 2000
 #define CUBE_HTTP_ACCEPT_PAUSE_MS 100
 #define CUBE_HTTP_GRACE_MS 1000 /* idle for less: it may have just spoken */
+#define CUBE_HTTP_TELL_MS 60000 /* between two words of the same trouble */
 #define CUBE_HTTP_ACCEPT_BATCH 64
 
 /* One listening socket of a server; a member of it. `addr` is what was bound,
@@ -12193,6 +12194,7 @@ struct cube_http_server {
     int conn_count;
     struct cube_timer pause; /* until accepting is tried again */
     bool is_paused;
+    int64_t quiet_until_ms;  /* a pause before that is not told again */
     int64_t date_sec;        /* of the text below */
     char date[40];
 };
@@ -13462,8 +13464,9 @@ static void cube_http_on_ready(void *arg, unsigned events)
 /* ---- Accepting ---- */
 
 /* Two things can run out. Connections have a cap of their own: at the cap,
- * the one that has been idle longest makes room, and when all are busy the
- * new ones wait in the kernel's queue, where they cost us nothing.
+ * the one that has been idle longest makes room, as does one that does not end
+ * its head, and when all are busy the new ones wait in the kernel's queue,
+ * where they cost us nothing.
  * Descriptors belong to the whole process: when accept fails for the lack of
  * them, the listener stays readable, and a loop that goes on asking takes all
  * of the CPU to learn the same again. In both cases the listeners are not
@@ -13483,19 +13486,31 @@ static void cube_http_add_conn(struct cube_http_server *s, int fd,
     cube_http_settle(req);
 }
 
-/* Closes the connection that has been idle longest; false if none is. One
- * that is idle for a moment may have a request on its way. */
+/* May this connection leave for another? It has asked for nothing yet, or had
+ * its answer, and what it still owes did not come in a moment. So a stranger
+ * who begins requests and ends none takes no place from anybody: whoever is
+ * further than this has shown its token. */
+static bool cube_http_may_leave(const struct cube_http_req *req, int64_t now)
+{
+    int64_t since = req->deadline_ms -
+                    cube_http_patience(&req->server->options, req->wait);
+
+    return !req->is_busy && since + CUBE_HTTP_GRACE_MS <= now &&
+           (req->wait == CUBE_HTTP_WAIT_IDLE ||
+            req->wait == CUBE_HTTP_WAIT_HEAD ||
+            req->wait == CUBE_HTTP_WAIT_LINGER);
+}
+
+/* Closes the first connection that may leave; false if none may. */
 static bool cube_http_make_room(struct cube_http_server *s)
 {
-    int64_t until = cube_loop_now_ms(s->loop) - CUBE_HTTP_GRACE_MS +
-                    s->options.idle_timeout_ms;
+    int64_t now = cube_loop_now_ms(s->loop);
     struct cube_list *at;
 
     for (at = s->conns.next; at != &s->conns; at = at->next) {
         struct cube_http_req *req = CUBE_OF(at, struct cube_http_req, link);
 
-        if (!req->is_busy && req->wait == CUBE_HTTP_WAIT_IDLE &&
-            req->deadline_ms <= until) {
+        if (cube_http_may_leave(req, now)) {
             cube_http_drop(req);
             return true;
         }
@@ -13510,9 +13525,16 @@ static void cube_http_resume(void *arg)
 }
 
 /* Leaves the listeners alone for CUBE_HTTP_ACCEPT_PAUSE_MS, or until a
- * connection ends. */
-static void cube_http_pause(struct cube_http_server *s)
+ * connection ends. The operator is told, but not ten times a second. */
+static void cube_http_pause(struct cube_http_server *s, const char *why)
 {
+    int64_t now = cube_loop_now_ms(s->loop);
+
+    if (now >= s->quiet_until_ms) {
+        cube_log(s->loop, CUBE_WARN, "new connections wait: %d are busy; %s",
+                 s->conn_count, why);
+        s->quiet_until_ms = now + CUBE_HTTP_TELL_MS;
+    }
     cube_http_listen_on(s, false);
     cube_timer_set(s->loop, &s->pause, CUBE_HTTP_ACCEPT_PAUSE_MS,
                    cube_http_resume, s);
@@ -13527,9 +13549,7 @@ static bool cube_http_is_short(struct cube_http_server *s, int r)
         return false;
     if (cube_http_make_room(s))
         return true;
-    cube_log(s->loop, CUBE_WARN, "accept a connection: %s",
-             cube_errno_text(r));
-    cube_http_pause(s);
+    cube_http_pause(s, cube_errno_text(r));
     return false;
 }
 
@@ -13543,7 +13563,7 @@ static void cube_http_on_accept(void *arg, unsigned events)
 
     (void)events;
     if (s->conn_count >= max && !cube_http_make_room(s)) {
-        cube_http_pause(s);
+        cube_http_pause(s, "no more may be open");
         return;
     }
     for (int i = 0; i < CUBE_HTTP_ACCEPT_BATCH && s->conn_count < max; i++) {

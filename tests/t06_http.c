@@ -1871,6 +1871,56 @@ TEST(idle_connections_make_room_for_new_ones)
     close_all();
 }
 
+/* Who has no token gets no further than to the end of a head. A manager was
+ * shut for all by as many strangers as it takes connections, for as long as
+ * they began a new request each ten seconds. */
+TEST(strangers_who_end_no_request_make_room_for_those_who_do)
+{
+    static const struct {
+        const char *text, *reason;
+        bool is_stranger;
+    } rows[] = {
+        {"GET / HTTP/1.1\r\nHost: 127", "in the middle of a head", true},
+        {"\r\n", "before it", true},
+        {"POST /hold HTTP/1.1\r\n" HOST "Content-Length: 9\r\n\r\n1",
+         "refused, and told so, but still there", true},
+        {"POST /hold HTTP/1.1\r\n" HOST "Authorization: Bearer one\r\n"
+         "Content-Length: 9\r\n\r\n1", "in a body, with the token", false},
+        {"GET /hold HTTP/1.1\r\n" HOST "Authorization: Bearer one\r\n\r\n",
+         "waiting for its answer", false},
+    };
+    struct cube_http_options o = {.tokens = {"one", NULL},
+                                  .max_connections = COUNT(rows)};
+    struct peer p[COUNT(rows)], more[COUNT(rows)];
+
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        p[i] = peer_open();
+        peer_say(&p[i], rows[i].text);
+        turn_idle();
+    }
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        more[i] = peer_open();
+        peer_say(&more[i], GET("/none"));
+    }
+    pass_ms(999);
+    CHECK_INT(handled, 1);
+    peer_read(&more[0]);
+    CHECK_UINT(more[0].in.len, 0);  /* what they owe may be on its way */
+    pass_ms(101);                   /* a pause later */
+    for (size_t i = 0; i < 3; i++)
+        peer_hears(&more[i], "HTTP/1.1 401");
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("row %zu, %s", i, rows[i].reason);
+        peer_read(&p[i]);
+        CHECK_INT(p[i].is_eof != 0, rows[i].is_stranger);
+        peer_close(&p[i]);
+        peer_close(&more[i]);
+    }
+    close_all();
+}
+
 TEST(busy_connections_let_new_ones_wait)
 {
     struct cube_http_options o = {.max_connections = 2};
@@ -1904,20 +1954,38 @@ TEST(busy_connections_let_new_ones_wait)
     close_all();
 }
 
+static void count_words(void *arg, enum cube_level level, const char *words)
+{
+    CHECK_INT(level, CUBE_WARN);
+    CHECK_HAS(words, "Too many open files");
+    ++*(int *)arg;
+}
+
+/* The operator is told at once, and then once a minute: a log of ten lines a
+ * second fills the disk, where it was descriptors that had run out. */
 TEST(without_descriptors_accepting_pauses)
 {
     struct peer p;
+    int told = 0;
 
     open_loop();
     open_server("127.0.0.1:0", NULL);
-    accept_failures = 2;
+    cube_loop_set_log(loop, count_words, &told);
+    accept_failures = 700;
     p = peer_open();
     peer_say(&p, GET("/"));
     turn_idle();
     CHECK_INT(accepts, 1);
+    CHECK_INT(told, 1);
     clock_moved_ms += 100;
     turn_idle();
     CHECK_INT(accepts, 2);
+    for (int i = 3; i <= 700; i++) {
+        clock_moved_ms += 100;
+        while (accepts < i)
+            cube_loop_turn(loop, 0, NULL);
+    }
+    CHECK_INT(told, 2);
     clock_moved_ms += 100;
     peer_hears(&p, "hello");
     peer_close(&p);
