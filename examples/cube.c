@@ -35,6 +35,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -1667,6 +1668,20 @@ static const char *state_place(const struct app *a, const struct server *s)
     return kind && strcmp(kind, "memory") == 0 ? "memory" : s->data;
 }
 
+/* A manager has a connection or more to each worker, and those of its clients:
+ * the 1024 descriptors that a shell allows are used up at about a hundred
+ * workers. The hard limit is the machine's word. A worker keeps the soft one:
+ * its tasks have it from there, and programs that use select rely on it. */
+static void allow_descriptors(void)
+{
+    struct rlimit most;
+
+    if (getrlimit(RLIMIT_NOFILE, &most) < 0 || most.rlim_cur >= 65536)
+        return;
+    most.rlim_cur = most.rlim_max < 65536 ? most.rlim_max : 65536;
+    (void)setrlimit(RLIMIT_NOFILE, &most);
+}
+
 static int run_manager(struct app *a)
 {
     struct server s = {.keep_ms = 0};
@@ -1675,6 +1690,7 @@ static int run_manager(struct app *a)
     struct cube_buf workers = {NULL, 0, 0};
     int code = read_server(a, &s, 5555, "");
 
+    allow_descriptors();
     if (code == DONE)
         code = open_loop(a, &s);
     if (code == DONE) {

@@ -616,6 +616,25 @@ class Refusals(Case):
                                           % port)[0], 200)
         self.assertTrue(c.manager.is_running())
 
+    def test_a_manager_takes_the_descriptors_that_it_may_have(self):
+        """A shell's soft limit is for programs that use select."""
+        c = Cluster(0)
+        self.addCleanup(c.close)
+        c.manager = harness.Process(
+            "sh", "-c", 'ulimit -Hn 600; ulimit -Sn 40; exec "$@"', "sh",
+            CUBE, "manager", "-p", c.port, "--data", c.dir + "/m", "-w", "",
+            env=c.env)
+        c.await_log(c.manager, "listens on")
+        readers = []
+        for _ in range(100):
+            s = socket.create_connection(("127.0.0.1", c.port), 10)
+            self.addCleanup(s.close)
+            s.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            readers.append(s)
+        for s in readers:
+            self.assertIn(b"200 OK", s.recv(100))
+        self.ok(c, "run", "-d", "--", "sleep", "1000")
+
     def test_unknown_things_are_404_and_405(self):
         c = self.cluster()
         for url in (c.url, "http://" + c.names()[0]):
