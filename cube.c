@@ -10927,14 +10927,29 @@ CUBE_API int cube_loop_fd(struct cube_loop *l)
     return l->world->poll_fd(l->world->ctx, l->poll);
 }
 
-/* How long the loop may sleep. With deferred calls or slices left over not at
- * all, though it still asks for descriptors in between: background work takes
- * turns with everything else. */
+/* Does somebody wait for a commit that this turn's end would make? Who was told
+ * there may have asked for the next one. */
+static bool cube_loop_owes_commit(struct cube_loop *l)
+{
+    struct cube_list *link = l->commits.next;
+
+    for (; link != &l->commits; link = link->next) {
+        struct cube_commit *c = CUBE_OF(link, struct cube_commit, link);
+
+        if (!c->is_syncing && !cube_list_is_empty(&c->filling))
+            return true;
+    }
+    return false;
+}
+
+/* How long the loop may sleep. With deferred calls, commits or slices left over
+ * not at all, though it still asks for descriptors in between: background work
+ * takes turns with everything else. */
 CUBE_API int cube_loop_timeout_ms(struct cube_loop *l)
 {
     int64_t in_ms;
 
-    if (l->first_defer || l->has_slices)
+    if (l->first_defer || l->has_slices || cube_loop_owes_commit(l))
         return 0;
     if (l->heap_len == 0)
         return -1;

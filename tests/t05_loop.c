@@ -1,4 +1,5 @@
-/* Chapter 5: the order of a turn; watches, timers, deferred calls, jobs. */
+/* Chapter 5: the order of a turn; watches, timers, deferred calls, jobs; the
+ * commit point. */
 #include "test.h"
 #include <poll.h>
 
@@ -591,5 +592,275 @@ TEST(a_loop_may_be_freed_while_a_job_is_under_way)
             cube_loop_job_cancel(work.loop, &work.job);
         cube_loop_free(work.loop);
         CHECK_INT(work.done, 0);
+    }
+}
+
+/* ---- The commit point ---- */
+
+/* The syncs of this world are done when the test says so. */
+static struct cube_job *sync_job;
+static int syncs;
+static bool is_sync_done;
+static int write_error;
+
+static int held_job_start(void *ctx, struct cube_poll *p, struct cube_job *job)
+{
+    (void)ctx;
+    (void)p;
+    sync_job = job;
+    syncs++;
+    return 0;
+}
+
+static void held_job_cancel(void *ctx, struct cube_poll *p,
+                            struct cube_job *job)
+{
+    (void)ctx;
+    (void)p;
+    if (sync_job == job)
+        sync_job = NULL;
+}
+
+static int held_poll_wait(void *ctx, struct cube_poll *p,
+                          struct cube_ready *out, int max, int timeout_ms)
+{
+    if (!sync_job || !is_sync_done)
+        return cube_world_real()->poll_wait(ctx, p, out, max, timeout_ms);
+    memset(out, 0, sizeof *out);
+    out->job = sync_job;
+    sync_job = NULL;
+    is_sync_done = false;
+    return 1;
+}
+
+static int64_t failing_pwrite(void *ctx, int fd, const void *buf, size_t len,
+                              int64_t at)
+{
+    return write_error ? write_error
+                       : cube_world_real()->pwrite(ctx, fd, buf, len, at);
+}
+
+/* A store in a file of the test's directory, or in memory, and its commits. */
+struct ledger {
+    struct cube_world w;
+    struct cube_loop *loop;
+    struct cube_store *store;
+    struct cube_commit *commit;
+};
+
+static void open_commits(struct ledger *t, bool is_file)
+{
+    struct cube_store_options o = {.is_sync_split = true};
+    char path[512];
+
+    sync_job = NULL;
+    syncs = write_error = 0;
+    is_sync_done = false;
+    t->w = virtual_world();
+    t->w.job_start = held_job_start;
+    t->w.job_cancel = held_job_cancel;
+    t->w.poll_wait = held_poll_wait;
+    t->w.pwrite = failing_pwrite;
+    t->loop = open_loop(&t->w);
+    if (is_file)
+        snprintf(path, sizeof path, "%s/a.cube", test_dir());
+    t->store = cube_store_open(&t->w, is_file ? path : NULL, &o, NULL);
+    REQUIRE(t->store);
+    t->commit = cube_commit_open(t->loop, t->store);
+}
+
+static void close_commits(struct ledger *t)
+{
+    cube_commit_close(t->commit);
+    cube_store_close(t->store);
+    cube_loop_free(t->loop);
+}
+
+static void stage(struct ledger *t, const char *key)
+{
+    CHECK_INT(cube_store_put(t->store, "t", key, strlen(key), "1", 1, NULL),
+              0);
+}
+
+static bool has(struct ledger *t, const char *key)
+{
+    struct cube_buf value = {0};
+    int r = cube_store_get(t->store, "t", key, strlen(key), &value, NULL);
+
+    cube_buf_free(&value);
+    return r == 1;
+}
+
+/* Who waits; "a" in the trace when it is told that all went well, "a!7" when
+ * it is told of an error of code 7. One with `again` stages that key, and waits
+ * once more, from inside its callback. */
+struct waiter {
+    struct cube_commit_wait wait;
+    struct ledger *ledger;
+    const char *name, *again;
+};
+
+static void wait_for(struct ledger *t, struct waiter *w, const char *name);
+
+static void told(void *arg, const struct cube_err *err)
+{
+    struct waiter *w = arg;
+    const char *again = w->again;
+    char text[32];
+
+    snprintf(text, sizeof text, err ? "%s!%d " : "%s ", w->name,
+             err ? (int)err->code : 0);
+    note(text);
+    if (again) {
+        w->again = NULL;
+        stage(w->ledger, again);
+        wait_for(w->ledger, w, again);
+    }
+}
+
+static void wait_for(struct ledger *t, struct waiter *w, const char *name)
+{
+    w->ledger = t;
+    w->name = name;
+    cube_commit_wait(t->commit, &w->wait, told, w);
+}
+
+static void finish_sync(struct ledger *t, int result)
+{
+    REQUIRE(sync_job);
+    sync_job->result = result;
+    is_sync_done = true;
+    cube_loop_turn(t->loop, 0, NULL);
+}
+
+TEST(all_that_a_turn_stages_is_one_commit_and_the_next_one_fills_meanwhile)
+{
+    struct ledger t;
+    struct waiter a = {0}, b = {0}, c = {0}, d = {0};
+
+    open_commits(&t, true);
+    stage(&t, "a");
+    wait_for(&t, &a, "a");
+    stage(&t, "b");
+    wait_for(&t, &b, "b");
+    CHECK_INT(syncs, 0);
+    cube_loop_turn(t.loop, 0, NULL);    /* turn 1 of the drawing */
+    CHECK_INT(syncs, 1);
+    stage(&t, "c");
+    wait_for(&t, &c, "c");
+    cube_loop_turn(t.loop, 0, NULL);    /* turn 2 */
+    stage(&t, "d");
+    wait_for(&t, &d, "d");
+    CHECK_INT(syncs, 1);
+    CHECK_STR(trace, "");
+    finish_sync(&t, 0);                 /* turn 3 */
+    CHECK_STR(trace, "a b ");
+    CHECK_INT(syncs, 2);
+    finish_sync(&t, 0);
+    CHECK_STR(trace, "a b c d ");
+    CHECK_INT(cube_loop_timeout_ms(t.loop), -1);
+    close_commits(&t);
+}
+
+TEST(who_waits_while_nothing_is_staged_is_told_at_the_end_of_the_turn)
+{
+    struct ledger t;
+    struct waiter a = {0}, b = {0};
+
+    open_commits(&t, true);
+    wait_for(&t, &a, "a");
+    wait_for(&t, &b, "b");
+    cube_commit_forget(&b.wait);
+    CHECK_STR(trace, "");
+    cube_loop_turn(t.loop, 0, NULL);
+    CHECK_STR(trace, "a ");
+    CHECK_INT(syncs, 0);
+    close_commits(&t);
+}
+
+TEST(a_commit_that_fails_is_dropped_whole_and_all_are_told)
+{
+    struct ledger t;
+    struct waiter a = {0}, b = {0}, c = {0};
+    struct cube_err why;
+    char want[64];
+
+    open_commits(&t, true);
+    stage(&t, "a");
+    wait_for(&t, &a, "a");
+    write_error = -ENOSPC;              /* nothing can be written */
+    cube_loop_turn(t.loop, 0, NULL);
+    snprintf(want, sizeof want, "a!%d ", (int)CUBE_ENOSPC);
+    CHECK_STR(trace, want);
+    CHECK(!has(&t, "a"));
+    write_error = 0;
+
+    trace[0] = 0;                       /* a part could not be staged */
+    stage(&t, "a");
+    wait_for(&t, &a, "a");
+    cube_fail(&why, CUBE_ETOOBIG, "too much");
+    cube_commit_refuse(t.commit, &why);
+    cube_fail(&why, CUBE_EINVAL, "the first reason counts");
+    cube_commit_refuse(t.commit, &why);
+    cube_loop_turn(t.loop, 0, NULL);
+    snprintf(want, sizeof want, "a!%d ", (int)CUBE_ETOOBIG);
+    CHECK_STR(trace, want);
+    CHECK(!has(&t, "a"));
+    CHECK_INT(syncs, 0);
+
+    trace[0] = 0;                       /* nobody knows of a, b was built on */
+    stage(&t, "a");
+    wait_for(&t, &a, "a");
+    cube_loop_turn(t.loop, 0, NULL);
+    stage(&t, "b");
+    wait_for(&t, &b, "b");
+    cube_loop_turn(t.loop, 0, NULL);
+    finish_sync(&t, -EIO);
+    snprintf(want, sizeof want, "a!%d b!%d ", (int)CUBE_ESYNC,
+             (int)CUBE_ESYNC);
+    CHECK_STR(trace, want);
+    CHECK(!has(&t, "a") && !has(&t, "b"));
+
+    trace[0] = 0;                       /* the end of it all */
+    wait_for(&t, &c, "c");
+    close_commits(&t);
+    snprintf(want, sizeof want, "c!%d ", (int)CUBE_ECANCELED);
+    CHECK_STR(trace, want);
+}
+
+/* Callbacks of a commit that needs no sync run at the very end of a turn: what
+ * they ask for lay there until something else woke the loop. */
+TEST(who_waits_again_when_told_is_told_without_anything_else_happening)
+{
+    static const struct {
+        bool is_file;
+        int error;
+        const char *reason;
+    } rows[] = {
+        {false, 0, "in memory"},
+        {true, -ENOSPC, "not written"},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct waiter a = {.again = "b"};
+        struct ledger t;
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        open_commits(&t, rows[i].is_file);
+        write_error = rows[i].error;
+        stage(&t, "a");
+        wait_for(&t, &a, "a");
+        cube_loop_turn(t.loop, 0, NULL);
+        CHECK_INT(trace[0], 'a');
+        write_error = 0;
+        CHECK(!strchr(trace, 'b'));     /* it waits for the next commit */
+        CHECK_INT(cube_loop_timeout_ms(t.loop), 0);
+        cube_loop_turn(t.loop, 0, NULL);
+        if (rows[i].is_file)
+            finish_sync(&t, 0);
+        CHECK_HAS(trace, "b ");
+        CHECK(has(&t, "b"));
+        CHECK_INT(cube_loop_timeout_ms(t.loop), -1);
+        close_commits(&t);
     }
 }
