@@ -23,6 +23,29 @@ ROWS = [
      "chapter 6 uses CUBE_M3 of chapter 3"),
     ("a system call", 4, "static int cube_bad(void) "
      "{ return read(0, (void *)0, 0); }", "chapter 4 calls read"),
+    ("one beside a member of its name", 4, "static int cube_bad(struct cube_w"
+     " *w) { return w->close ? close(0) : 1; }", "chapter 4 calls close"),
+    ("one in parentheses", 4, "static int cube_bad(void) "
+     "{ return (close)(0); }", "chapter 4 reaches for close"),
+    ("one behind a star", 4, "static int cube_bad(void) "
+     "{ return (*close)(0); }", "chapter 4 reaches for close"),
+    ("one that is kept", 4, "static int cube_bad(void) "
+     "{ int (*f)(int) = close; return f(0); }", "chapter 4 reaches for close"),
+    ("one in a table", 4, "static int (*const cube_bad[])(int) = { close };",
+     "chapter 4 reaches for close"),
+    ("one handed on", 4, "static int cube_bad(int (*f)(int (*g)(int))) "
+     "{ return f(close); }", "chapter 4 reaches for close"),
+    ("one with a new name", 4, "#define CUBE_BAD close",
+     "chapter 4 reaches for close"),
+    ("one with a new name, in parentheses", 4, "#define CUBE_BAD (close)",
+     "chapter 4 reaches for close"),
+    ("one in two pieces", 4, "#define CUBE_BAD(a, b) a##b",
+     "chapter 4 makes names"),
+    ("one in assembler", 4, "static void cube_bad(void) "
+     "{ __asm__ volatile (\"syscall\"); }", "chapter 4 reaches for __asm__"),
+    ("the World's own, not asked through its table", 4, "static int "
+     "cube_bad(void) { return cube_in_1(); }",
+     "chapter 4 goes round the table with cube_in_1"),
     ("a clock", 4, "static long cube_bad(void) { return time(0); }",
      "chapter 4 calls time"),
     ("a file of stdio", 4, "static void cube_bad(FILE *f) { (void)f; }",
@@ -35,6 +58,13 @@ ROWS = [
     ("a mutable table whose rows point to what is constant", 4,
      "static struct cube_row { const char *const p; } cube_bad[] = {{0}};",
      "cube_bad is mutable"),
+    ("a mutable pointer to a function of constants", 4,
+     "static int (*cube_bad)(const char *p);", "cube_bad is mutable"),
+    ("a mutable object without a name", 4,
+     "static int *const cube_bad = (int[2]){0};",
+     "cube_bad points to a mutable literal"),
+    ("a mutable static in a macro", 4, "#define CUBE_BAD static int n;",
+     "CUBE_BAD hides a static"),
     ("a mutable static inside", 4, "static int cube_bad(void) "
      "{ static int n; return ++n; }", "cube_bad keeps a mutable static"),
     ("a static declared ahead", 4, "static int cube_bad(void);",
@@ -64,6 +94,12 @@ FINE = [
     "struct cube_w { int (*open)(int); };\n"
     "static int cube_ok(struct cube_w *w) { return w->open(1); }",
     "static int cube_ok(int n); /* mutual recursion */",
+    "static int (*const cube_ok)(const char *p) = 0;",
+    "static const int *const cube_ok = (const int[2]){1, 2};",
+    "static int cube_ok(int *p) { int *a = p, *link; link = a; "
+    "return *link; }",
+    "struct cube_w { const char *name, *listen; };",
+    "#define CUBE_OK(link) ((link)->next)",
     "/* read(2) and cube_in_* are only named */",
     "static const char *cube_ok(void) { return \"open(\"; }",
     "static void cube_ok(void) {\n/* long: a table */\n" + ";\n" * 59 + "}",
