@@ -5112,6 +5112,16 @@ static void cube_json_repair(const unsigned char *p, size_t left,
     }
 }
 
+/* The byte at `at`, counted in its line, from 1 on. */
+static size_t cube_json_column(const char *src, size_t at)
+{
+    size_t begin = at;
+
+    while (begin > 0 && src[begin - 1] != '\n')
+        begin--;
+    return at - begin + 1;
+}
+
 /* Parses with our allocator; free with cube_json_free. NULL: the error says
  * where and what, in words, counted in the text as it came. A text with broken
  * characters is parsed a second time, repaired; what else is wrong with it is
@@ -5150,8 +5160,9 @@ cube_json_parse(const void *src, size_t size, struct cube_err *err)
     }
     if (root)
         return root;
-    (void)cube_fail(err, CUBE_EINVAL, "JSON, line %zu, byte %zu: %s",
-                    result.error_line_no, result.error_offset,
+    (void)cube_fail(err, CUBE_EINVAL, "JSON, line %zu, column %zu: %s",
+                    result.error_line_no,
+                    cube_json_column(src, result.error_offset),
                     words[result.error < CUBE_COUNT(words) ? result.error
                                                            : 0]);
     return NULL;
@@ -13610,6 +13621,16 @@ static void cube_http_listen_on(struct cube_http_server *s, bool is_on)
     }
 }
 
+/* Why a name has no address: the codes of files say it badly. */
+static const char *cube_resolve_text(int64_t negative)
+{
+    if (negative == -ENOENT)
+        return "no host has that name";
+    if (negative == -EAGAIN)
+        return "no name server answers";
+    return cube_errno_text(negative);
+}
+
 /* ---- Listening ---- */
 
 /* One server may have several listeners: localhost is two addresses, and so
@@ -13735,7 +13756,7 @@ static int cube_http_resolve(const struct cube_world *w,
 }
 
 /* Finds the addresses and listens on them, and says what went wrong in words
- * that name the address, since "localhost" may have two. */
+ * that name the address where `where` does not: "localhost" may have two. */
 static int cube_http_bind(struct cube_http_server *s,
                           const struct cube_http_place *place,
                           const char *where, struct cube_err *err)
@@ -13745,6 +13766,7 @@ static int cube_http_bind(struct cube_http_server *s,
     const struct cube_addr *failed = NULL;
     int count = cube_http_place_known(place, known);
     char text[128] = "";
+    bool is_named;
     int r = 0;
 
     if (count == 0) {
@@ -13752,7 +13774,7 @@ static int cube_http_bind(struct cube_http_server *s,
         if (r < 0)
             return cube_fail(err, cube_errno_code(r),
                              "listen on %s: find its address: %s", where,
-                             cube_errno_text(r));
+                             cube_resolve_text(r));
         addrs = job.addrs;
         count = job.addr_count;
         for (int i = 0; i < count; i++)
@@ -13766,11 +13788,13 @@ static int cube_http_bind(struct cube_http_server *s,
     if (r >= 0)
         return 0;
     cube_http_addr_text(failed, text, sizeof text);
+    is_named = strcmp(text, where) == 0;
     if (r == -EADDRINUSE)
         return cube_fail(err, CUBE_EBUSY, "listen on %s: %s is in use by "
-                         "another program", where, text);
-    return cube_fail(err, cube_errno_code(r), "listen on %s: %s: %s", where,
-                     text, cube_errno_text(r));
+                         "another program", where, is_named ? "it" : text);
+    return cube_fail(err, cube_errno_code(r), "listen on %s: %s%s%s", where,
+                     is_named ? "" : text, is_named ? "" : ": ",
+                     cube_errno_text(r));
 }
 
 /* Copies what the caller may free, and puts the defaults in. */
@@ -14475,7 +14499,7 @@ static void cube_http_call_on_resolved(void *arg, struct cube_job *job)
     if (job->result < 0) {
         cube_http_call_fail(call, CUBE_ECONN, "find the address of %s: %s",
                             call->client->place.host,
-                            cube_errno_text(job->result));
+                            cube_resolve_text(job->result));
         return;
     }
     memcpy(call->addrs, job->addrs, sizeof call->addrs);
@@ -17522,6 +17546,24 @@ static void cube_ledger_reply(struct cube_ledger *l, struct cube_http_req *req)
     g = cube_listing_new(l);
     cube_reply_sliced(l->loop, req, "application/json", cube_listing_piece,
                       cube_listing_free, g);
+}
+
+/* What the other side answered, in words: of its {"Message":"..."}, else why
+ * there is no answer, else the status. */
+static void cube_answer_words(const struct cube_http_answer *a,
+                              struct cube_buf *out)
+{
+    struct json_value_s *root =
+        a->body_len ? cube_json_parse(a->body, a->body_len, NULL) : NULL;
+    const char *words = cube_json_str(cube_json_get(root, "Message"), NULL);
+
+    if (words)
+        cube_buf_puts(out, words);
+    else if (a->err)
+        cube_buf_puts(out, a->err->text);
+    else
+        cube_buf_printf(out, "status %d", a->status);
+    cube_json_free(root);
 }
 
 /* ---- Copies of a store, sent ---- */
@@ -26691,15 +26733,16 @@ static void cube_worker_joined(void *arg, const struct cube_http_answer *a)
 {
     struct cube_worker *w = arg;
     bool is_in = !a->err && a->status == 201;
+    struct cube_buf words = {0};
 
     w->joining = NULL;
+    cube_answer_words(a, &words);
     if (is_in && !w->has_joined)
         cube_log(w->loop, CUBE_INFO, "joined manager %s", w->join);
     else if (!is_in)
-        cube_log(w->loop, CUBE_WARN, "join manager %s: %s%.*s", w->join,
-                 a->err ? a->err->text : "it refused: ",
-                 a->err ? 0 : (int)(a->body_len < 300 ? a->body_len : 300),
-                 a->body ? a->body : "");
+        cube_log(w->loop, CUBE_WARN, "join manager %s: %s%.300s", w->join,
+                 a->err ? "" : "it refused: ", words.data);
+    cube_buf_free(&words);
     w->has_joined = is_in;
     cube_timer_set(w->loop, &w->rejoin, CUBE_JOIN_MS, cube_worker_rejoin, w);
 }
@@ -26939,6 +26982,10 @@ static int cube_worker_start(struct cube_worker *w,
     struct cube_record *rec;
 
     w->machine = cube_machine_new(w->world);
+    if (!w->name[0] || strchr(w->name, '/'))
+        return cube_fail(err, CUBE_EINVAL, "\"%.100s\" is no name for a "
+                         "worker: its files bear it, so it is not empty and "
+                         "has no /", w->name);
     if (cube_machine_read(w->machine, "/", &w->stats, err) < 0 ||
         cube_worker_open_store(w, o->store, err) < 0)
         return -1;
@@ -28402,23 +28449,6 @@ static void cube_charge_later(struct cube_charge *c)
 {
     cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(++c->tries),
                    cube_charge_retry, c);
-}
-
-/* The words in an answer's {"Message":"..."}, or its first bytes. */
-static void cube_answer_words(const struct cube_http_answer *a,
-                              struct cube_buf *out)
-{
-    struct json_value_s *root =
-        a->body_len ? cube_json_parse(a->body, a->body_len, NULL) : NULL;
-    const char *words = cube_json_str(cube_json_get(root, "Message"), NULL);
-
-    if (words)
-        cube_buf_puts(out, words);
-    else if (a->err)
-        cube_buf_puts(out, a->err->text);
-    else
-        cube_buf_printf(out, "status %d", a->status);
-    cube_json_free(root);
 }
 
 /* The worker will never take this task: Failed, with the worker's reason. */

@@ -711,6 +711,14 @@ class Members(Case):
         c.env = {"CUBE_TOKEN": ""}
         self.refused(c, "--token-file", "status")
 
+    def test_a_worker_with_another_token_says_why_it_cannot_join(self):
+        c = self.cluster(env={"CUBE_TOKEN": "secret"})
+        c.workers[0].kill()
+        c.env = {"CUBE_TOKEN": "wrong"}
+        worker = c.start_worker(0, "-H", "127.0.0.1", "--join", c.where)
+        c.await_log(worker, "it refused: the token is not the one of this "
+                    "server\n")
+
     def test_two_tokens_hold_while_one_replaces_the_other(self):
         with tempfile.NamedTemporaryFile("w") as f:
             f.write("new\nold\n")

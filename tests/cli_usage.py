@@ -257,6 +257,7 @@ class Usage(Case):
             (["manager", "--keep", "5"], "168h"),
             (["worker", "-r", "rkt"], "auto|docker|podman|process"),
             (["worker", "--join", "elsewhere:5555"], "--host"),
+            (["worker", "-n", "a/b"], "has no /"),
             (["dev", "-n", "0"], "1 to 100"),
             (["dev", "-n", "100000"], "1 to 100"),
             (["run"], "needs an image"),

@@ -922,7 +922,7 @@ TEST(errors_are_told_in_words)
 
     CHECK(!cube_json_parse("{\n\"a\" 1}", 8, &err));
     CHECK_INT(err.code, CUBE_EINVAL);
-    CHECK_STR(err.text, "JSON, line 2, byte 6: expected a colon");
+    CHECK_STR(err.text, "JSON, line 2, column 5: expected a colon");
     CHECK(!cube_json_parse(NULL, 0, &err));
     CHECK_HAS(err.text, "no JSON");
 }
