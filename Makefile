@@ -14,7 +14,8 @@
 #     tools/bench, else     the benchmarks; each builds what it needs
 #     tools/bench_*
 #
-# Set CC, CFLAGS, PREFIX, DESTDIR as usual; CUBE_WITH_CURL=1 adds libcurl.
+# Set CC, CFLAGS, PREFIX, DESTDIR as usual; CUBE_WITH_CURL=1 adds libcurl, from
+# then on, until make clean.
 
 CFLAGS   ?= -O2 -g
 CXX      ?= c++
@@ -35,9 +36,13 @@ LINK = $(LDFLAGS) $(LDLIBS)
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined \
            -fno-omit-frame-pointer
 
+# Remembered in build/, so that what was built without is built anew, and that
+# `make install` installs what was built.
+-include $(wildcard $(BUILD)/curl.mk)
 ifeq ($(CUBE_WITH_CURL),1)
 CPPFLAGS += -DCUBE_WITH_CURL=1
 LDLIBS   += -lcurl
+$(BUILD)/cube.o: $(BUILD)/curl.mk
 endif
 
 examples := $(patsubst examples/%.c,$(EXAMPLES)/%,$(wildcard examples/*.c))
@@ -52,9 +57,14 @@ benches  := $(or $(wildcard tools/bench), \
 
 .PHONY: all test sim sim-mutants build-tests asan valgrind crash fuzz bench \
         bench-store lint single static install clean help demo
+.DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 
 all: $(examples)                ## build examples/cube and the other examples
+
+$(BUILD)/curl.mk:
+	@mkdir -p $(@D)
+	@echo 'CUBE_WITH_CURL ?= 1' > $@
 
 $(BUILD)/cube.o: cube.c cube.h
 	@mkdir -p $(@D)
@@ -154,11 +164,13 @@ static: build/cube-static       ## build/cube-static, a static binary
 
 # glibc warns that a static getaddrinfo needs its libraries at run time:
 # names then resolve only where the same glibc is installed. musl has no
-# such limit, and is taken where it is there.
+# such limit, and is taken where it is there. Neither comes with a libcurl.
 MUSL := $(shell command -v musl-gcc)
+bare  = $(filter-out -DCUBE_WITH_CURL=1,$(CPPFLAGS))
+plain = $(if $(filter 1,$(CUBE_WITH_CURL)),cube.c,$(BUILD)/cube.o)
 build/cube-static: examples/cube.c cube.c cube.h
 	@mkdir -p build
-	$(or $(MUSL),$(CC)) $(BASE) $(CPPFLAGS) -Os -static -s -ffunction-sections \
+	$(or $(MUSL),$(CC)) $(BASE) $(bare) -Os -static -s -ffunction-sections \
 	    -fdata-sections -Wl,--gc-sections -o $@ examples/cube.c cube.c
 
 $(BUILD)/fetch $(BUILD)/mkimage: $(BUILD)/%: tools/%.c $(BUILD)/cube.o
@@ -166,9 +178,9 @@ $(BUILD)/fetch $(BUILD)/mkimage: $(BUILD)/%: tools/%.c $(BUILD)/cube.o
 
 # What runs in an image that holds nothing else. It looks up no names, so
 # what a static glibc has to say of that (see above) does not matter.
-$(BUILD)/static/echo: examples/echo.c $(BUILD)/cube.o
+$(BUILD)/static/echo: examples/echo.c $(plain)
 	@mkdir -p $(@D)
-	@$(CC) $(BASE) $(CFLAGS) -static -o $@ $< $(BUILD)/cube.o 2>$@.log || \
+	@$(CC) $(BASE) $(CFLAGS) -static -o $@ $^ 2>$@.log || \
 	    { cat $@.log; false; }
 
 demo: all $(BUILD)/fetch $(BUILD)/mkimage $(BUILD)/static/echo ## see a cluster at work

@@ -114,6 +114,27 @@ class Build(unittest.TestCase):
                  not section.startswith(".data.rel.ro")]
         self.assertEqual(state, [])
 
+    def make(self, *argv):
+        code, words = self.compile("make", "-f", harness.TOP + "/Makefile",
+                                   *argv)
+        self.assertEqual(code, 0, words)
+        return words
+
+    def test_libcurl_is_added_to_what_is_built_already_and_then_kept(self):
+        """`make` and then `make CUBE_WITH_CURL=1` had nothing to do, and the
+        program then said that it was built without."""
+        os.mkdir(self.path("examples"))
+        self.path("cube.h", "")
+        self.path("cube.c", "extern int cube; int cube;\n")
+        self.path("examples/cube.c", "int main(void) { return 0; }\n")
+        self.make()
+        self.assertIn("Nothing to be done", self.make())
+        for argv in (["all", "CUBE_WITH_CURL=1"], ["install", "DESTDIR=d"]):
+            words = self.make("-n", *argv)
+            self.assertIn("-DCUBE_WITH_CURL=1", words)
+            self.assertRegex(words, r"-o examples/cube .* -lcurl")
+            self.make("build/curl.mk")
+
 
 if __name__ == "__main__":
     harness.main()
