@@ -2355,7 +2355,7 @@ static bool cube_text_is_nocase(const char *p, size_t len, const char *text)
     if (strlen(text) != len)
         return false;
     for (size_t i = 0; i < len; i++) {
-        if (cube_lower(p[i]) != cube_lower(text[i]))
+        if (p[i] != text[i] && cube_lower(p[i]) != cube_lower(text[i]))
             return false;
     }
     return true;
@@ -2629,14 +2629,22 @@ static void cube_sip_round(uint64_t v[4])
     v[2] = cube_rotl(v[2], 32);
 }
 
-/* `len` bytes, at most 8, little-endian; the missing high ones are 0. */
-static uint64_t cube_le64(const unsigned char *p, size_t len)
+/* Two rounds for a word of what is hashed. */
+static void cube_sip_word(uint64_t v[4], uint64_t word)
 {
-    uint64_t v = 0;
+    v[3] ^= word;
+    cube_sip_round(v);
+    cube_sip_round(v);
+    v[0] ^= word;
+}
 
-    for (size_t i = 0; i < len; i++)
-        v |= (uint64_t)p[i] << (8 * i);
-    return v;
+/* Eight bytes, little-endian: compilers make one load of it. */
+static uint64_t cube_le64(const unsigned char *p)
+{
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 |
+           (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 |
+           (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 |
+           (uint64_t)p[7] << 56;
 }
 
 /*
@@ -2654,23 +2662,13 @@ static uint64_t cube_siphash(uint64_t k0, uint64_t k1, const void *data,
     const unsigned char *p = data;
     uint64_t v[4] = {k0 ^ 0x736f6d6570736575u, k1 ^ 0x646f72616e646f6du,
                      k0 ^ 0x6c7967656e657261u, k1 ^ 0x7465646279746573u};
-    size_t left = len;
+    uint64_t last = (uint64_t)len << 56;
 
-    for (;;) {
-        size_t n = left >= 8 ? 8 : left;
-        uint64_t m = cube_le64(p, n);
-
-        if (n < 8)
-            m |= (uint64_t)len << 56;
-        v[3] ^= m;
-        cube_sip_round(v);
-        cube_sip_round(v);
-        v[0] ^= m;
-        if (n < 8)
-            break;
-        p += 8;
-        left -= 8;
-    }
+    for (; len >= 8; len -= 8, p += 8)
+        cube_sip_word(v, cube_le64(p));
+    for (size_t i = 0; i < len; i++)
+        last |= (uint64_t)p[i] << (8 * i);
+    cube_sip_word(v, last);
     v[2] ^= 0xff;
     for (int i = 0; i < 4; i++)
         cube_sip_round(v);
@@ -2738,11 +2736,12 @@ static void cube_map_grow(struct cube_map *m)
 static struct cube_map_entry *cube_map_find(const struct cube_map *m,
                                             const char *key, size_t len)
 {
-    uint64_t hash = cube_siphash(m->seed, ~m->seed, key, len);
     size_t mask = m->slot_count - 1;
+    uint64_t hash;
 
     if (m->count == 0)
         return NULL;
+    hash = cube_siphash(m->seed, ~m->seed, key, len);
     for (size_t i = hash & mask; m->slots[i]; i = (i + 1) & mask) {
         struct cube_map_entry *e = &m->entries[m->slots[i] - 1];
 
@@ -3013,11 +3012,11 @@ static bool cube_secret_is(const char *p, size_t len, const char *secret)
 static void cube_uuid_write(const unsigned char id[16],
                             char out[CUBE_UUID_TEXT])
 {
-    char hex[33];
-
-    cube_hex(id, 16, hex);
-    (void)snprintf(out, CUBE_UUID_TEXT, "%.8s-%.4s-%.4s-%.4s-%.12s", hex,
-                   hex + 8, hex + 12, hex + 16, hex + 20);
+    for (int i = 0; i < 16; i++, out += 2) {
+        if (i == 4 || i == 6 || i == 8 || i == 10)
+            *out++ = '-';
+        cube_hex(id + i, 1, out);
+    }
 }
 
 /*
