@@ -66,13 +66,13 @@
  *               cube_manager_post (12) reads it (cube_task_or_event_parse, 7),
  *               refuses what can never run (cube_task_check, 7), and writes
  *               a record: Pending (cube_manager_accept, 12)
+ *   placed      cube_charge_reconcile (12) sees a record without a node and
+ *               asks cube_schedule (10); cube_charge_assign (12) writes node
+ *               and attempt: Scheduled
  *   kept        the turn ends: one commit for all its changes
  *               (cube_commit_turn, 5), the disk syncs beside the loop
  *               (cube_world_job_start, 1), and only then the 201 leaves
  *               (cube_reply_kept, 7)
- *   placed      cube_charge_reconcile (12) sees a record without a node and
- *               asks cube_schedule (10); cube_charge_assign (12) writes node
- *               and attempt: Scheduled. On disk as well, before
  *   delivered   cube_charge_deliver (12) sends it to the worker, which keeps
  *               it in the same way (cube_worker_order, cube_worker_take, 11)
  *   started     cube_unit_reconcile (11) sees a record without a container:
@@ -27150,9 +27150,11 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * manager that was started last leads: see cube_member_know_epoch.
  *
  * Invariants. A record whose change is not on disk is left alone, so an order
- * never speaks of what a crash could undo. There is at most one order under
- * way for a task, and one stop for each report. Nothing is concluded from
- * what a worker does not say before it has listed all that it has.
+ * never speaks of what a crash could undo; only what is submitted is placed in
+ * the same turn, by the same commit, since nobody can have heard of it. There
+ * is at most one order under way for a task, and one stop for each report.
+ * Nothing is concluded from what a worker does not say before it has listed
+ * all that it has.
  *
  * Four races, and why each ends well, are drawn under Reconciliation, below.
  *
@@ -28684,7 +28686,7 @@ static struct cube_member *cube_charge_place(struct cube_charge *c,
 
     if (!cube_promises_look(m))
         cube_promises_add_up(m);
-    p.task = c->rec->now->task;
+    p.task = cube_record_latest(c->rec)->task;
     p.nodes = m->promises->nodes;
     p.node_count = m->promises->count;
     p.avoid = cube_manager_name_of(m, avoid);
@@ -28734,7 +28736,7 @@ static bool cube_reason_is_same(const char *a, const char *b)
 static void cube_charge_explain(struct cube_charge *c, const char *why)
 {
     struct cube_manager *m = c->manager;
-    const struct cube_task *t = c->rec->now->task;
+    const struct cube_task *t = cube_record_latest(c->rec)->task;
     int64_t now = cube_loop_now_ms(m->loop);
 
     if (strcmp(t->error, why) == 0 ||
@@ -28762,13 +28764,14 @@ static bool cube_manager_must_wait(const struct cube_manager *m,
 static void cube_charge_schedule(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
-    bool is_move = c->rec->now->task->attempt > 0;
+    const struct cube_version *v = cube_record_latest(c->rec);
+    bool is_move = v->task->attempt > 0;
     struct cube_buf why = {0};
     struct cube_member *n;
 
     if (is_move && cube_manager_must_wait(m, m->last_arrive_ms))
         return;
-    n = cube_charge_place(c, c->rec->now->keep.avoid, &why);
+    n = cube_charge_place(c, v->keep.avoid, &why);
     if (n && is_move)
         m->last_arrive_ms = cube_loop_now_ms(m->loop);
     if (n)
@@ -28784,9 +28787,8 @@ static void cube_charge_schedule(struct cube_charge *c)
  * A typical sequence, as the loop makes the calls:
  *
  *    cube_manager_post      a task comes     cube_manager_accept stages it
- *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
  *    cube_manager_pass      Pending          cube_charge_schedule, _assign
- *    cube_manager_changed   it is on disk
+ *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
  *    cube_manager_pass      no report        cube_charge_deliver
  *    cube_charge_delivered  201: a report    cube_member_heard
  *    cube_member_data       an event         cube_member_on_task, _heard
@@ -29114,9 +29116,22 @@ static bool cube_charge_see_strays(struct cube_charge *c)
     return false;
 }
 
+/* Was it submitted in this turn, and nothing else? Then its placement can go
+ * into the same commit. */
+static bool cube_charge_is_new(const struct cube_charge *c)
+{
+    const struct cube_version *v = cube_record_latest(c->rec);
+
+    return !c->rec->now &&
+           v->commit == cube_commit_number(c->manager->commit) &&
+           v->task->state == CUBE_PENDING && !*v->task->node &&
+           v->task->wanted != CUBE_WANT_STOP;
+}
+
 /* The one place where wanted and observed meet; the essay's table. Takes at
- * most one step, and none while the last one is not on disk. Copies elsewhere
- * come first: one of them may be newer than the record. */
+ * most one step, and none while the last one is not on disk, but for a first
+ * placement. Copies elsewhere come first: one of them may be newer than the
+ * record. */
 static void cube_charge_reconcile(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
@@ -29124,9 +29139,13 @@ static void cube_charge_reconcile(struct cube_charge *c)
     struct cube_member *n;
     struct cube_report *r;
 
-    if (!v || c->rec->pending || m->successor > 0)
+    if (m->successor > 0)
         return;
-    if (cube_charge_see_strays(c))
+    if (cube_charge_is_new(c)) {
+        cube_charge_schedule(c);
+        return;
+    }
+    if (!v || c->rec->pending || cube_charge_see_strays(c))
         return;
     if (cube_task_is_finished(v->task)) {
         cube_health_stop(&c->health);
@@ -29812,6 +29831,7 @@ static void cube_manager_accept(struct cube_manager *m,
     cube_task_set(&t->progress, "");
     cube_task_unbind(t);
     cube_manager_stage(m, rec, "it was submitted");
+    cube_charge_touch(cube_charge_of(m, rec));
 }
 
 /* Submitting a task that is there already: the same specification is the same

@@ -32,6 +32,50 @@ TEST(a_task_runs_and_stops)
     cluster_close(&k);
 }
 
+/* A second commit placed it once, and each start had to wait for that. */
+TEST(a_task_is_placed_by_the_commit_that_keeps_it)
+{
+    struct cluster k;
+    struct follower f;
+    struct cube_task *t = NULL;
+    struct cube_record *rec;
+    uint64_t number;
+
+    cluster_open(&k, 1);
+    follower_open(&f, &k, k.port, "/events");
+    cluster_run(&k, 1000);
+    CHECK_INT(cube_task_parse(TASK_A, strlen(TASK_A), true, &t, NULL), 0);
+    cube_manager_accept(k.manager, NULL, t);
+    number = cube_commit_number(k.manager->commit);
+    rec = cube_ledger_find(k.manager->ledger, A);
+    while (!rec->now)
+        cluster_turn(&k);
+    CHECK_INT(rec->now->task->state, CUBE_SCHEDULED);
+    CHECK_INT((int64_t)rec->now->commit, (int64_t)number);
+    cluster_run(&k, 1000);
+    CHECK_INT(follower_count(&f, "it was submitted"), 1); /* both are told */
+    CHECK_INT(follower_count(&f, "it was placed"), 1);
+    follower_close(&f);
+    cluster_close(&k);
+}
+
+TEST(a_task_that_is_stopped_in_the_turn_of_its_submission_is_not_placed)
+{
+    struct cluster k;
+    struct cube_task *t = NULL;
+
+    cluster_open(&k, 1);
+    CHECK_INT(cube_task_parse(TASK_A, strlen(TASK_A), true, &t, NULL), 0);
+    cube_manager_accept(k.manager, NULL, t);
+    cube_manager_want_stop(k.manager, cube_ledger_find(k.manager->ledger, A));
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    t = cluster_task(&k, A);
+    CHECK_INT(t->attempt, 0);
+    CHECK_STR(t->node, "");
+    cube_task_free(t);
+    cluster_close(&k);
+}
+
 TEST(the_same_id_is_the_same_task)
 {
     struct cluster k;
