@@ -19032,7 +19032,7 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
  *
  * A typical sequence:
  *
- *    rt->ops->watch(rt, on_change, worker);
+ *    rt->ops->watch(rt, uuid, on_change, worker);
  *    rt->ops->start(rt, &what, on_started, worker);    later: on_started
  *    ... on_change(worker, task) ...
  *    rt->ops->inspect(rt, id, on_inspected, worker);   later: on_inspected
@@ -19809,6 +19809,7 @@ struct cube_docker_watch {
     bool is_open; /* its head has come */
     bool is_late; /* a ping was answered while it had not */
     struct cube_objects objects;
+    char *worker;       /* whose containers count; NULL: everybody's */
     cube_change_fn *fn; /* NULL: nobody watches */
     void *arg;
 };
@@ -21500,21 +21501,24 @@ static void cube_docker_note_signal(struct cube_docker *d, const char *action,
 }
 
 /* One event. What is executed inside a container (health checks of the
- * engine's own) is none of ours, and frequent. It may name a task that is not
- * ours: the watcher knows its own. */
+ * engine's own) is none of ours, and frequent. Nor are containers of other
+ * workers on this engine: a watcher that did not know the task would have to
+ * look at all that it has. */
 static void cube_docker_event(void *arg, struct json_value_s *event)
 {
     struct cube_docker *d = arg;
+    const struct cube_docker_watch *w = &d->watch;
     struct json_value_s *actor = cube_json_get(event, "Actor");
-    const char *task = cube_docker_text(cube_json_get(actor, "Attributes"),
-                                        CUBE_DOCKER_LABEL);
+    struct json_value_s *labels = cube_json_get(actor, "Attributes");
+    const char *task = cube_docker_text(labels, CUBE_DOCKER_LABEL);
+    const char *action = cube_docker_text(event, "Action");
 
-    if (*task)
-        cube_docker_note_signal(d, cube_docker_text(event, "Action"),
-                                cube_docker_text(actor, "ID"));
-    if (d->watch.fn && *task &&
-        !cube_text_starts(cube_docker_text(event, "Action"), "exec_"))
-        d->watch.fn(d->watch.arg, task);
+    if (!*task || (w->worker && strcmp(cube_docker_text(labels, "cube.worker"),
+                                       w->worker) != 0))
+        return;
+    cube_docker_note_signal(d, action, cube_docker_text(actor, "ID"));
+    if (w->fn && !cube_text_starts(action, "exec_"))
+        w->fn(w->arg, task);
 }
 
 /* Bytes of the stream. It begins with a look at everything, since nobody knows
@@ -21605,8 +21609,8 @@ static void cube_docker_watch_check(void *arg)
 /* fn NULL ends it. What was asked before is dropped without a call, so an old
  * fn never runs again. The first call comes when the stream is open, with
  * NULL: look at everything. */
-static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
-                              void *arg)
+static void cube_docker_watch(struct cube_runtime *rt, const char *worker,
+                              cube_change_fn *fn, void *arg)
 {
     struct cube_docker *d = cube_docker_of(rt);
     struct cube_docker_watch *w = &d->watch;
@@ -21615,6 +21619,8 @@ static void cube_docker_watch(struct cube_runtime *rt, cube_change_fn *fn,
     cube_docker_op_cancel(&w->ping);
     cube_timer_clear(rt->loop, &w->again);
     cube_timer_clear(rt->loop, &w->check);
+    cube_free(w->worker);
+    w->worker = worker ? cube_text_dup(worker) : NULL;
     w->fn = fn;
     w->arg = arg;
     w->cuts = 0;
@@ -21635,7 +21641,7 @@ static void cube_docker_free(struct cube_runtime *rt)
 {
     struct cube_docker *d = cube_docker_of(rt);
 
-    cube_docker_watch(rt, NULL, NULL);
+    cube_docker_watch(rt, NULL, NULL, NULL);
     while (!cube_list_is_empty(&d->ops)) {
         struct cube_docker_op *op =
             CUBE_OF(d->ops.next, struct cube_docker_op, link);
@@ -21781,6 +21787,7 @@ struct cube_process {
     struct cube_map boxes;  /* ID to struct cube_process_box */
     struct cube_list ops, logs;
     struct cube_process_limits limits;
+    char *watcher;          /* whose ends are told; NULL: everybody's */
     cube_change_fn *change;
     void *change_arg;
     struct cube_defer change_defer;
@@ -22605,7 +22612,8 @@ static void cube_process_ended(void *arg, unsigned events)
     cube_process_refresh(box);
     cube_process_resume(p, box->c.id);
     (void)snprintf(task, sizeof task, "%s", box->c.task);
-    if (p->change)
+    if (p->change &&
+        (!p->watcher || strcmp(box->c.worker, p->watcher) == 0))
         p->change(p->change_arg, task);
 }
 
@@ -24008,11 +24016,13 @@ static void cube_process_report(void *arg)
 }
 
 /* fn NULL ends it. The first report comes by itself, about everything. */
-static void cube_process_on_change(struct cube_runtime *rt,
+static void cube_process_on_change(struct cube_runtime *rt, const char *worker,
                                    cube_change_fn *fn, void *arg)
 {
     struct cube_process *p = (struct cube_process *)rt;
 
+    cube_free(p->watcher);
+    p->watcher = worker ? cube_text_dup(worker) : NULL;
     p->change = fn;
     p->change_arg = arg;
     if (fn)
@@ -24050,6 +24060,7 @@ static void cube_process_free(struct cube_runtime *rt)
     cube_free(p->limits.memory);
     cube_free(p->limits.cpu);
     cube_free(p->root);
+    cube_free(p->watcher);
     cube_free(rt->words);
     cube_free(rt->engine_id);
     cube_free(p);
@@ -26899,7 +26910,7 @@ static void cube_worker_use(struct cube_worker *w, struct cube_runtime *rt)
         (void)cube_meta_put(w->store, "runtime", rt->name, NULL);
     cube_buf_free(&kept);
     (void)snprintf(w->stats.runtime, sizeof w->stats.runtime, "%s", rt->name);
-    rt->ops->watch(rt, cube_worker_stirred, w);
+    rt->ops->watch(rt, w->uuid, cube_worker_stirred, w);
     cube_worker_look(w);
 }
 

@@ -1210,8 +1210,10 @@ struct cube_runtime_ops {
                               cube_data_fn *on_data, cube_done_fn *on_end,
                               void *arg);
     void (*logs_cancel)(struct cube_runtime *rt, struct cube_logs *logs);
-    /* Reports changes from now on, first a NULL; `fn` NULL ends it. */
-    void (*watch)(struct cube_runtime *rt, cube_change_fn *fn, void *arg);
+    /* Reports changes of containers with this worker's label, or of all
+     * (NULL), from now on, first a NULL; `fn` NULL ends it. */
+    void (*watch)(struct cube_runtime *rt, const char *worker,
+                  cube_change_fn *fn, void *arg);
     void (*free)(struct cube_runtime *rt);
 };
 

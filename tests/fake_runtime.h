@@ -336,11 +336,12 @@ static void fake_op_logs_cancel(struct cube_runtime *rt, struct cube_logs *l)
     cube_free(k);
 }
 
-static void fake_op_watch(struct cube_runtime *base, cube_change_fn *fn,
-                          void *arg)
+static void fake_op_watch(struct cube_runtime *base, const char *worker,
+                          cube_change_fn *fn, void *arg)
 {
     struct fake_runtime *rt = (struct fake_runtime *)base;
 
+    (void)worker; /* an engine of a test has one */
     rt->on_change = fn;
     rt->arg = arg;
 }

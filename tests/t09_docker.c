@@ -1615,14 +1615,14 @@ static void on_change(void *arg, const char *task)
     strncat(changes, task ? task : "all", sizeof changes - strlen(changes) - 1);
     strncat(changes, ";", sizeof changes - strlen(changes) - 1);
     if (is_unwatching)
-        fake.rt->ops->watch(fake.rt, NULL, NULL);
+        fake.rt->ops->watch(fake.rt, NULL, NULL, NULL);
 }
 
 static void watch(void)
 {
     changes[0] = 0;
     is_unwatching = false;
-    fake.rt->ops->watch(fake.rt, on_change, NULL);
+    fake.rt->ops->watch(fake.rt, NULL, on_change, NULL);
     settle();
 }
 
@@ -1651,6 +1651,35 @@ TEST(events_name_tasks_however_they_are_cut)
             settle();
         }
         CHECK_STR(changes, "all;t1;t2;");
+        close_fake();
+    }
+}
+
+/* Each event of a neighbour once made a worker inspect all that it had. */
+TEST(events_of_another_workers_containers_are_not_told)
+{
+    static const char events[] =
+        "{\"Action\":\"die\",\"Actor\":{\"ID\":\"c1\",\"Attributes\":{"
+        "\"cube.task\":\"t1\",\"cube.worker\":\"they\"}}}"
+        "{\"Action\":\"die\",\"Actor\":{\"ID\":\"c2\",\"Attributes\":{"
+        "\"cube.task\":\"t2\",\"cube.worker\":\"we\"}}}"
+        "{\"Action\":\"die\",\"Actor\":{\"ID\":\"c3\",\"Attributes\":{"
+        "\"cube.task\":\"t3\"}}}";
+    static const struct {
+        const char *worker, *told;
+    } rows[] = {{"we", "all;t2;"}, {"they", "all;t1;"}, {NULL, "all;t1;t2;t3;"}};
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("worker %s", rows[i].worker ? rows[i].worker : "NULL");
+        open_fake();
+        watch();
+        fake.rt->ops->watch(fake.rt, rows[i].worker, on_change, NULL);
+        changes[0] = 0;
+        settle();
+        REQUIRE(fake.open_count == 2);
+        cube_http_stream_write(fake.open[1], events, sizeof events - 1);
+        settle();
+        CHECK_STR(changes, rows[i].told);
         close_fake();
     }
 }

@@ -701,7 +701,7 @@ ENGINE_TEST(changes_are_told_by_task)
 
     put(watched, sizeof watched, t->id);
     everything_count = change_count = 0;
-    e->rt->ops->watch(e->rt, on_change, NULL);
+    e->rt->ops->watch(e->rt, e->worker, on_change, NULL);
     for (int i = 0; i < 100 && everything_count == 0; i++)
         turn_for(e, 50);
     CHECK_INT(everything_count, 1);
@@ -712,7 +712,7 @@ ENGINE_TEST(changes_are_told_by_task)
         turn_for(e, 50);
     CHECK(change_count > before || before >= 3);
     CHECK(change_count >= 3); /* create, start, die */
-    e->rt->ops->watch(e->rt, NULL, NULL);
+    e->rt->ops->watch(e->rt, NULL, NULL, NULL);
     before = change_count;
     remove_ours(e);
     turn_for(e, 300);

@@ -345,7 +345,7 @@ TEST(no_callback_runs_before_the_call_has_returned)
     b.rt->ops->inspect(b.rt, ID1, on_container, NULL);
     b.rt->ops->inspect_json(b.rt, ID1, on_text, NULL);
     b.rt->ops->logs(b.rt, ID1, &all, on_data, on_log_end, NULL);
-    b.rt->ops->watch(b.rt, on_change, NULL);
+    b.rt->ops->watch(b.rt, NULL, on_change, NULL);
     b.rt->ops->kill(b.rt, ID1, on_done, NULL);
     b.rt->ops->stop(b.rt, "none", 0, on_done, NULL);
     b.rt->ops->remove(b.rt, "none", on_done, NULL);
@@ -364,7 +364,7 @@ TEST(no_callback_runs_after_the_runtime_is_freed)
     set_up();
     t = shell("exec sleep 1000");
     start_task(t, 1);
-    b.rt->ops->watch(b.rt, on_change, NULL);
+    b.rt->ops->watch(b.rt, NULL, on_change, NULL);
     b.rt->ops->stop(b.rt, ID1, 1, on_done, NULL);
     b.rt->ops->list(b.rt, NULL, on_list, NULL);
     b.rt->ops->logs(b.rt, ID1, &follow, on_data, on_log_end, NULL);
@@ -549,7 +549,7 @@ TEST(a_process_that_ends_while_no_worker_looks_keeps_its_exit_code)
 TEST(the_end_of_a_process_is_reported_by_its_task)
 {
     set_up();
-    b.rt->ops->watch(b.rt, on_change, NULL);
+    b.rt->ops->watch(b.rt, NULL, on_change, NULL);
     UNTIL(b.all_changes == 1);
     start("until [ -e go ]; do sleep 0.01; done");
     CHECK_INT(b.changes, 0);
@@ -561,12 +561,25 @@ TEST(the_end_of_a_process_is_reported_by_its_task)
     tear_down();
 }
 
+TEST(the_end_of_another_workers_process_is_not_reported)
+{
+    set_up();
+    b.rt->ops->watch(b.rt, OTHER, on_change, NULL);
+    UNTIL(b.all_changes == 1);
+    start("exit 0");
+    do /* that it has ended is seen, and told to nobody */
+        inspect(ID1);
+    while (b.state != CUBE_BOX_EXITED);
+    CHECK_INT(b.changes, 0);
+    tear_down();
+}
+
 TEST(an_adopted_process_is_watched_as_well)
 {
     set_up();
     start("until [ -e go ]; do sleep 0.01; done");
     restart();
-    b.rt->ops->watch(b.rt, on_change, NULL);
+    b.rt->ops->watch(b.rt, WORKER, on_change, NULL);
     UNTIL(b.all_changes == 1);
     write_file(at(ID1, "work/go"), "");
     UNTIL(b.changes == 1);
@@ -579,7 +592,7 @@ TEST(a_killed_supervisor_takes_all_of_the_task_with_it)
     int pid, daemon;
 
     set_up();
-    b.rt->ops->watch(b.rt, on_change, NULL);
+    b.rt->ops->watch(b.rt, NULL, on_change, NULL);
     start("setsid sh -c 'echo $$ > daemon; while :; do sleep 1000; done' & "
           "echo $$ > pid; wait");
     pid = number_in("work/pid");

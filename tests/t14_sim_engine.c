@@ -754,7 +754,7 @@ TEST(containers_end_as_they_were_planned_to)
         open_all();
         k.e->on_start = ends_soon;
         k.e->arg = &rows[i];
-        k.rt->ops->watch(k.rt, on_change, NULL);
+        k.rt->ops->watch(k.rt, NULL, on_change, NULL);
         h = start();
         CHECK_INT(h.state, CUBE_BOX_RUNNING);
         cube_buf_clear(&k.changes);
@@ -792,7 +792,7 @@ TEST(who_removes_one_by_hand_is_told_of)
     struct heard h;
 
     open_all();
-    k.rt->ops->watch(k.rt, on_change, NULL);
+    k.rt->ops->watch(k.rt, NULL, on_change, NULL);
     h = start();
     pass(1000);
     cube_buf_clear(&k.changes);
@@ -883,7 +883,7 @@ TEST(it_restarts_with_and_without_its_containers)
         test_row("row %zu", i);
         open_all();
         k.e->is_keeping = rows[i].is_keeping;
-        k.rt->ops->watch(k.rt, on_change, NULL);
+        k.rt->ops->watch(k.rt, NULL, on_change, NULL);
         h = start();
         away(rows[i].how, rows[i].is_stop);
         CHECK_INT(count(SIM_RUNNING), rows[i].running);
@@ -933,7 +933,7 @@ static uint64_t storm(void)
         .error = 100, .cut = 100, .slow = 50, .pull_missing = 200,
         .pull_error = 200, .pull_cut = 200, .pull_slow = 100,
         .exit_early = 300, .oom = 200};
-    k.rt->ops->watch(k.rt, on_change, NULL);
+    k.rt->ops->watch(k.rt, NULL, on_change, NULL);
     for (int i = 0; i < 60; i++) {
         struct heard h = start();
 
