@@ -65,10 +65,10 @@
  *   asked for   cube_client_submit (13) sends POST /tasks;
  *               cube_manager_post (12) reads it (cube_task_or_event_parse, 7),
  *               refuses what can never run (cube_task_check, 7), and writes
- *               a record: Pending (cube_manager_accept, 12)
- *   placed      cube_charge_reconcile (12) sees a record without a node and
- *               asks cube_schedule (10); cube_charge_assign (12) writes node
- *               and attempt: Scheduled
+ *               a record (cube_manager_accept, 12)
+ *   placed      cube_charge_schedule (12) asks cube_schedule (10): the record
+ *               is Scheduled, with node and attempt (cube_charge_assign, 12),
+ *               or Pending, with the reason (cube_charge_explain, 12)
  *   kept        the turn ends: one commit for all its changes
  *               (cube_commit_turn, 5), the disk syncs beside the loop
  *               (cube_world_job_start, 1), and only then the 201 leaves
@@ -16998,11 +16998,56 @@ static void cube_ledger_join(struct cube_ledger *g)
     cube_commit_wait(g->commit, &w->wait, cube_ledger_committed, w);
 }
 
+/* The record's version in the commit that fills, or NULL: there is none yet. */
+static struct cube_version *cube_record_staged(const struct cube_ledger *g,
+                                               const struct cube_record *rec)
+{
+    struct cube_version *v = rec->pending ? cube_record_latest(rec) : NULL;
+
+    return v && v->commit == cube_commit_number(g->commit) ? v : NULL;
+}
+
 /*
- * A version to be changed at will and then staged with cube_record_stage. A
- * record without one gets an empty task and the next number. A second edit in
- * the same commit gives the same version again: what one commit holds of a
- * record is its last state. Borrowed, until the commit ends.
+ * A version to be changed at will and then staged with cube_record_stage. Its
+ * task is `t`, which is taken over; what is kept beside the task stays as it
+ * was, and a record's first version gets the next number. A second one in the
+ * same commit is the same version again: what one commit holds of a record is
+ * its last state. Borrowed, until the commit ends.
+ */
+static struct cube_version *cube_record_replace(struct cube_ledger *g,
+                                                struct cube_record *rec,
+                                                struct cube_task *t)
+{
+    struct cube_version *old = cube_record_latest(rec);
+    struct cube_version *v = cube_record_staged(g, rec);
+    struct cube_version **end = &rec->pending;
+
+    if (v) {
+        cube_task_free(v->task);
+        v->task = t;
+        return v;
+    }
+    v = cube_alloc(sizeof *v);
+    v->task = t;
+    v->commit = cube_commit_number(g->commit);
+    if (old) {
+        v->keep = old->keep;
+    } else {
+        v->keep.budget = -1;
+        v->keep.number = ++g->last_number;
+    }
+    while (*end)
+        end = &(*end)->next;
+    *end = v;
+    if (rec->pending == v)
+        cube_list_add(&g->changed, &rec->changed);
+    cube_ledger_join(g);
+    return v;
+}
+
+/*
+ * The same, with the task as it is; a record without a version gets an empty
+ * one.
  *
  *    v = cube_record_edit(g, rec);
  *    v->task->state = CUBE_RUNNING;
@@ -17011,30 +17056,15 @@ static void cube_ledger_join(struct cube_ledger *g)
 static struct cube_version *cube_record_edit(struct cube_ledger *g,
                                              struct cube_record *rec)
 {
-    struct cube_version *old = cube_record_latest(rec), *v;
-    uint64_t number = cube_commit_number(g->commit);
-    struct cube_version **end = &rec->pending;
+    struct cube_version *old = cube_record_latest(rec);
+    struct cube_version *v = cube_record_staged(g, rec);
+    struct cube_task *t;
 
-    if (old && old != rec->now && old->commit == number)
-        return old;
-    v = cube_alloc(sizeof *v);
-    if (old) {
-        v->keep = old->keep;
-        v->task = cube_task_copy(old->task);
-    } else {
-        v->task = cube_task_new();
-        v->keep.budget = -1;
-        v->keep.number = ++g->last_number;
-        memcpy(v->task->id, rec->id, sizeof rec->id);
-    }
-    v->commit = number;
-    while (*end)
-        end = &(*end)->next;
-    *end = v;
-    if (rec->pending == v)
-        cube_list_add(&g->changed, &rec->changed);
-    cube_ledger_join(g);
-    return v;
+    if (v)
+        return v;
+    t = old ? cube_task_copy(old->task) : cube_task_new();
+    memcpy(t->id, rec->id, sizeof rec->id);
+    return cube_record_replace(g, rec, t);
 }
 
 /* cube_record_stage of a version that is not the record's end, whose task was
@@ -26053,9 +26083,7 @@ static void cube_worker_adopt(struct cube_worker *w,
     rec = cube_ledger_find(w->ledger, t->id);
     if (!rec)
         rec = cube_ledger_add(w->ledger, t->id);
-    v = cube_record_edit(w->ledger, rec);
-    cube_task_free(v->task);
-    v->task = t;
+    v = cube_record_replace(w->ledger, rec, t);
     t->attempt = box->attempt;
     t->restart_count = box->restart;
     t->wanted = CUBE_WANT_RUN;
@@ -26316,9 +26344,7 @@ static void cube_worker_take(struct cube_worker *w, struct cube_event *e)
 
     if (!rec)
         rec = cube_ledger_add(w->ledger, t->id);
-    v = cube_record_edit(w->ledger, rec);
-    cube_task_free(v->task);
-    v->task = t;
+    v = cube_record_replace(w->ledger, rec, t);
     e->task = NULL;
     v->is_gone = false;
     v->keep.is_hidden = false;
@@ -27870,9 +27896,7 @@ static void cube_manager_adopt(struct cube_manager *m, struct cube_member *n,
     if (m->successor > 0)
         return;
     rec = cube_ledger_add(m->ledger, t->id);
-    v = cube_record_edit(m->ledger, rec);
-    cube_task_free(v->task);
-    v->task = cube_task_copy(t);
+    v = cube_record_replace(m->ledger, rec, cube_task_copy(t));
     v->task->wanted = CUBE_WANT_RUN;
     if (v->task->attempt < 1)
         v->task->attempt = 1;
@@ -28706,9 +28730,9 @@ static struct cube_member *cube_charge_place(struct cube_charge *c,
 }
 
 /* Stages a placement: the attempt goes up with it, on disk, before the worker
- * hears of it. */
+ * hears of it. `words` are the task's Error, `why` the event's. */
 static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
-                               const char *words)
+                               const char *words, const char *why)
 {
     struct cube_manager *m = c->manager;
     struct cube_version *v = cube_record_edit(m->ledger, c->rec);
@@ -28723,7 +28747,7 @@ static void cube_charge_assign(struct cube_charge *c, struct cube_member *n,
     memset(&t->finish_time, 0, sizeof t->finish_time);
     memset(&t->restart_time, 0, sizeof t->restart_time);
     t->has_exit_code = false;
-    cube_manager_stage(m, c->rec, "it was placed");
+    cube_manager_stage(m, c->rec, why);
     c->tries = 0;
 }
 
@@ -28742,21 +28766,22 @@ static bool cube_reason_is_same(const char *a, const char *b)
     }
 }
 
-/* Says on the record why it waits: at once when there is another reason, but
- * not with every byte that it counts. */
-static void cube_charge_explain(struct cube_charge *c, const char *why)
+/* Says on the record in which `words` it waits: at once when there is another
+ * reason, but not with every byte that it counts. `why` is the event's. */
+static void cube_charge_explain(struct cube_charge *c, const char *words,
+                                const char *why)
 {
     struct cube_manager *m = c->manager;
     const struct cube_task *t = cube_record_latest(c->rec)->task;
     int64_t now = cube_loop_now_ms(m->loop);
 
-    if (strcmp(t->error, why) == 0 ||
-        (cube_reason_is_same(t->error, why) && c->explained_ms > 0 &&
+    if (strcmp(t->error, words) == 0 ||
+        (cube_reason_is_same(t->error, words) && c->explained_ms > 0 &&
          now - c->explained_ms < CUBE_EXPLAIN_MS))
         return;
     c->explained_ms = now;
-    cube_task_set(&cube_record_edit(m->ledger, c->rec)->task->error, why);
-    cube_manager_stage(m, c->rec, "it waits for a node");
+    cube_task_set(&cube_record_edit(m->ledger, c->rec)->task->error, words);
+    cube_manager_stage(m, c->rec, why);
 }
 
 /* While moves are paced, is it too early for one more? Asked when a task leaves
@@ -28771,25 +28796,31 @@ static bool cube_manager_must_wait(const struct cube_manager *m,
     return now < m->paced_ms && now - last_ms < CUBE_PACED_MS;
 }
 
-/* Places a waiting task, or says on its record why it waits. */
+/* Places a waiting task, or says on its record why it waits. One that is just
+ * being submitted (`now` is not its newest version) is no exception: nobody
+ * has heard of it, so its first version is to say where it goes at once. */
 static void cube_charge_schedule(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
     const struct cube_version *v = cube_record_latest(c->rec);
-    bool is_move = v->task->attempt > 0;
-    struct cube_buf why = {0};
+    bool is_new = v != c->rec->now, is_move = *v->task->node;
+    struct cube_buf words = {0};
     struct cube_member *n;
 
     if (is_move && cube_manager_must_wait(m, m->last_arrive_ms))
         return;
-    n = cube_charge_place(c, v->keep.avoid, &why);
+    n = cube_charge_place(c, v->keep.avoid, &words);
     if (n && is_move)
         m->last_arrive_ms = cube_loop_now_ms(m->loop);
     if (n)
-        cube_charge_assign(c, n, "");
+        cube_charge_assign(c, n, "", is_new ? "it was submitted, and placed"
+                                            : "it was placed");
     else
-        cube_charge_explain(c, why.len ? why.data : "there is no node yet");
-    cube_buf_free(&why);
+        cube_charge_explain(c, words.len ? words.data
+                                         : "there is no node yet",
+                            is_new ? "it was submitted, and waits for a node"
+                                   : "it waits for a node");
+    cube_buf_free(&words);
 }
 
 /* ---- Reconciliation ---- */
@@ -28797,8 +28828,8 @@ static void cube_charge_schedule(struct cube_charge *c)
 /*
  * A typical sequence, as the loop makes the calls:
  *
- *    cube_manager_post      a task comes     cube_manager_accept stages it
- *    cube_manager_pass      Pending          cube_charge_schedule, _assign
+ *    cube_manager_post      a task comes     cube_manager_accept
+ *                                            cube_charge_schedule, _assign
  *    cube_manager_changed   it is on disk    cube_charge_touch, the 201
  *    cube_manager_pass      no report        cube_charge_deliver
  *    cube_charge_delivered  201: a report    cube_member_heard
@@ -28979,7 +29010,7 @@ static bool cube_charge_move(struct cube_charge *c, struct cube_member *n,
         memcpy(edit->keep.avoid, n->uuid, sizeof n->uuid);
         cube_task_observe(edit->task, r);
         cube_buf_printf(&why, "moved off node %s: %s", n->name, r->error);
-        cube_charge_assign(c, to, why.data);
+        cube_charge_assign(c, to, why.data, "it was placed");
     }
     cube_buf_free(&why);
     return to != NULL;
@@ -29127,22 +29158,9 @@ static bool cube_charge_see_strays(struct cube_charge *c)
     return false;
 }
 
-/* Was it submitted in this turn, and nothing else? Then its placement can go
- * into the same commit. */
-static bool cube_charge_is_new(const struct cube_charge *c)
-{
-    const struct cube_version *v = cube_record_latest(c->rec);
-
-    return !c->rec->now &&
-           v->commit == cube_commit_number(c->manager->commit) &&
-           v->task->state == CUBE_PENDING && !*v->task->node &&
-           v->task->wanted != CUBE_WANT_STOP;
-}
-
 /* The one place where wanted and observed meet; the essay's table. Takes at
- * most one step, and none while the last one is not on disk, but for a first
- * placement. Copies elsewhere come first: one of them may be newer than the
- * record. */
+ * most one step, and none while the last one is not on disk. Copies elsewhere
+ * come first: one of them may be newer than the record. */
 static void cube_charge_reconcile(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
@@ -29150,13 +29168,9 @@ static void cube_charge_reconcile(struct cube_charge *c)
     struct cube_member *n;
     struct cube_report *r;
 
-    if (m->successor > 0)
+    if (!v || c->rec->pending || m->successor > 0)
         return;
-    if (cube_charge_is_new(c)) {
-        cube_charge_schedule(c);
-        return;
-    }
-    if (!v || c->rec->pending || cube_charge_see_strays(c))
+    if (cube_charge_see_strays(c))
         return;
     if (cube_task_is_finished(v->task)) {
         cube_health_stop(&c->health);
@@ -29805,8 +29819,8 @@ static void cube_manager_tick(void *arg)
 
 /* ---- Its API: tasks ---- */
 
-/* A new task, or one whose user removed it before: it waits to be placed. Takes
- * `t` over, and stages it. `rec` NULL: the ID is new. Attempts go on from
+/* A new task, or one whose user removed it before. Takes `t` over, and stages
+ * it, placed or waiting. `rec` NULL: the ID is new. Attempts go on from
  * where they were, so that a late word about the old life is known as such;
  * what a user cannot ask for, such as a state, is set to what it is. */
 static void cube_manager_accept(struct cube_manager *m,
@@ -29819,9 +29833,7 @@ static void cube_manager_accept(struct cube_manager *m,
         attempt = cube_record_latest(rec)->task->attempt;
     if (!rec)
         rec = cube_ledger_add(m->ledger, t->id);
-    v = cube_record_edit(m->ledger, rec);
-    cube_task_free(v->task);
-    v->task = t;
+    v = cube_record_replace(m->ledger, rec, t);
     v->is_gone = false;
     v->keep.is_hidden = false;
     v->keep.moves = v->keep.restarts = 0;
@@ -29841,8 +29853,7 @@ static void cube_manager_accept(struct cube_manager *m,
     cube_task_set(&t->error, "");
     cube_task_set(&t->progress, "");
     cube_task_unbind(t);
-    cube_manager_stage(m, rec, "it was submitted");
-    cube_charge_touch(cube_charge_of(m, rec));
+    cube_charge_schedule(cube_charge_of(m, rec));
 }
 
 /* Submitting a task that is there already: the same specification is the same

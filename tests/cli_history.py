@@ -51,12 +51,12 @@ class Past(Case):
         task = tasks[0]["ID"]
         lines = self.ok(c, "history", task).splitlines()
         self.assertEqual([line[22:].split()[0] for line in lines],
-                         ["STATE", "Pending", "Scheduled", "Running",
+                         ["STATE", "Scheduled", "Running",
                           "Running", "Completed", "removed"])
-        self.assertIn("a user wants it stopped", lines[4])
+        self.assertIn("a user wants it stopped", lines[3])
         first = json.loads(self.ok(c, "history", "-o", "json",
                                    task).splitlines()[0])
-        self.assertEqual(first["Why"], "it was submitted")
+        self.assertEqual(first["Why"], "it was submitted, and placed")
 
     def test_times_that_cannot_be_answered_are_told(self):
         c = self.cluster()
@@ -418,7 +418,7 @@ class Words(Case):
                    "with code 1" in self.ok(c, "status"), timeout=40)
         lines = self.ok(c, "history", "never").splitlines()
         self.assertIn("it failed for good: gave up after 3 restarts", lines[-1])
-        self.assertIn("it failed, and is to be started again", lines[4])
+        self.assertIn("it failed, and is to be started again", lines[3])
 
 
 if __name__ == "__main__":
