@@ -423,7 +423,7 @@ class GoCommandLine(Case):
                          (201, "application/json"), body)
         got = json.loads(body)
         self.assertEqual(members(body)[:16], TASK_KEYS)
-        self.assertEqual((got["ID"], got["State"]), (self.ID, go.PENDING))
+        self.assertEqual((got["ID"], got["State"]), (self.ID, go.SCHEDULED))
         self.c.wait_for(self.ID, go.RUNNING)
         raw = self.go.call("GET", "/tasks")[2]
         self.assertEqual(members(raw.strip()[1:-1])[:16], TASK_KEYS)
