@@ -764,10 +764,11 @@ static bool cube_job_unlink(struct cube_job **list, struct cube_job *job)
 static void cube_world_job_cancel(void *ctx, struct cube_poll *p,
                                   struct cube_job *job)
 {
-    struct cube_helper *h = &p->jobs->helpers[job->kind];
+    struct cube_helper *h;
 
     (void)ctx;
     pthread_mutex_lock(&p->jobs->lock);
+    h = &p->jobs->helpers[job->kind];
     if (h->current == job)
         h->current = NULL;
     if (cube_job_unlink(&h->first, job)) {

@@ -94,6 +94,20 @@ class Build(unittest.TestCase):
         self.assertIn("MIT", text)
         self.assertNotIn('#include "cube.c"\n', text)
 
+    def test_loop_and_helper_threads_do_not_race(self):
+        """The tests of the loop, with its jobs and wakes, under a compiler
+        that watches who touches what without the lock."""
+        flags = [CC, "-w", "-g", "-fsanitize=thread", "-pthread", "-I" +
+                 harness.TOP, "-o", self.path("program")]
+        if self.compile(*flags, self.path(
+                "nothing.c", "int main(void) { return 0; }\n"))[0]:
+            self.skipTest(CC + " has no -fsanitize=thread")
+        code, words = self.compile(*flags, harness.TOP + "/tests/t05_loop.c")
+        self.assertEqual(code, 0, words[:2000])
+        code, words = self.compile(self.path("program"))
+        self.assertNotIn("ThreadSanitizer", words)
+        self.assertEqual(code, 0, words)
+
     def test_no_name_but_cubes_own_leaves_the_object(self):
         obj = self.path("cube.o")
         self.compile(CC, "-w", "-c", harness.TOP + "/cube.c", "-o", obj)
