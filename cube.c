@@ -13975,6 +13975,7 @@ struct cube_http_call {
     bool is_reused;                /* on a connection that had another call */
     bool is_retried;
     bool has_head;
+    bool is_held;                  /* nothing is read for now */
     struct cube_err err;           /* what went wrong last */
 };
 
@@ -14299,10 +14300,12 @@ static void cube_http_call_on_silence(void *arg)
 }
 
 /* Something was heard, so the silence begins anew. It begins with the call
- * itself: connecting is silence too. */
+ * itself: connecting is silence too. Who does not listen hears none. */
 static void cube_http_call_hear(struct cube_http_call *call)
 {
-    if (call->want.idle_timeout_ms > 0)
+    if (call->is_held)
+        cube_timer_clear(call->client->loop, &call->silence);
+    else if (call->want.idle_timeout_ms > 0)
         cube_timer_set(call->client->loop, &call->silence,
                        call->want.idle_timeout_ms, cube_http_call_on_silence,
                        call);
@@ -14345,7 +14348,7 @@ static void cube_http_link_send(struct cube_http_link *k)
 {
     struct cube_http_call *call = k->call;
     const struct cube_world *w = k->client->world;
-    unsigned events = CUBE_READ;
+    unsigned events = call->is_held ? 0u : CUBE_READ;
 
     while (call->out_at < call->out.len) {
         int n = w->send(w->ctx, k->fd, call->out.data + call->out_at,
@@ -14679,6 +14682,24 @@ cube_http_call(struct cube_http_client *c, const struct cube_http_request *r)
                        cube_http_call_on_time, call);
     cube_defer_set(c->loop, &call->defer, cube_http_call_start, call);
     return call;
+}
+
+/* The socket is not looked at while it is held: its buffer fills, and then the
+ * other side waits in its own write. That is all of the brake, and it reaches
+ * back through any number of servers that do the same. */
+CUBE_API void cube_http_call_hold(struct cube_http_call *call, bool is_held)
+{
+    struct cube_http_link *k = call->conn;
+
+    if (cube_list_is_empty(&call->link) || call->is_held == is_held)
+        return; /* its on_done is running; or nothing changes */
+    call->is_held = is_held;
+    cube_http_call_hear(call);
+    if (k && !k->is_connecting) /* a change of a watch takes no memory */
+        (void)cube_watch_set(k->client->loop, &k->watch, k->fd,
+                             (k->watch.events & ~(unsigned)CUBE_READ) |
+                                 (is_held ? 0u : CUBE_READ),
+                             cube_http_link_on_ready, k);
 }
 
 /* The Host field: RFC 9110, section 7.2. The port is left out where it is
@@ -17339,6 +17360,9 @@ static void cube_reply_task(struct cube_http_req *req, int status,
     cube_http_reply(req, status, "application/json", body.data, body.len);
     cube_buf_free(&body);
 }
+
+/* Bytes of a log that may wait for its reader before its writer is held. */
+#define CUBE_STREAM_AHEAD (256u << 10)
 
 /* What a request for logs asks for: ?follow=1&tail=20. Without `tail` it is
  * all, which is -1, and follow=0 is the same as none. False: it was refused,
@@ -21486,6 +21510,17 @@ cube_docker_logs(struct cube_runtime *rt, const char *id,
     return &l->logs;
 }
 
+/* The engine waits, and so does whoever reads the file for us there. */
+static void cube_docker_logs_hold(struct cube_runtime *rt,
+                                  struct cube_logs *logs, bool is_held)
+{
+    struct cube_docker_logs *l = CUBE_OF(logs, struct cube_docker_logs, logs);
+
+    (void)rt;
+    if (l->op.call)
+        cube_http_call_hold(l->op.call, is_held);
+}
+
 /* Neither callback runs after it. From within on_data it is allowed: then the
  * memory goes when that has returned. */
 static void cube_docker_logs_cancel(struct cube_runtime *rt,
@@ -21698,6 +21733,7 @@ static const struct cube_runtime_ops cube_docker_ops = {
     .inspect = cube_docker_inspect,
     .inspect_json = cube_docker_inspect_json,
     .logs = cube_docker_logs,
+    .logs_hold = cube_docker_logs_hold,
     .logs_cancel = cube_docker_logs_cancel,
     .watch = cube_docker_watch,
     .free = cube_docker_free,
@@ -23735,6 +23771,7 @@ struct cube_process_logs {
     int fd;                     /* -1: not open */
     bool is_full, is_over;      /* no more will be added: to the file, to all */
     bool is_busy, is_cancelled; /* within on_data; and then given up */
+    bool is_held, is_waiting;   /* nothing is wanted; and a step was due */
     struct cube_defer defer;
     struct cube_timer timer;
 };
@@ -23883,9 +23920,9 @@ static bool cube_process_logs_turn(struct cube_process_logs *l)
     return false;
 }
 
-/* Hands out what there is. At most 256 kB a turn, so that a large log does not
- * stop the loop. on_data may cancel; then nothing more is touched but the
- * memory. */
+/* Hands out what there is, unless nothing is wanted now. At most 256 kB a
+ * turn, so that a large log does not stop the loop. on_data may cancel; then
+ * nothing more is touched but the memory. */
 static void cube_process_logs_forward(void *arg)
 {
     struct cube_process_logs *l = arg;
@@ -23895,6 +23932,9 @@ static void cube_process_logs_forward(void *arg)
     for (int i = 0; i < 4; i++) {
         int64_t n;
 
+        l->is_waiting = l->is_held;
+        if (l->is_waiting)
+            break;
         if (l->fd < 0 && cube_process_logs_open(l) < 0) {
             cube_process_logs_end(l, NULL); /* removed meanwhile */
             break;
@@ -24020,6 +24060,17 @@ cube_process_logs(struct cube_runtime *rt, const char *id,
     return (struct cube_logs *)(void *)l;
 }
 
+/* Held, the next step only notes that it was due. */
+static void cube_process_logs_hold(struct cube_runtime *rt,
+                                   struct cube_logs *logs, bool is_held)
+{
+    struct cube_process_logs *l = (struct cube_process_logs *)(void *)logs;
+
+    l->is_held = is_held;
+    if (!is_held && l->is_waiting)
+        cube_defer_set(rt->loop, &l->defer, cube_process_logs_forward, l);
+}
+
 /* No callback after it; from within on_data it is allowed. */
 static void cube_process_logs_cancel(struct cube_runtime *rt,
                                      struct cube_logs *logs)
@@ -24107,6 +24158,7 @@ static const struct cube_runtime_ops cube_process_ops = {
     .inspect = cube_process_inspect,
     .inspect_json = cube_process_inspect_json,
     .logs = cube_process_logs,
+    .logs_hold = cube_process_logs_hold,
     .logs_cancel = cube_process_logs_cancel,
     .watch = cube_process_on_change,
     .free = cube_process_free,
@@ -26495,6 +26547,7 @@ struct cube_asker {
     struct cube_list link;
     struct cube_http_req *req; /* NULL: gone */
     struct cube_logs *logs;    /* what it reads, if it reads logs */
+    bool is_held;              /* and reads more slowly than they come */
 };
 
 /* Takes it off the list of those who wait. */
@@ -26573,12 +26626,33 @@ static void cube_worker_inspect(void *arg, struct cube_http_req *req)
                                   cube_asker_new(w, req));
 }
 
-/* A piece of a log, on to whoever reads it. */
+/* Holds the log, or lets it go on; a runtime that cannot be held runs ahead. */
+static void cube_asker_hold(struct cube_asker *a, bool is_held)
+{
+    struct cube_runtime *rt = a->worker->runtime;
+
+    if (a->is_held == is_held || !rt->ops->logs_hold)
+        return;
+    a->is_held = is_held;
+    rt->ops->logs_hold(rt, a->logs, is_held);
+}
+
+/* The reader has caught up. */
+static void cube_asker_drained(void *arg)
+{
+    cube_asker_hold(arg, false);
+}
+
+/* A piece of a log, on to whoever reads it. A log can be larger than any
+ * memory, and its reader a pager that somebody has left open: so no more is
+ * fetched than is wanted. */
 static void cube_worker_log_data(void *arg, const char *p, size_t len)
 {
     struct cube_asker *a = arg;
 
     cube_http_stream_write(a->req, p, len);
+    if (cube_http_stream_backlog(a->req) > CUBE_STREAM_AHEAD)
+        cube_asker_hold(a, true);
 }
 
 /* The log is over. After an error the connection is cut, so that the reader
@@ -26615,6 +26689,7 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
     }
     a = cube_asker_new(w, req);
     cube_http_stream(req, 200, "text/plain; charset=utf-8");
+    cube_http_stream_on_drain(req, cube_asker_drained, a);
     a->logs = w->runtime->ops->logs(w->runtime, u->box->id, &options,
                                     cube_worker_log_data, cube_worker_log_end,
                                     a);
@@ -30089,8 +30164,17 @@ static void cube_relay_head(void *arg, const struct cube_http_head *head)
     y->status = cube_http_head_status(head);
 }
 
+/* Who asked has read all that came: more may come. */
+static void cube_relay_drained(void *arg)
+{
+    struct cube_relay *y = arg;
+
+    cube_http_call_hold(y->call, false);
+}
+
 /* The first bytes of a stream begin the answer; an error before them can still
- * have a status of its own, and a refusal is no stream. */
+ * have a status of its own, and a refusal is no stream. A reader who is slower
+ * than the worker holds it up. */
 static void cube_relay_data(void *arg, const char *p, size_t len)
 {
     struct cube_relay *y = arg;
@@ -30102,9 +30186,12 @@ static void cube_relay_data(void *arg, const char *p, size_t len)
     }
     if (!y->is_stream) {
         cube_http_stream(y->req, 200, "text/plain; charset=utf-8");
+        cube_http_stream_on_drain(y->req, cube_relay_drained, y);
         y->is_stream = true;
     }
     cube_http_stream_write(y->req, p, len);
+    if (cube_http_stream_backlog(y->req) > CUBE_STREAM_AHEAD)
+        cube_http_call_hold(y->call, true);
 }
 
 /* The worker's answer is over; a stream that broke is cut, not ended. */

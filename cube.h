@@ -799,6 +799,10 @@ struct cube_http_request {
 CUBE_API struct cube_http_call *
 cube_http_call(struct cube_http_client *c,
                const struct cube_http_request *request);
+/* Reads no more of the answer, until it is let go: what a slow receiver does
+ * not want yet stays with the sender. A little that had been read already may
+ * still come. `timeout_ms` goes on, `idle_timeout_ms` does not. */
+CUBE_API void cube_http_call_hold(struct cube_http_call *call, bool is_held);
 /* Gives it up: no callback of it runs any more. */
 CUBE_API void cube_http_call_cancel(struct cube_http_call *call);
 
@@ -1209,6 +1213,10 @@ struct cube_runtime_ops {
                               const struct cube_logs_options *options,
                               cube_data_fn *on_data, cube_done_fn *on_end,
                               void *arg);
+    /* No more for now, or go on: whoever reads it is slow. A little may still
+     * come. May be NULL; then a reader that is too slow is cut off. */
+    void (*logs_hold)(struct cube_runtime *rt, struct cube_logs *logs,
+                      bool is_held);
     void (*logs_cancel)(struct cube_runtime *rt, struct cube_logs *logs);
     /* Reports changes of containers with this worker's label, or of all
      * (NULL), from now on, first a NULL; `fn` NULL ends it. */

@@ -191,6 +191,12 @@ class Case(unittest.TestCase):
         return out.split() if code == 0 else None
 
 
+def bytes_read(pid):
+    """All that a process has read so far, from files and sockets."""
+    with open("/proc/%d/io" % pid, encoding="utf-8") as f:
+        return int(f.readline().split()[1])
+
+
 def is_alive(pid):
     try:
         with open("/proc/%d/stat" % pid, encoding="utf-8") as f:
@@ -414,6 +420,24 @@ class Life(Case):
         out = self.ok(c, "logs", "-f", "l")
         self.assertEqual(sorted(out.split()), ["one", "three", "two"])
         self.assertEqual(self.ok(c, "logs", "--tail", "1", "l"), "three\n")
+
+    def test_a_long_log_waits_for_its_reader(self):
+        """A pager reads a page and then nothing. What it had not read beyond
+        16 MB was cut off; now it stays in its file until it is wanted."""
+        c = self.cluster()
+        self.ok(c, "run", "--name", "l", "--restart", "no", "--", "sh", "-c",
+                "yes 0123456789abcdef | head -c 25000000")
+        c.wait_for("l", 3)
+        with subprocess.Popen([CUBE, "logs", "l", "-m", c.where],
+                              stdout=subprocess.PIPE) as reader:
+            first = reader.stdout.read(1000)
+            reads = [-1, 0]
+            while reads[-1] != reads[-2]:  # until nobody reads any more
+                time.sleep(0.3)
+                reads.append(bytes_read(c.manager.pid))
+            rest = reader.stdout.read()
+        self.assertEqual(reader.returncode, 0)
+        self.assertEqual(len(first) + len(rest), 25000000)
 
 
 class Deaths(Case):

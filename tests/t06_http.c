@@ -1670,6 +1670,51 @@ TEST(a_stream_is_paced_by_its_reader)
     close_all();
 }
 
+static struct cube_http_call *slow; /* that is held at its first bytes */
+
+static void on_data_hold(void *arg, const char *data, size_t len)
+{
+    on_data(arg, data, len);
+    cube_http_call_hold(slow, true);
+}
+
+TEST(a_call_that_is_held_reads_no_more_and_its_writer_waits)
+{
+    struct cube_http_request r = {0};
+    struct outcome o = {0};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    open_client(base);
+    r.target = "/stream";
+    r.on_data = on_data_hold;
+    r.on_done = on_done;
+    r.idle_timeout_ms = 1000;
+    r.arg = &o;
+    slow = cube_http_call(client, &r);
+    for (int i = 0; i < 200 && !held; i++)
+        cube_loop_turn(loop, 0, NULL);
+    REQUIRE(held);
+    drains = 0;
+    to_write = 400;
+    cube_http_stream_on_drain(held, on_drain, &held);
+    cube_http_stream_write(held, "go", 2);
+    for (int i = 0; i < 400; i++)
+        cube_loop_turn(loop, 0, NULL);
+    turn_idle();
+    CHECK(drains < 400);
+    CHECK(o.piece_len < 1 << 20);
+    pass_ms(5000); /* of a silence that is our own */
+    CHECK_INT(o.done, 0);
+    for (int i = 0; i < 20000 && !o.done; i++) {
+        cube_http_call_hold(slow, false);
+        cube_loop_turn(loop, 1, NULL);
+    }
+    CHECK_STR(o.words, "");
+    CHECK_UINT(o.piece_len, 400 * 50000 + 2);
+    close_all();
+}
+
 TEST(a_stream_nobody_reads_is_cut_at_its_cap)
 {
     struct peer p;

@@ -1604,6 +1604,41 @@ TEST(a_log_can_be_given_up_from_its_own_callback)
     close_fake();
 }
 
+static void on_data_hold(void *arg, const char *p, size_t len)
+{
+    on_data(arg, p, len);
+    fake.rt->ops->logs_hold(fake.rt, cancel_handle, true);
+}
+
+TEST(a_log_that_is_held_is_left_with_the_engine)
+{
+    struct cube_logs_options o = {true, -1};
+    struct heard h = {0};
+    char piece[8 + 50000] = {1, 0, 0, 0, 0, 0, (char)(50000 >> 8),
+                             (char)(50000 & 255)};
+
+    open_fake();
+    rule("GET /containers/c1/logs", 0, 200, "", HANG);
+    cancel_handle = fake.rt->ops->logs(fake.rt, "c1", &o, on_data_hold,
+                                       on_done, &h);
+    settle();
+    REQUIRE(fake.open_count == 1);
+    for (int i = 0; i < 200; i++)
+        cube_http_stream_write(fake.open[0], piece, sizeof piece);
+    settle();
+    CHECK(h.text.len < 1 << 20);
+    CHECK(cube_http_stream_backlog(fake.open[0]) > 1 << 20);
+    cube_http_stream_end(fake.open[0]);
+    for (int i = 0; i < 20000 && !h.is_done; i++) {
+        fake.rt->ops->logs_hold(fake.rt, cancel_handle, false);
+        cube_loop_turn(fake.loop, 1, NULL);
+    }
+    CHECK(h.is_done && !h.is_failed);
+    CHECK_UINT(h.text.len, 200 * 50000);
+    cube_buf_free(&h.text);
+    close_fake();
+}
+
 /* ---- Events ---- */
 
 static char changes[2000];

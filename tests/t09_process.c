@@ -1275,6 +1275,39 @@ static void on_data_cancel(void *arg, const char *p, size_t len)
     b.rt->ops->logs_cancel(b.rt, to_cancel);
 }
 
+static struct cube_logs *slow; /* that is held at each piece */
+
+static void on_data_hold(void *arg, const char *p, size_t len)
+{
+    on_data(arg, p, len);
+    b.rt->ops->logs_hold(b.rt, slow, true);
+}
+
+/* Its reader is slow: 4 MB wait in their file until they are wanted, and then
+ * come whole. */
+TEST(a_log_that_is_held_waits)
+{
+    static const struct cube_logs_options all = {.tail = -1};
+    size_t len = 0;
+
+    set_up();
+    start("head -c 4000000 /dev/zero | tr '\\0' x");
+    exits();
+    slow = b.rt->ops->logs(b.rt, ID1, &all, on_data_hold, on_log_end, NULL);
+    UNTIL(b.text.len > 0);
+    do {
+        len = b.text.len;
+        for (int i = 0; i < 10; i++)
+            cube_loop_turn(b.loop, 0, NULL);
+        CHECK_UINT(b.text.len, len);
+        b.rt->ops->logs_hold(b.rt, slow, false);
+        UNTIL(b.text.len > len || b.log_ends > 0);
+    } while (b.text.len > len && b.log_ends == 0);
+    CHECK_UINT(b.text.len, 4000000);
+    CHECK_INT(b.log_ends, 1);
+    tear_down();
+}
+
 TEST(a_cancelled_log_says_no_more)
 {
     struct cube_logs_options follow = {.is_following = true, .tail = -1};
