@@ -12255,6 +12255,7 @@ struct cube_http_req {
     bool must_close;                 /* after this answer */
     bool is_chunked;                 /* the answer is */
     bool is_drain_due;               /* bytes were written since on_drain ran */
+    bool is_patient;                 /* what is to be sent may wait for ever */
 
     struct cube_http_parser parser;
     struct cube_buf ahead;  /* read, not parsed */
@@ -12831,6 +12832,13 @@ CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
     req->drain_arg = arg;
 }
 
+/* It lasts until all of this answer has left, its end included. */
+CUBE_API void cube_http_stream_patient(struct cube_http_req *req)
+{
+    CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
+    req->is_patient = true;
+}
+
 /* The reader learns that this was all: by the last chunk, or, if it speaks
  * HTTP/1.0, by the end of the connection. */
 CUBE_API void cube_http_stream_end(struct cube_http_req *req)
@@ -13280,7 +13288,8 @@ static void cube_http_read(struct cube_http_req *req)
  *    BODY      the end of the head          body_timeout_ms      408
  *    SEND      the last progress            body_timeout_ms      closed
  *    LINGER    our own end                  CUBE_HTTP_LINGER_MS  closed
- *    NOTHING   (a handler is at work, or a stream has nothing to say)
+ *    NOTHING   (a handler is at work, or a stream has nothing to say, or is
+ *              patient with who reads it)
  *
  * HEAD and BODY are counted from their beginning, not from the last byte: a
  * peer that sends one byte a second would hold its connection for ever. */
@@ -13291,7 +13300,7 @@ static enum cube_http_wait cube_http_waits_for(const struct cube_http_req *req)
     if (req->phase == CUBE_HTTP_LINGERING)
         return CUBE_HTTP_WAIT_LINGER;
     if (cube_http_pending(req) > 0)
-        return CUBE_HTTP_WAIT_SEND;
+        return req->is_patient ? CUBE_HTTP_WAIT_NOTHING : CUBE_HTTP_WAIT_SEND;
     if (req->phase != CUBE_HTTP_READING)
         return CUBE_HTTP_WAIT_NOTHING;
     if (cube_http_parser_is_fresh(&req->parser))
@@ -13414,6 +13423,8 @@ static void cube_http_on_sent(struct cube_http_req *req)
 {
     const struct cube_world *w = req->server->world;
 
+    if (req->phase != CUBE_HTTP_STREAMING)
+        req->is_patient = false;
     if (req->phase == CUBE_HTTP_STREAMING && cube_http_is_head(req)) {
         req->is_broken = true;
     } else if (req->phase == CUBE_HTTP_STREAMING && req->is_drain_due) {
@@ -26689,6 +26700,7 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
     }
     a = cube_asker_new(w, req);
     cube_http_stream(req, 200, "text/plain; charset=utf-8");
+    cube_http_stream_patient(req);
     cube_http_stream_on_drain(req, cube_asker_drained, a);
     a->logs = w->runtime->ops->logs(w->runtime, u->box->id, &options,
                                     cube_worker_log_data, cube_worker_log_end,
@@ -30186,6 +30198,7 @@ static void cube_relay_data(void *arg, const char *p, size_t len)
     }
     if (!y->is_stream) {
         cube_http_stream(y->req, 200, "text/plain; charset=utf-8");
+        cube_http_stream_patient(y->req);
         cube_http_stream_on_drain(y->req, cube_relay_drained, y);
         y->is_stream = true;
     }

@@ -746,6 +746,9 @@ CUBE_API void cube_http_stream_write(struct cube_http_req *req,
 CUBE_API size_t cube_http_stream_backlog(const struct cube_http_req *req);
 CUBE_API void cube_http_stream_on_drain(struct cube_http_req *req,
                                         cube_call_fn *fn, void *arg);
+/* Its reader may stall for as long as it likes: a log in a pager. For those
+ * who write no more than has left; `body_timeout_ms` cuts all others. */
+CUBE_API void cube_http_stream_patient(struct cube_http_req *req);
 CUBE_API void cube_http_stream_end(struct cube_http_req *req);
 CUBE_API void cube_http_stream_abort(struct cube_http_req *req);
 

@@ -2778,13 +2778,13 @@ static int run_node_rm(struct app *a)
 
 static bool on_text(void *arg, const char *data, size_t len)
 {
-    (void)arg;
+    *(bool *)arg = true;
     return fwrite(data, 1, len, stdout) == len && fflush(stdout) == 0;
 }
 
 static int run_logs(struct app *a)
 {
-    bool follows = flag(&a->line, F_FOLLOW) != NULL;
+    bool follows = flag(&a->line, F_FOLLOW) != NULL, has_begun = false;
     struct cube_task *t = NULL;
     long tail = -1;
     int code = flag_number(a, F_TAIL, 0, 1000000000, &tail);
@@ -2796,9 +2796,13 @@ static int run_logs(struct app *a)
     if (code == DONE && !t)
         return no_such_task(a, a->line.args[0]);
     if (code == DONE && cube_client_logs(a->client, t->id, follows, tail,
-                                         on_text, NULL, &a->err))
-        code = client_failed(a, "cannot read the logs of %s",
+                                         on_text, &has_begun, &a->err)) {
+        if (has_begun) /* so a manager did answer */
+            a->err.code = CUBE_EIO;
+        code = client_failed(a, has_begun ? "the log of %s breaks off here"
+                                          : "cannot read the logs of %s",
                              a->line.args[0]);
+    }
     cube_task_free(t);
     return code;
 }

@@ -107,6 +107,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fake.hold.wait(20)
         self.chunk(b"")
 
+    def cut_log(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.chunk(b"line 1\n")
+        self.close_connection = True
+
     def handle_any(self):
         fake = self.server
         url = urllib.parse.urlsplit(self.path)
@@ -133,6 +140,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "DELETE":
             return self.answer(204)
         if path.endswith("/logs"):
+            if fake.cuts:
+                return self.cut_log()
             return self.answer(200, b"line 1\nline 2\n", "text/plain")
         if path.endswith("/inspect"):
             return self.answer(200, {"Id": "abc", "State": {}})
@@ -652,6 +661,13 @@ class Tasks(Case):
         self.ok("logs", "-f", "--tail", "7", "web")
         self.assertEqual(self.fake.requests[-1][1],
                          "/tasks/%s/logs?follow=1&tail=7" % IDS[0])
+
+    def test_a_log_that_breaks_off_is_a_failure_of_the_log(self):
+        self.fake.cuts = 1
+        code, out, err = self.cube("logs", "web")
+        self.assertEqual((code, out), (1, "line 1\n"))
+        self.assertIn("the log of web breaks off here: ", err)
+        self.assertNotIn("no manager answered", err)
 
     def test_inspect_shows_record_and_container(self):
         got = json.loads(self.ok("inspect", "web"))

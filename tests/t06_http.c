@@ -1483,6 +1483,37 @@ TEST(a_reader_that_stalls_is_cut)
     close_all();
 }
 
+TEST(a_patient_stream_waits_for_a_reader_that_stalls)
+{
+    struct cube_http_options o = {.body_timeout_ms = 400,
+                                  .idle_timeout_ms = 400};
+    struct peer p;
+    char *bytes = malloc(1 << 20);
+
+    memset(bytes, 'x', 1 << 20);
+    open_loop();
+    open_server("127.0.0.1:0", &o);
+    p = peer_open();
+    peer_say(&p, GET("/stream"));
+    turn_idle();
+    REQUIRE(held);
+    cube_http_stream_patient(held);
+    for (int i = 0; i < 8; i++)
+        cube_http_stream_write(held, bytes, 1 << 20);
+    turn_idle();
+    CHECK(cube_http_stream_backlog(held) > 0);
+    pass_ms(5000);
+    CHECK_INT(gone, 0);
+    cube_http_stream_end(held);
+    pass_ms(5000); /* nor for what is left at the end */
+    peer_hears(&p, "\r\n0\r\n\r\n");
+    pass_ms(500);
+    CHECK_INT(peer_ends(&p), 1); /* idle, as after any answer */
+    free(bytes);
+    peer_close(&p);
+    close_all();
+}
+
 /* ---- Streams ---- */
 
 TEST(streams_are_chunked_or_end_with_the_connection)
