@@ -19508,10 +19508,13 @@ static bool cube_docker_is_publishing_all(const struct cube_task *t)
 }
 
 /* ,"HostConfig":{...}: limits, and what the host shares. No RestartPolicy in
- * it, ever: restarts are the worker's. Cores count in 10^-9 of one. */
+ * it, ever: restarts are the worker's. Cores count in 10^-9 of one; a kernel
+ * takes no quota below 1 ms in 100, so less than a hundredth is one, as it is
+ * for processes. */
 static void cube_docker_put_host(struct cube_buf *out,
                                  const struct cube_task *t)
 {
+    double cores = t->cpu < 0.01 ? 0.01 : t->cpu;
     char full[64];
 
     cube_buf_printf(out, ",\"HostConfig\":{\"PublishAllPorts\":%s",
@@ -19520,7 +19523,7 @@ static void cube_docker_put_host(struct cube_buf *out,
         cube_buf_printf(out, ",\"Memory\":%lld", (long long)t->mem_bytes);
     if (t->cpu > 0)
         cube_buf_printf(out, ",\"NanoCpus\":%lld",
-                        (long long)(t->cpu * 1e9 + 0.5));
+                        (long long)(cores * 1e9 + 0.5));
     cube_buf_puts(out, ",\"PortBindings\":{");
     for (size_t i = 0; i < t->port_bindings.count; i++) {
         cube_port_full(t->port_bindings.list[i].port, full);

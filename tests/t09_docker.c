@@ -645,6 +645,34 @@ TEST(create_says_what_the_task_says)
     close_fake();
 }
 
+/* Docker 20.10 creates a container with less, and then fails to start it:
+ * "failed to write 100: ... cpu.cfs_quota_us: invalid argument". */
+TEST(less_than_a_hundredth_of_a_core_is_one)
+{
+    static const struct {
+        double cores;
+        const char *want;
+    } rows[] = {
+        {0, "\"PublishAllPorts\":true,\"PortBindings\""}, /* no limit */
+        {1e-7, "\"NanoCpus\":10000000,"},
+        {0.01, "\"NanoCpus\":10000000,"},
+        {0.0125, "\"NanoCpus\":12500000,"},
+        {64, "\"NanoCpus\":64000000000,"},
+    };
+
+    open_fake();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_task *t = new_task();
+
+        test_row("%g", rows[i].cores);
+        t->cpu = rows[i].cores;
+        (void)start_task(t);
+        CHECK_HAS(fake.body.data, rows[i].want);
+        cube_task_free(t);
+    }
+    close_fake();
+}
+
 TEST(ports_are_the_engines_choice_unless_the_task_binds_them)
 {
     static const struct {
