@@ -21991,27 +21991,45 @@ static bool cube_process_is_id(const char *id)
 
 /* ---- Processes: limits ---- */
 
-/* Version 2: our own part of the tree, its controllers passed down to it. A
- * controller must be passed down at each level before the one below can use
- * it. Whether it worked is read back: a write may succeed in part. */
+/* Version 2: is that controller there for our tasks? It must be passed down at
+ * each level before the one below can use it. One at a time, since the kernel
+ * takes all that a write names or nothing; and it is read back, as one that
+ * was passed down before us can be used, whether we may write there or not.
+ * The line is of words: "cpuset cpu memory". */
+static bool cube_process_pass_down(struct cube_process *p, const char *root,
+                                   const char *own, const char *controller)
+{
+    size_t len = strlen(controller);
+    struct cube_buf text = {0};
+    bool is_there = false;
+    char change[32];
+
+    (void)snprintf(change, sizeof change, "+%s", controller);
+    (void)cube_process_put(p, root, "cgroup.subtree_control", change);
+    (void)cube_process_put(p, own, "cgroup.subtree_control", change);
+    (void)cube_process_file(p, own, "cgroup.subtree_control", &text);
+    for (const char *at = text.data; at && *at && !is_there;) {
+        size_t word = strcspn(at, " \n");
+
+        is_there = word == len && memcmp(at, controller, len) == 0;
+        at += word + (at[word] != 0);
+    }
+    cube_buf_free(&text);
+    return is_there;
+}
+
+/* Version 2: our own part of the tree, with the controllers that there are. */
 static void cube_process_probe_2(struct cube_process *p, const char *root)
 {
-    struct cube_buf text = {0};
     char *own = cube_process_path(root, "cube");
     int r = p->w->mkdir(p->w->ctx, own);
 
     if (r == 0 || r == -EEXIST) {
-        (void)cube_process_put(p, root, "cgroup.subtree_control",
-                               "+memory +cpu");
-        (void)cube_process_put(p, own, "cgroup.subtree_control",
-                               "+memory +cpu");
-        (void)cube_process_file(p, own, "cgroup.subtree_control", &text);
+        if (cube_process_pass_down(p, root, own, "memory"))
+            p->limits.memory = cube_text_dup(own);
+        if (cube_process_pass_down(p, root, own, "cpu"))
+            p->limits.cpu = cube_text_dup(own);
     }
-    if (text.data && strstr(text.data, "memory"))
-        p->limits.memory = cube_text_dup(own);
-    if (text.data && strstr(text.data, "cpu"))
-        p->limits.cpu = cube_text_dup(own);
-    cube_buf_free(&text);
     cube_free(own);
 }
 

@@ -1436,28 +1436,71 @@ static int fake_mkdir(void *ctx, const char *path)
     return r;
 }
 
+/* What is written to a subtree_control is done as a whole or not at all, and
+ * read back as the list of what is passed down. */
+static int64_t fake_pwrite(void *ctx, int fd, const void *buf, size_t len,
+                           int64_t at)
+{
+    char link[64], path[500] = "", words[100], line[400];
+    const char *all;
+
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, path, sizeof path - 1) < 0 ||
+        !strstr(path, "cgroup.subtree_control"))
+        return cube_world_real()->pwrite(ctx, fd, buf, len, at);
+    snprintf(line, sizeof line, "%s/cgroup.controllers", fake_root);
+    all = file_text(line);
+    snprintf(words, sizeof words, "%.*s", (int)len, (const char *)buf);
+    for (char *word = strtok(words, " "); word; word = strtok(NULL, " ")) {
+        snprintf(line, sizeof line, " %s ", word + 1);
+        if (!strstr(all, line))
+            return -ENOENT;
+    }
+    snprintf(line, sizeof line, "%s", file_text(path));
+    for (const char *p = buf; p < (const char *)buf + len; p++) {
+        if (*p != '+')
+            snprintf(line + strlen(line), 2, "%c", *p);
+    }
+    strcat(line, " ");
+    write_file(path, line);
+    return (int64_t)len;
+}
+
+/* A runtime on a machine with these controllers. */
+static void open_version_2(struct cube_world *w, const char *controllers)
+{
+    char path[500];
+
+    *w = *cube_world_real();
+    snprintf(fake_root, sizeof fake_root, "%s/cgroup", test_dir());
+    (void)mkdir(fake_root, 0700);
+    snprintf(path, sizeof path, "%s/cgroup.controllers", fake_root);
+    write_file(path, controllers);
+    snprintf(path, sizeof path, "%s/cgroup.subtree_control", fake_root);
+    write_file(path, "cpuset ");
+    snprintf(path, sizeof path, "%s/cube", fake_root); /* of the last row */
+    (void)nftw(path, test_remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    w->mkdir = fake_mkdir;
+    w->pwrite = fake_pwrite;
+    cube_runtime_free(b.rt);
+    cube_loop_free(b.loop);
+    b.loop = cube_loop_new(w, NULL);
+    b.rt = cube_process_open(b.loop, test_dir(), fake_root, NULL);
+    REQUIRE(b.rt != NULL);
+}
+
 TEST(version_2_of_cgroups_has_one_directory_for_both_limits)
 {
-    struct cube_world w = *cube_world_real();
+    struct cube_world w;
     struct cube_task *t;
     char path[500];
 
     set_up();
     t = shell("exec sleep 1000");
-    snprintf(fake_root, sizeof fake_root, "%s/cgroup", test_dir());
-    REQUIRE(mkdir(fake_root, 0700) == 0);
-    snprintf(path, sizeof path, "%s/cgroup.controllers", fake_root);
-    write_file(path, "cpuset cpu io memory pids\n");
-    snprintf(path, sizeof path, "%s/cgroup.subtree_control", fake_root);
-    write_file(path, "");
-    w.mkdir = fake_mkdir;
-    cube_runtime_free(b.rt);
-    cube_loop_free(b.loop);
-    b.loop = cube_loop_new(&w, NULL);
-    b.rt = cube_process_open(b.loop, test_dir(), fake_root, NULL);
-    REQUIRE(b.rt != NULL);
+    open_version_2(&w, " cpuset cpu io memory pids ");
     CHECK_HAS(b.rt->words, "memory and CPU limited by cgroup (version 2)");
-    CHECK_STR(file_text(path), "+memory +cpu");
+    snprintf(path, sizeof path, "%s/cgroup.subtree_control", fake_root);
+    CHECK_STR(file_text(path), "cpuset memory cpu ");
     t->mem_bytes = 64 << 20;
     t->cpu = 1.25;
     start_task(t, 1);
@@ -1476,6 +1519,29 @@ TEST(version_2_of_cgroups_has_one_directory_for_both_limits)
     answered();
     inspect(ID1);
     CHECK(b.is_oom);
+    tear_down();
+}
+
+/* A kernel with real-time groups, say, passes no CPU down. Memory was then not
+ * limited by cgroup either, since both were asked for in one write; and a
+ * "cpuset" was taken for a "cpu". */
+TEST(one_controller_of_version_2_does_not_need_the_other)
+{
+    static const struct {
+        const char *controllers, *want;
+    } rows[] = {
+        {" cpuset memory pids ", "memory limited by cgroup, CPU not limited"},
+        {" cpuset cpu pids ", "memory limited by rlimit, CPU by cgroup"},
+        {" cpuset pids ", "memory limited by rlimit, CPU not limited"},
+    };
+    struct cube_world w;
+
+    set_up();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        test_row("%s", rows[i].controllers);
+        open_version_2(&w, rows[i].controllers);
+        CHECK_HAS(b.rt->words, rows[i].want);
+    }
     tear_down();
 }
 
