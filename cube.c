@@ -14300,14 +14300,29 @@ static void cube_http_link_feed(struct cube_http_link *k,
     }
 }
 
+/* Mutual recursion: what is heard puts the silence off, which ends with a last
+ * look at the socket. */
+static bool cube_http_link_read(struct cube_http_link *k);
+
 /* Nothing came for idle_timeout_ms: of a stream with a heartbeat that means
- * that its server, or the way to it, is gone. */
+ * that its server, or the way to it, is gone. Unless it was we who were away,
+ * stopped or in a callback that took its time: then what came meanwhile waits
+ * in the socket. */
 static void cube_http_call_on_silence(void *arg)
 {
     struct cube_http_call *call = arg;
+    struct cube_http_link *k = call->conn;
+    bool has_come = false;
 
-    cube_http_call_fail(call, CUBE_ETIMEOUT, "nothing came for %d ms",
-                        call->want.idle_timeout_ms);
+    if (k && !k->is_connecting) {
+        k->is_busy = true;
+        has_come = cube_http_link_read(k);
+        k->is_busy = false;
+        cube_http_link_release(k);
+    }
+    if (!has_come) /* else the call may be over by now */
+        cube_http_call_fail(call, CUBE_ETIMEOUT, "nothing came for %d ms",
+                            call->want.idle_timeout_ms);
 }
 
 /* Something was heard, so the silence begins anew. It begins with the call
@@ -14323,8 +14338,8 @@ static void cube_http_call_hear(struct cube_http_call *call)
 }
 
 /* One recv a look, as in the server. An end of input is the end of an answer
- * only where the answer has no other. */
-static void cube_http_link_read(struct cube_http_link *k)
+ * only where the answer has no other. False: there was nothing to read. */
+static bool cube_http_link_read(struct cube_http_link *k)
 {
     const struct cube_world *w = k->client->world;
     char bytes[CUBE_HTTP_READ];
@@ -14332,7 +14347,7 @@ static void cube_http_link_read(struct cube_http_link *k)
     struct cube_http_input in = {bytes, n > 0 ? (size_t)n : 0};
 
     if (n == -EAGAIN)
-        return;
+        return false;
     if (n > 0) {
         cube_http_call_hear(k->call);
         cube_http_link_feed(k, &in);
@@ -14342,6 +14357,7 @@ static void cube_http_link_read(struct cube_http_link *k)
     } else {
         cube_http_call_lost(k->call, n);
     }
+    return true;
 }
 
 /* ---- Sending a request ---- */
@@ -14445,7 +14461,7 @@ static void cube_http_link_on_ready(void *arg, unsigned events)
         if (events & CUBE_WRITE)
             cube_http_link_send(k);
         if (k->call && events & (CUBE_READ | CUBE_HANGUP))
-            cube_http_link_read(k);
+            (void)cube_http_link_read(k);
     }
     k->is_busy = false;
     cube_http_link_release(k);

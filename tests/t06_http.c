@@ -1746,6 +1746,47 @@ TEST(a_call_that_is_held_reads_no_more_and_its_writer_waits)
     close_all();
 }
 
+/* Takes 5 s for what it gets, in which more comes. */
+static void on_data_slowly(void *arg, const char *data, size_t len)
+{
+    struct outcome *o = arg;
+
+    on_data(arg, data, len);
+    if (o->piece_len == 12)
+        return;
+    cube_http_stream_write(held, "more", 4);
+    cube_http_flush(held); /* it is in our socket */
+    clock_moved_ms += 5000;
+}
+
+/* A client whose callback waited for a pager took that time for a silence of
+ * the server's, though the next piece was there. */
+TEST(who_did_not_listen_does_not_hear_silence)
+{
+    struct cube_http_request r = {0};
+    struct outcome o = {0};
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    open_client(base);
+    r.target = "/stream";
+    r.on_data = on_data_slowly;
+    r.on_done = on_done;
+    r.idle_timeout_ms = 1000;
+    r.arg = &o;
+    cube_http_call(client, &r);
+    for (int i = 0; i < 200 && !held; i++)
+        cube_loop_turn(loop, 0, NULL);
+    REQUIRE(held);
+    cube_http_stream_write(held, "more", 4);
+    turn_idle();
+    CHECK_STR(o.words, "");
+    CHECK_INT((int)o.piece_len, 12);
+    pass_ms(1500);
+    CHECK_HAS(o.words, "nothing came for 1000 ms");
+    close_all();
+}
+
 TEST(a_stream_nobody_reads_is_cut_at_its_cap)
 {
     struct peer p;
