@@ -16581,6 +16581,43 @@ static int cube_task_check_numbers(const struct cube_task *t,
     return 0;
 }
 
+/* The number of a host port; 0 for any, which "" and "0" say, and for what is
+ * no number. */
+static int cube_port_of_host(const char *host_port)
+{
+    uint64_t value = 0;
+
+    (void)cube_text_u64(host_port, strlen(host_port), 65535, &value);
+    return (int)value;
+}
+
+/* Binding number i against those before it: one port of the host cannot be
+ * given twice, and "80" and "80/tcp" are one of the task. All of them are
+ * ports, this has been checked. */
+static int cube_task_check_twice(const struct cube_task *t, size_t i,
+                                 struct cube_err *err)
+{
+    const struct cube_publish *list = t->port_bindings.list;
+    const char *protocol, *other;
+    int number, host = cube_port_of_host(list[i].host_port), inner;
+
+    (void)cube_port_parse(list[i].port, &number, &protocol);
+    for (size_t j = 0; j < i; j++) {
+        (void)cube_port_parse(list[j].port, &inner, &other);
+        if (strcmp(protocol, other))
+            continue;
+        if (number == inner)
+            return cube_fail(err, CUBE_EINVAL, "PortBindings: \"%.100s\" and "
+                             "\"%.100s\" are the same port",
+                             list[j].port, list[i].port);
+        if (host && host == cube_port_of_host(list[j].host_port))
+            return cube_fail(err, CUBE_EINVAL, "PortBindings: host port %d is "
+                             "given to both \"%.100s\" and \"%.100s\"", host,
+                             list[j].port, list[i].port);
+    }
+    return 0;
+}
+
 /* An empty host port is any free one, and 0 says the same. */
 static int cube_task_check_ports(const struct cube_task *t,
                                  struct cube_err *err)
@@ -16610,6 +16647,8 @@ static int cube_task_check_ports(const struct cube_task *t,
             return cube_fail(err, CUBE_EINVAL,
                              "PortBindings: \"%.100s\" is no port of a host",
                              p->host_port);
+        if (cube_task_check_twice(t, i, err))
+            return -1;
     }
     return 0;
 }

@@ -468,6 +468,15 @@ TEST(what_cannot_run_is_refused_with_the_field)
          "PortBindings: \"65536\""},
         {"{\"Image\":\"a\",\"PortBindings\":{\"80/tcp\":\"8080/tcp\"}}",
          "PortBindings:"},
+        {"{\"Image\":\"a\",\"PortBindings\":{\"80/tcp\":\"8080\","
+         "\"81/tcp\":\"8080\"}}",
+         "PortBindings: host port 8080 is given to both"},
+        {"{\"Image\":\"a\",\"PortBindings\":{\"53/tcp\":\"53\","
+         "\"53/udp\":\"53\"}}", NULL}, /* two ports of one number */
+        {"{\"Image\":\"a\",\"PortBindings\":{\"80/tcp\":\"\","
+         "\"81/tcp\":\"\",\"82/tcp\":\"0\"}}", NULL},
+        {"{\"Image\":\"a\",\"PortBindings\":{\"80\":\"1\",\"80/tcp\":"
+         "\"2\"}}", "PortBindings: \"80\" and \"80/tcp\" are the same"},
         {"{\"Image\":\"a\",\"RestartPolicy\":\"unless-stopped\"}", NULL},
         {"{\"Image\":\"a\",\"RestartPolicy\":\"sometimes\"}",
          "RestartPolicy:"},
