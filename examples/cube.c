@@ -1907,6 +1907,14 @@ static int add_port(struct app *a, struct cube_task *t, const char *text)
                            "\"%s\" is no port; it is written as 80, 8080:80 "
                            "(host:task) or 5353:53/udp", text);
     (void)snprintf(full, sizeof full, "%d/%s", number, protocol);
+    for (size_t i = 0; colon && i < t->port_bindings.count; i++) {
+        const struct cube_publish *p = &t->port_bindings.list[i];
+
+        if (!strcmp(p->port, full) && strcmp(p->host_port, host))
+            return usage_error(a->line.command,
+                               "port %s of the task has one port of the host, "
+                               "%s or %s", full, p->host_port, host);
+    }
     cube_task_expose(t, full);
     if (colon)
         cube_task_publish(t, full, host);

@@ -274,6 +274,8 @@ class Usage(Case):
             (["run", "-p", "http", "a"], "8080:80"),
             (["run", "-p", "80:0", "a"], "80:0"),
             (["run", "-p", "1.2.3.4:80:80", "a"], "8080:80"),
+            (["run", "-p", "8080:80", "-p", "8081:80/tcp", "a"],
+             "port 80/tcp of the task has one port of the host, 8080 or 8081"),
             (["run", "--memory", "lots", "a"], "64m"),
             (["run", "--memory", "-1", "a"], "64m"),
             (["run", "--cpu", "two", "a"], "0.5"),
