@@ -5620,6 +5620,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_ALIGN 16    /* records start at multiples of this */
 #define CUBE_STORE_PAGE_MAX 16384 /* bytes that no page ever has */
 #define CUBE_STORE_PAGE_HEAD 4
+#define CUBE_STORE_BRANCH_ENTRY 20 /* bytes that each takes at least */
 #define CUBE_STORE_INLINE 1024 /* larger values never stand in a leaf */
 #define CUBE_STORE_SMALL 64    /* smaller ones always do */
 #define CUBE_STORE_DEPTH 32    /* levels of a tree */
@@ -5630,7 +5631,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_STEPS 4     /* of background work in a little commit */
 #ifndef CUBE_STORE_PAGE /* a test sets all of these, much smaller, or none */
 #define CUBE_STORE_PAGE 4096   /* bytes that a branch is filled to, */
-#define CUBE_STORE_LEAF 2048   /* and a leaf */
+#define CUBE_STORE_LEAF 2048   /* and the leaf of a merge */
 #define CUBE_STORE_GROUP 65536 /* bytes of pages that one record gathers */
 #define CUBE_STORE_CHUNK 65536 /* bytes that opening reads at once */
 #define CUBE_STORE_EXTENT_MIN (64u << 10) /* zeros laid out ahead at once */
@@ -6287,13 +6288,6 @@ struct cube_store_item {
     struct cube_store_ref ref; /* of the child, or of the value */
 };
 
-/* Bytes that a page of this level is filled to. A change copies the whole leaf
- * that it falls into, so leaves are short; wide branches save levels. */
-static size_t cube_store_page_fill(int level)
-{
-    return level > 0 ? CUBE_STORE_PAGE : CUBE_STORE_LEAF;
-}
-
 /* How many entries the page has. */
 static uint32_t cube_store_page_count(const uint8_t *page)
 {
@@ -6451,16 +6445,28 @@ static bool cube_store_page_ok(const uint8_t *page, size_t len)
  *                    fetch |    | unpin                     |
  *                          v    |        forget             | last
  *                       cached, pinned ---------> pinned ---+ unpin
+ *
+ * A branch that is gone through remembers where its children are, so that the
+ * next search need not look for them in the table, which is large and out of
+ * the processor's reach. Both sides know of it: whichever goes first clears
+ * what the other has of it.
+ *
+ *     branch   kids [ . | o | . ]          one place at most leads to a child:
+ *                         ^ |              of two trees that share it the one
+ *                   known | v              that went there last knows it
+ *     child               o
  */
 struct cube_store_ext {
     struct cube_store_ext *next;
+    struct cube_store_ext **known; /* where its parent knows it, or NULL */
     uint64_t at;
     uint32_t file, len;
     uint32_t pins;
+    uint16_t kid_count; /* places for children, behind the data */
     bool is_hot;    /* used since the hand came by */
     bool is_page;   /* and well formed */
     bool is_cached; /* else freed with its last pin */
-    uint8_t data[];
+    _Alignas(8) uint8_t data[];
 };
 
 /* An object's: it belongs to the store and lasts as long. Its bytes count the
@@ -6471,10 +6477,23 @@ struct cube_store_cache {
     size_t bytes, max_bytes;
 };
 
+/* Of each entry of a branch the child, if that is known to be cached. */
+static struct cube_store_ext **cube_store_ext_kids(struct cube_store_ext *e)
+{
+    return (void *)(e->data + ((e->len + 7) & ~(size_t)7));
+}
+
+/* Bytes of one whose data has this length. */
+static size_t cube_store_ext_size(size_t len, size_t kid_count)
+{
+    return sizeof(struct cube_store_ext) + ((len + 7) & ~(size_t)7) +
+           kid_count * sizeof(struct cube_store_ext *);
+}
+
 /* What it costs the cache. */
 static size_t cube_store_ext_bytes(const struct cube_store_ext *e)
 {
-    return sizeof *e + e->len + 16; /* and what malloc keeps for itself */
+    return cube_store_ext_size(e->len, e->kid_count) + 16; /* malloc's own */
 }
 
 /* The chain for this place. Offsets have patterns, so they are multiplied by
@@ -6487,6 +6506,21 @@ static struct cube_store_ext **cube_store_cache_slot(
     return &c->slots[(h >> 20) & (c->slot_count - 1)];
 }
 
+/* Neither its parent nor its children know it any more. */
+static void cube_store_ext_forget(struct cube_store_ext *e)
+{
+    struct cube_store_ext **kids = cube_store_ext_kids(e);
+
+    if (e->known)
+        *e->known = NULL;
+    e->known = NULL;
+    for (uint32_t i = 0; i < e->kid_count; i++) {
+        if (kids[i])
+            kids[i]->known = NULL;
+        kids[i] = NULL;
+    }
+}
+
 /* Takes *at out of its chain; freed now or with its last pin. Afterwards *at
  * leads to the one behind it, so a loop over a chain goes on without a step. */
 static void cube_store_cache_remove(struct cube_store_cache *c,
@@ -6497,6 +6531,7 @@ static void cube_store_cache_remove(struct cube_store_cache *c,
     *at = e->next;
     c->bytes -= cube_store_ext_bytes(e);
     c->count--;
+    cube_store_ext_forget(e);
     e->is_cached = false;
     if (e->pins == 0)
         cube_free(e);
@@ -6553,14 +6588,14 @@ static void cube_store_unpin(struct cube_store_ext *e)
         cube_free(e);
 }
 
-/* Reads what a reference names, past the cache; the caller unpins it. All of
- * it must stand before limit, the place of what referred to it, so that no
+/* Reads what a reference names, past the cache; the caller unpins it; it has
+ * room to know so many children. All of it must stand before limit, the place of what referred to it, so that no
  * chain of references can go in a circle. NULL: the reference leads out of the
  * file or behind limit, the read failed, or the checksum did not match; err
  * says which and at what offset. Nothing is kept of it then. */
 static struct cube_store_ext *cube_store_load(
         const struct cube_store_file *f, struct cube_store_ref ref,
-        uint64_t limit, struct cube_err *err)
+        size_t kid_count, uint64_t limit, struct cube_err *err)
 {
     struct cube_store_ext *e;
 
@@ -6569,7 +6604,8 @@ static struct cube_store_ext *cube_store_load(
         (void)cube_store_corrupt(f, limit, "a reference leads astray", err);
         return NULL;
     }
-    e = cube_alloc(sizeof *e + ref.len);
+    e = cube_alloc(cube_store_ext_size(ref.len, kid_count));
+    e->kid_count = (uint16_t)kid_count;
     e->at = ref.at;
     e->file = f->number;
     e->len = ref.len;
@@ -6594,7 +6630,8 @@ static struct cube_store_ext *cube_store_load(
  * checksum: what stands in the cache was checked when it came in. */
 static struct cube_store_ext *cube_store_fetch(
         struct cube_store_cache *c, const struct cube_store_file *f,
-        struct cube_store_ref ref, uint64_t limit, struct cube_err *err)
+        struct cube_store_ref ref, size_t kid_count, uint64_t limit,
+        struct cube_err *err)
 {
     struct cube_store_ext *e = *cube_store_cache_slot(c, f->number, ref.at);
 
@@ -6605,7 +6642,7 @@ static struct cube_store_ext *cube_store_fetch(
         e->is_hot = true;
         return e;
     }
-    e = cube_store_load(f, ref, limit, err);
+    e = cube_store_load(f, ref, kid_count, limit, err);
     if (!e || cube_store_ext_bytes(e) > c->max_bytes / 4)
         return e;
     e->next = *cube_store_cache_slot(c, f->number, ref.at);
@@ -6627,13 +6664,14 @@ static struct cube_store_ext *cube_store_fetch_page(
         struct cube_err *err)
 {
     struct cube_store_ext *e;
+    size_t kid_count = c && level > 0 ? ref.len / CUBE_STORE_BRANCH_ENTRY : 0;
 
     if (ref.len < CUBE_STORE_PAGE_HEAD || ref.len > CUBE_STORE_PAGE_MAX) {
         (void)cube_store_corrupt(f, limit, "no page has such a size", err);
         return NULL;
     }
-    e = c ? cube_store_fetch(c, f, ref, limit, err)
-          : cube_store_load(f, ref, limit, err);
+    e = c ? cube_store_fetch(c, f, ref, kid_count, limit, err)
+          : cube_store_load(f, ref, kid_count, limit, err);
     if (!e)
         return NULL;
     e->is_page = e->is_page || cube_store_page_ok(e->data, e->len);
@@ -6642,6 +6680,37 @@ static struct cube_store_ext *cube_store_fetch_page(
     (void)cube_store_corrupt(f, ref.at, "this is no page of its level", err);
     cube_store_unpin(e);
     return NULL;
+}
+
+/* The page that entry i of a branch leads to, pinned; NULL as above. A child
+ * that the branch knows was found right for this very entry. Only what is in
+ * the cache may know each other: that alone is told when one of them goes. */
+static struct cube_store_ext *cube_store_fetch_child(
+        struct cube_store_cache *c, const struct cube_store_file *f,
+        struct cube_store_ext *up, uint32_t i, struct cube_err *err)
+{
+    struct cube_store_ext **kid = NULL, *e;
+    struct cube_store_item item;
+
+    if (up->is_cached && i < up->kid_count)
+        kid = cube_store_ext_kids(up) + i;
+    if (kid && *kid) {
+        e = *kid;
+        __builtin_prefetch(e->data + 64); /* a leaf's keys, all at once */
+        __builtin_prefetch(e->data + 128);
+        e->pins++;
+        e->is_hot = true;
+        return e;
+    }
+    cube_store_page_item(up->data, i, &item);
+    e = cube_store_fetch_page(c, f, item.ref, up->at, up->data[0] - 1, err);
+    if (e && kid && e->is_cached) {
+        if (e->known)
+            *e->known = NULL;
+        *kid = e;
+        e->known = kid;
+    }
+    return e;
 }
 
 /* ---- The overlay ----
@@ -7113,17 +7182,20 @@ static void cube_store_path_clear(struct cube_store_path *p)
         cube_store_unpin(p->steps[--p->depth].page);
 }
 
-/* Puts a page below the way so far. -1 leaves the way as it was; the caller
- * clears it. The page must stand before the one that leads to it, the root
- * before its record. */
+/* Puts the page that the way leads to below it: the root, which stands before
+ * its record, or the child of the last page. -1 leaves the way as it was; the
+ * caller clears it. */
 static int cube_store_path_push(struct cube_store_path *p,
-                                struct cube_store_ref ref, int level,
+                                const struct cube_store_tree *t,
                                 struct cube_err *err)
 {
-    uint64_t limit = p->depth > 0 ? p->steps[p->depth - 1].page->at
-                                  : p->roots->at;
-    struct cube_store_ext *page = cube_store_fetch_page(
-        p->cache, p->roots->file, ref, limit, level, err);
+    struct cube_store_step *up = &p->steps[p->depth > 0 ? p->depth - 1 : 0];
+    struct cube_store_ext *page =
+        p->depth > 0
+        ? cube_store_fetch_child(p->cache, p->roots->file, up->page, up->i,
+                                 err)
+        : cube_store_fetch_page(p->cache, p->roots->file, t->root,
+                                p->roots->at, t->levels - 1, err);
 
     if (!page)
         return -1;
@@ -7142,7 +7214,6 @@ static int cube_store_path_down(struct cube_store_path *p,
     for (;;) {
         struct cube_store_step *s = &p->steps[p->depth - 1];
         const uint8_t *page = s->page->data;
-        struct cube_store_item item;
         bool is_equal;
 
         if (aim == CUBE_STORE_FIRST)
@@ -7155,8 +7226,7 @@ static int cube_store_path_down(struct cube_store_path *p,
             s->i = cube_store_page_find(page, key, key_len, &is_equal);
         if (page[0] == 0)
             return 0;
-        cube_store_page_item(page, s->i, &item);
-        if (cube_store_path_push(p, item.ref, page[0] - 1, err) < 0)
+        if (cube_store_path_push(p, NULL, err) < 0)
             return -1;
     }
 }
@@ -7173,7 +7243,7 @@ static int cube_store_path_start(struct cube_store_path *p, int tree,
     cube_store_path_clear(p);
     if (tree >= p->roots->count || t->levels == 0)
         return 0;
-    if (cube_store_path_push(p, t->root, t->levels - 1, err) < 0 ||
+    if (cube_store_path_push(p, t, err) < 0 ||
         cube_store_path_down(p, aim, key, key_len, err) < 0)
         return -1;
     return 1;
@@ -7192,7 +7262,6 @@ static int cube_store_path_move(struct cube_store_path *p, int by,
     while (p->depth > 0) {
         struct cube_store_step *s = &p->steps[p->depth - 1];
         const uint8_t *page = s->page->data;
-        struct cube_store_item item;
 
         if (by > 0 ? s->i + 1 >= cube_store_page_count(page) : s->i == 0) {
             cube_store_unpin(s->page);
@@ -7202,8 +7271,7 @@ static int cube_store_path_move(struct cube_store_path *p, int by,
         s->i += (uint32_t)by;
         if (page[0] == 0)
             return 1;
-        cube_store_page_item(page, s->i, &item);
-        if (cube_store_path_push(p, item.ref, page[0] - 1, err) < 0 ||
+        if (cube_store_path_push(p, NULL, err) < 0 ||
             cube_store_path_down(p, by > 0 ? CUBE_STORE_FIRST
                                            : CUBE_STORE_LAST, NULL, 0,
                                  err) < 0)
@@ -7335,7 +7403,7 @@ static int cube_store_view_lookup(const struct cube_store_view *v,
         cube_buf_add(out, item.val, item.val_len);
         goto out;
     }
-    e = cube_store_fetch(cache, v->roots->file, item.ref,
+    e = cube_store_fetch(cache, v->roots->file, item.ref, 0,
                          cube_store_path_at(&path), err);
     if (e)
         cube_buf_add(out, e->data, e->len);
@@ -7481,6 +7549,15 @@ static struct cube_store_pack *cube_store_walk_pack(
     return w->packs[level];
 }
 
+/* Bytes that a page of this level is filled to. A change copies all of the leaf
+ * that it falls into but the larger values, so the leaves of a merge are short;
+ * wide branches save levels. A copy has its values in the leaves, and longer
+ * ones for that: they are read more often than written. */
+static size_t cube_store_walk_fill(const struct cube_store_walk *w, int level)
+{
+    return level > 0 || w->is_copy ? CUBE_STORE_PAGE : CUBE_STORE_LEAF;
+}
+
 /* Bytes of a page with the entries from .. to-1 of a pack. */
 static size_t cube_store_pack_bytes(const struct cube_store_pack *p,
                                     uint32_t from, uint32_t to)
@@ -7595,10 +7672,10 @@ static void cube_store_walk_add(struct cube_store_walk *w, int level,
         p->at[p->count++] = (uint16_t)p->data.len;
         cube_buf_add(&p->data, entry, len);
         if (cube_store_pack_bytes(p, 0, p->count) <=
-            2 * cube_store_page_fill(level))
+            2 * cube_store_walk_fill(w, level))
             return;
         while (cube_store_pack_bytes(p, 0, n + 1) <=
-               cube_store_page_fill(level))
+               cube_store_walk_fill(w, level))
             n++;
         len = cube_store_walk_emit(w, level, n, above);
         entry = above;
@@ -7616,7 +7693,7 @@ static void cube_store_walk_flush(struct cube_store_walk *w, int level)
         size_t all = cube_store_pack_bytes(p, 0, p->count), len;
         uint32_t n = 1;
 
-        if (all <= cube_store_page_fill(level))
+        if (all <= cube_store_walk_fill(w, level))
             n = p->count;
         while (n < p->count && cube_store_pack_bytes(p, 0, n) < all / 2)
             n++;
@@ -7694,7 +7771,7 @@ static int cube_store_walk_keep(struct cube_store_walk *w,
         cube_store_walk_add(w, 0, entry, n + 12);
         return 0;
     }
-    e = cube_store_load(w->from->file, i->ref, page->at, err);
+    e = cube_store_load(w->from->file, i->ref, 0, page->at, err);
     if (!e)
         return -1;
     cube_store_walk_put(w, i->key, i->key_len, e->data, e->len, 0);
@@ -7752,7 +7829,7 @@ static bool cube_store_walk_is_due(const struct cube_store_walk *w,
  * it and the one behind that. So no page of a file that somebody made up is
  * gone into twice, and a walk is never longer than the file. */
 static int cube_store_walk_down(struct cube_store_walk *w,
-                                struct cube_store_ref ref, int level,
+                                const struct cube_store_tree *root,
                                 struct cube_err *err)
 {
     int d = w->path.depth - 1;
@@ -7761,7 +7838,7 @@ static int cube_store_walk_down(struct cube_store_walk *w,
     const uint8_t *key, *from, *bound;
     uint32_t len, from_len, bound_len = 0;
 
-    if (cube_store_path_push(&w->path, ref, level, err) < 0)
+    if (cube_store_path_push(&w->path, root, err) < 0)
         return -1;
     if (d < 0)
         return 0;
@@ -7848,8 +7925,8 @@ static int cube_store_walk_branch(struct cube_store_walk *w,
         cube_store_page_item(page, s->i, &item);
         if (w->is_copy || cube_store_walk_is_due(w, bound, len) ||
             (below->count > 0 && cube_store_pack_bytes(below, 0, below->count)
-             < cube_store_page_fill(level - 1) / 4))
-            return cube_store_walk_down(w, item.ref, level - 1, err);
+             < cube_store_walk_fill(w, level - 1) / 4))
+            return cube_store_walk_down(w, NULL, err);
         for (int i = 0; i < level; i++)
             cube_store_walk_flush(w, i);
         n = cube_store_put_var(entry, item.key_len);
@@ -7890,7 +7967,7 @@ static int cube_store_walk_start(struct cube_store_walk *w,
     w->is_in_tree = true;
     if (t->levels == 0)
         return 0;
-    return cube_store_walk_down(w, t->root, t->levels - 1, err);
+    return cube_store_walk_down(w, t, err);
 }
 
 /* The highest level whose pack holds something; -1 if none does. */
@@ -10050,7 +10127,7 @@ CUBE_API int cube_cursor_value(struct cube_cursor *c, const void **value,
     } else {
         if (!c->value)
             c->value = cube_store_fetch(&c->store->cache, c->view.roots->file,
-                                        c->item.ref,
+                                        c->item.ref, 0,
                                         cube_store_path_at(&c->path), err);
         if (!c->value)
             return -1;
@@ -10109,7 +10186,7 @@ static int cube_store_check_item(const struct cube_store_path *p,
     cube_buf_add(last, item.key, item.key_len);
     *bytes += (uint64_t)item.key_len + item.val_len;
     if (!item.val) {
-        struct cube_store_ext *e = cube_store_load(f, item.ref, at, err);
+        struct cube_store_ext *e = cube_store_load(f, item.ref, 0, at, err);
 
         if (!e)
             return -1;

@@ -17,6 +17,32 @@ static bool get_is(struct cube_store *s, int t, unsigned k, uint32_t v)
     return same;
 }
 
+static long known_seen;
+
+/* A branch and its child know each other or neither does, only what is in the
+ * cache is known, and its bytes are counted. */
+static void check_cache(struct cube_store_cache *c)
+{
+    size_t count = 0, bytes = c->slot_count * sizeof *c->slots;
+
+    for (size_t i = 0; i < c->slot_count; i++) {
+        for (struct cube_store_ext *e = c->slots[i]; e; e = e->next) {
+            struct cube_store_ext **kids = cube_store_ext_kids(e);
+
+            CHECK(e->is_cached && (!e->known || *e->known == e));
+            for (int k = 0; k < e->kid_count; k++) {
+                CHECK(!kids[k] || kids[k]->known == &kids[k]);
+                known_seen += kids[k] != NULL;
+            }
+            count++;
+            bytes += cube_store_ext_bytes(e);
+        }
+    }
+    CHECK_UINT(c->count, count);
+    CHECK_UINT(c->bytes, bytes);
+    CHECK(c->bytes <= c->max_bytes);
+}
+
 /* Random transactions with everything else among them. */
 static void run_model(const char *path, int rounds)
 {
@@ -26,6 +52,7 @@ static void run_model(const char *path, int rounds)
     struct cube_err err = {0};
     uint64_t compactions = 0, checkpoints = 0;
 
+    known_seen = 0;
     REQUIRE(s);
     memset(&committed, 0, sizeof committed);
     for (int i = 0; i < rounds; i++) {
@@ -57,6 +84,7 @@ static void run_model(const char *path, int rounds)
             s = must_open(NULL, path);
             REQUIRE(s);
         }
+        check_cache(&s->cache);
         if (i % 16 == 0)
             CHECK(store_is(s, &committed));
         if (i % 16 == 0 && cube_store_check(s, &err) < 0)
@@ -66,6 +94,7 @@ static void run_model(const char *path, int rounds)
     cube_store_stats(s, &stats);
     CHECK(compactions + stats.compactions > 3);
     CHECK(checkpoints + stats.checkpoints > 3);
+    CHECK(known_seen > rounds);
     cube_store_close(s);
 }
 
