@@ -663,9 +663,10 @@ static void cube_job_do(struct cube_job *job)
  *
  *    lock    take the first of the queue: it is `current`; copy it
  *    free    the system call, on the copy, for as long as it takes
- *    lock    `current` is still set: the copy's result goes into the job, the
- *            job to the done list, and the poll is woken
+ *    lock    `current` is still set: the copy's result goes into the job, and
+ *            the job to the done list
  *            it is NULL: the job was cancelled, and may be freed by now
+ *    free    the poll is woken, which takes the lock at once
  */
 static void *cube_helper_main(void *arg)
 {
@@ -675,6 +676,7 @@ static void *cube_helper_main(void *arg)
     pthread_mutex_lock(&jobs->lock);
     while (!jobs->is_closed) {
         struct cube_job copy;
+        bool is_due;
 
         if (!h->first) {
             pthread_cond_wait(&h->has_work, &jobs->lock);
@@ -686,13 +688,17 @@ static void *cube_helper_main(void *arg)
         pthread_mutex_unlock(&jobs->lock);
         cube_job_do(&copy);
         pthread_mutex_lock(&jobs->lock);
-        if (h->current && !jobs->is_closed) {
+        is_due = h->current && !jobs->is_closed;
+        if (is_due) {
             copy.next = jobs->done;
             *h->current = copy;
             jobs->done = h->current;
-            cube_jobs_ring(jobs);
         }
         h->current = NULL;
+        pthread_mutex_unlock(&jobs->lock);
+        if (is_due)
+            cube_jobs_ring(jobs);
+        pthread_mutex_lock(&jobs->lock);
     }
     cube_jobs_leave(jobs);
     return NULL;
@@ -739,9 +745,10 @@ static int cube_world_job_start(void *ctx, struct cube_poll *p,
         else
             h->first = job;
         h->last = job;
-        pthread_cond_signal(&h->has_work);
     }
     pthread_mutex_unlock(&p->jobs->lock);
+    if (r == 0) /* without the lock, which the helper takes at once */
+        pthread_cond_signal(&h->has_work);
     return r;
 }
 
