@@ -35,6 +35,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -277,9 +278,9 @@ static const struct command commands[] = {
      "The copy has all that was acknowledged when it began; the manager\n"
      "works on meanwhile. FILE is there once the copy is whole, was read\n"
      "through and is on disk, or not at all. To go on from it, put it into a\n"
-     "manager's --data DIR as manager.cube and start that manager: it asks\n"
-     "the workers what runs, and from then on they obey it and no manager\n"
-     "before it.",
+     "manager's --data DIR as manager.cube and start that manager, with the\n"
+     "--workers of the one before, if it had any: it asks the workers what\n"
+     "runs, and from then on they obey it and no manager before it.",
      1, 1, "@file", run_backup, false},
     {"store check", "FILE", "Check a store's file that no process has open",
      "Reads all of FILE: checksums, order, counts. Exit codes: 0 it is whole;\n"
@@ -460,8 +461,9 @@ static int unknown_command(const char *word)
     for (size_t i = 0; i < COUNT(commands); i++) {
         if (strncmp(commands[i].name, word, len) == 0 &&
             commands[i].name[len] == ' ')
-            return usage_error(NULL, "%s needs another word, as in %s", word,
-                               commands[i].name);
+            return usage_error(NULL, "%s needs another word, as in %s; "
+                               "`cube help %s` lists them", word,
+                               commands[i].name, word);
     }
     if (*word == '-')
         return usage_error(NULL, "no command before the flag %s; flags come "
@@ -624,13 +626,29 @@ static int check_args(const struct line *l)
     return DONE;
 }
 
+static void help_commands(FILE *out)
+{
+    fprintf(out, "Cube runs tasks on a cluster of machines.\n\n"
+            "Usage: cube COMMAND [flags] [arguments]\n\nCommands:\n");
+    for (size_t i = 0; i < COUNT(commands); i++) {
+        if (commands[i].summary)
+            fprintf(out, "  %-14s %s\n", commands[i].name,
+                    commands[i].summary);
+    }
+    fprintf(out, "\nFlags and examples of a command: cube help COMMAND\n"
+            "Exit codes: 0 done, 1 the work failed, 2 wrong usage, "
+            "3 no manager answered\n");
+}
+
 /* Takes the words behind the program's name apart. */
 static int parse_line(struct line *l, char **words, int count)
 {
     int used;
 
-    if (count == 0)
-        return usage_error(NULL, "needs a command");
+    if (count == 0) {
+        help_commands(stderr);
+        return USAGE;
+    }
     l->command = find_command(words, count, &used);
     if (!l->command)
         return unknown_command(words[0]);
@@ -651,25 +669,13 @@ static int parse_line(struct line *l, char **words, int count)
 
 /* ---- Help ---- */
 
-static void help_commands(void)
-{
-    printf("Cube runs tasks on a cluster of machines.\n\n"
-           "Usage: cube COMMAND [flags] [arguments]\n\nCommands:\n");
-    for (size_t i = 0; i < COUNT(commands); i++) {
-        if (commands[i].summary)
-            printf("  %-14s %s\n", commands[i].name, commands[i].summary);
-    }
-    printf("\nFlags and examples of a command: cube help COMMAND\n"
-           "Exit codes: 0 done, 1 the work failed, 2 wrong usage, "
-           "3 no manager answered\n");
-}
-
 #define HELP_COLUMNS 79
 
 /* Prints `left`, and the text beside it in as many lines as it takes. */
-static void help_beside(const char *left, int width, const char *text)
+static void print_beside(const char *left, int width, const char *text,
+                         int columns)
 {
-    int room = HELP_COLUMNS - width - 4;
+    int room = columns - width - 4;
 
     while (*text) {
         int len = (int)strlen(text), fits = len;
@@ -697,9 +703,27 @@ static void help_flag(const struct flag *f, int width)
         (void)snprintf(letter, sizeof letter, "-%c, ", f->letter);
     (void)snprintf(left, sizeof left, "%s--%s%s%s", letter, f->name,
                    f->value ? " " : "", f->value ? f->value : "");
-    help_beside(left, width, f->help);
+    print_beside(left, width, f->help, HELP_COLUMNS);
     if (f->values && *f->values != '@')
-        help_beside("", width, f->values);
+        print_beside("", width, f->values, HELP_COLUMNS);
+}
+
+/* The commands that begin with this word and have another one, in a list;
+ * false: there are none. */
+static bool help_group(const char *word, const char *head)
+{
+    size_t len = strlen(word);
+    bool is_found = false;
+
+    for (size_t i = 0; i < COUNT(commands); i++) {
+        const struct command *c = &commands[i];
+
+        if (strncmp(c->name, word, len) != 0 || c->name[len] != ' ')
+            continue;
+        printf("%s  %-14s %s\n", is_found ? "" : head, c->name, c->summary);
+        is_found = true;
+    }
+    return is_found;
 }
 
 static void help_command(const struct command *c)
@@ -724,6 +748,7 @@ static void help_command(const struct command *c)
         if (has_flag(c, &flags[i]))
             help_flag(&flags[i], width);
     }
+    (void)help_group(c->name, "\nSee also, with cube help:\n");
 }
 
 static int run_help(struct app *a)
@@ -732,12 +757,15 @@ static int run_help(struct app *a)
     const struct command *c =
         find_command(a->line.args, a->line.arg_count, &used);
 
+    if (!c && a->line.arg_count == 1 &&
+        help_group(a->line.args[0], "Commands:\n"))
+        return DONE;
     if (a->line.arg_count > 0 && (!c || used < a->line.arg_count))
         return unknown_command(a->line.args[used]);
     if (c)
         help_command(c);
     else
-        help_commands();
+        help_commands(stdout);
     return DONE;
 }
 
@@ -1191,7 +1219,23 @@ static void print_ago(const struct cube_time *t, char *out, size_t size)
     (void)snprintf(out + len, size - len, " ago");
 }
 
-/* ---- Tables: texts in aligned columns ---- */
+/* ---- Tables: texts in aligned columns ----
+ *
+ * A terminal that is too narrow for a table gets the columns that fit, without
+ * those that are empty and with long texts cut, and the rest of a row below:
+ *
+ *     ID         NAME                     CREATED         STATE
+ *     1111aaaa   web                      2 minutes ago   Failed
+ *         NODE n1:5556   REASON gave up after 3 restarts: exited with code 1
+ *     2222cccc   a-service-with-a-rat..   3 weeks ago     Running
+ *         NAME a-service-with-a-rather-long-name   NODE n1:5556
+ *
+ * What is no terminal gets all of it, each row in one line.
+ */
+
+#define TABLE_COLUMNS 16
+#define TABLE_GAP 3 /* spaces between two columns */
+#define TABLE_CUT 22 /* a longer text is cut, where there is no room */
 
 enum color { PLAIN, GREEN, YELLOW, RED };
 
@@ -1231,6 +1275,13 @@ static void add_cell(struct table *t, enum color color, const char *text)
     t->cells[t->count++].text = copy;
 }
 
+static void table_free(struct table *t)
+{
+    for (size_t i = 0; i < t->count; i++)
+        free(t->cells[i].text);
+    free(t->cells);
+}
+
 /* Characters of UTF-8, each taken as one column wide. */
 static int width_of(const char *text)
 {
@@ -1249,42 +1300,125 @@ static bool has_colors(void)
            strcmp(term, "dumb") != 0;
 }
 
-static void print_cell(const struct cell *c, int pad)
+/* Prints the text, or as many of its characters as are `width` columns wide
+ * together with the two dots that stand for the others. */
+static void print_cell(const struct cell *c, int width)
 {
     static const char *const codes[] = {"", "\033[32m", "\033[33m",
                                         "\033[31m"};
+    bool is_cut = width_of(c->text) > width;
+    size_t len = 0;
 
+    for (int n = 0; c->text[len]; len++) {
+        n += ((unsigned char)c->text[len] & 0xc0) != 0x80;
+        if (is_cut && n > width - 2)
+            break;
+    }
     if (c->color != PLAIN && has_colors())
         printf("%s%s\033[0m", codes[c->color], c->text);
     else
-        fputs(c->text, stdout);
-    if (pad > 0)
-        printf("%*s", pad, "");
+        printf("%.*s%s", (int)len, c->text, is_cut ? ".." : "");
+}
+
+/* How wide each column is; -1: it is empty, but for its head. */
+static void measure_table(const struct table *t, int *widths)
+{
+    for (size_t i = 0; i < t->columns; i++)
+        widths[i] = -1;
+    for (size_t i = t->columns; i < t->count; i++) {
+        int w = width_of(t->cells[i].text);
+
+        if (w > 0 && w > widths[i % t->columns])
+            widths[i % t->columns] = w;
+    }
+    for (size_t i = 0; i < t->columns; i++) {
+        int w = width_of(t->cells[i].text);
+
+        if (w > widths[i] && (widths[i] > 0 || t->count == t->columns))
+            widths[i] = w;
+    }
+}
+
+/* Of standard output; 0: it is no terminal, or does not say. */
+static int terminal_columns(void)
+{
+    struct winsize size;
+
+    if (!isatty(STDOUT_FILENO) || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) < 0)
+        return 0;
+    return size.ws_col;
+}
+
+/* How many columns fit into `room`, which is 0 for no limit. Where not all do,
+ * those that are empty have no width and none is wider than TABLE_CUT. */
+static size_t fit_table(const struct table *t, int *widths, int room)
+{
+    int sum = 0, all = 0;
+    size_t i;
+
+    for (i = 0; i < t->columns; i++)
+        all += TABLE_GAP + (widths[i] < 0 ? width_of(t->cells[i].text)
+                                          : widths[i]);
+    if (room == 0 || all - TABLE_GAP <= room) {
+        for (i = 0; i < t->columns; i++) {
+            if (widths[i] < 0)
+                widths[i] = width_of(t->cells[i].text);
+        }
+        return t->columns;
+    }
+    for (i = 0; i < t->columns; i++) {
+        if (i + 1 < t->columns && widths[i] > TABLE_CUT)
+            widths[i] = TABLE_CUT;
+        if (i > 0 && sum + widths[i] > room)
+            break;
+        sum += widths[i] < 0 ? 0 : widths[i] + TABLE_GAP;
+    }
+    return i;
+}
+
+/* The first `shown` cells of a row, without spaces behind the last text. */
+static void print_row(const struct cell *row, const int *widths, size_t shown)
+{
+    int pad = 0;
+
+    for (size_t i = 0; i < shown; i++) {
+        if (widths[i] < 0)
+            continue;
+        if (*row[i].text) {
+            printf("%*s", pad, "");
+            print_cell(&row[i], widths[i]);
+            pad = -width_of(row[i].text);
+            if (pad < -widths[i])
+                pad = -widths[i];
+        }
+        pad += widths[i] + TABLE_GAP;
+    }
+    putchar('\n');
 }
 
 /* Prints all and frees the table's memory. */
 static void print_table(struct table *t)
 {
-    int widths[16] = {0};
+    int widths[TABLE_COLUMNS], room = terminal_columns();
+    size_t shown;
 
-    for (size_t i = 0; i < t->count; i++) {
-        int w = width_of(t->cells[i].text);
+    measure_table(t, widths);
+    shown = fit_table(t, widths, room);
+    for (size_t i = 0; i < t->count; i += t->columns) {
+        struct cube_buf below = {NULL, 0, 0};
 
-        if (w > widths[i % t->columns])
-            widths[i % t->columns] = w;
+        print_row(&t->cells[i], widths, shown);
+        for (size_t k = 0; k < t->columns && i > 0; k++) {
+            const char *text = t->cells[i + k].text;
+
+            if (k < shown ? width_of(text) > widths[k] && *text : *text)
+                cube_buf_printf(&below, "%s%s %s", below.len ? "   " : "",
+                                t->cells[k].text, text);
+        }
+        print_beside("", 0, below.data ? below.data : "", room);
+        cube_buf_free(&below);
     }
-    for (size_t i = 0; i < t->count; i++) {
-        size_t column = i % t->columns;
-        bool is_last = column + 1 == t->columns;
-
-        print_cell(&t->cells[i], is_last ? 0
-                                         : widths[column] + 3 -
-                                               width_of(t->cells[i].text));
-        if (is_last)
-            putchar('\n');
-        free(t->cells[i].text);
-    }
-    free(t->cells);
+    table_free(t);
 }
 
 /* JSON with line ends and spaces, as people read it. */
@@ -1352,7 +1486,7 @@ static int read_file(struct app *a, const char *path, struct cube_buf *out)
 }
 
 /* Finds the tokens: the first two lines of --token-file that are not empty,
- * or CUBE_TOKEN. */
+ * without blanks around them, or CUBE_TOKEN. */
 static int read_tokens(struct app *a)
 {
     const char *path = flag(&a->line, F_TOKEN_FILE);
@@ -1368,12 +1502,14 @@ static int read_tokens(struct app *a)
     if (read_file(a, path, &a->token_text) != DONE)
         return FAILED;
     for (p = a->token_text.data; p && *p && count < 2;) {
-        size_t len = strcspn(p, " \t\r\n");
+        size_t len = strcspn(p, "\r\n"), begin = strspn(p, " \t"), end = len;
         bool is_last = !p[len];
 
-        p[len] = 0;
-        if (len > 0)
-            a->tokens[count++] = p;
+        while (end > begin && strchr(" \t", p[end - 1]))
+            end--;
+        p[end] = 0;
+        if (end > begin)
+            a->tokens[count++] = p + begin;
         p += len + !is_last;
     }
     if (count > 0)
@@ -1586,6 +1722,17 @@ static int server_failed(struct app *a)
     return FAILED;
 }
 
+/* The same, of a manager or worker alone. */
+static int start_failed(struct app *a)
+{
+    int code = server_failed(a);
+
+    if (a->err.code == CUBE_EBUSY)
+        fprintf(stderr, "End what is there, or start this one beside it: "
+                "--port PORT --data DIR\n");
+    return code;
+}
+
 static int open_loop(struct app *a, struct server *s)
 {
     a->loop = cube_loop_new(cube_world_real(), &a->err);
@@ -1698,7 +1845,7 @@ static int run_manager(struct app *a)
         manager_options(a, &s, &o);
         o.workers = workers_of(a, &workers);
         m = cube_manager_new(a->loop, &o, &a->err);
-        code = m ? DONE : server_failed(a);
+        code = m ? DONE : start_failed(a);
     }
     if (m) {
         say(&s, CUBE_INFO, "manager listens on %s, port %d; state in %s",
@@ -1779,7 +1926,7 @@ static int run_worker(struct app *a)
         if (!o.name)
             o.name = name;
         w = cube_worker_new(a->loop, &o, &a->err);
-        code = w ? DONE : server_failed(a);
+        code = w ? DONE : start_failed(a);
     }
     if (w) {
         say(&s, CUBE_INFO, "worker %s listens on %s, port %d; state in %s",
@@ -1871,9 +2018,9 @@ static int run_dev(struct app *a)
     if (code == DONE)
         code = dev_start(a, &s, &d);
     if (code == DONE) {
-        say(&s, CUBE_INFO, "manager listens on %s, port %d; %ld workers on "
+        say(&s, CUBE_INFO, "manager listens on %s, port %d; %ld worker%s on "
             "%s; state in %s", s.host, cube_manager_port(d.manager), d.count,
-            d.addresses.data, state_place(a, &s));
+            d.count == 1 ? "" : "s", d.addresses.data, state_place(a, &s));
         code = serve(a);
         say(&s, CUBE_INFO, "dev ends; its tasks go on");
     }
@@ -2155,16 +2302,19 @@ static int match(const struct cube_task *t, const char *text,
 static int say_ambiguous(struct app *a, const struct cube_task_list *l,
                          const char *text, bool wants_finished, int best)
 {
-    char title[160];
+    char created[64];
 
     fprintf(stderr, "cube %s: \"%s\" can be each of these; name one by its "
             "ID:\n", a->line.command->name, text);
     for (size_t i = 0; i < l->count; i++) {
         const struct cube_task *t = l->list[i];
 
-        if (match(t, text, wants_finished) == best)
-            fprintf(stderr, "  %s  %s, %s\n", t->id, title_of(t, title),
-                    cube_state_name(t->state));
+        if (match(t, text, wants_finished) != best)
+            continue;
+        print_ago(&t->created_time, created, sizeof created);
+        created[0] = (char)tolower((unsigned char)created[0]);
+        fprintf(stderr, "  %s  %s%s%s, created %s\n", t->id, t->name,
+                *t->name ? ", " : "", cube_state_name(t->state), created);
     }
     return FAILED;
 }
@@ -2330,29 +2480,65 @@ static bool on_notice(void *arg, const struct cube_notice *n)
     return !w->is_done;
 }
 
+static char last_words[160]; /* of a command that is interrupted */
+
+/* The signal is blocked while this runs: it ends us when we return. */
+static void on_interrupt(int number)
+{
+    if (write(STDERR_FILENO, last_words, strlen(last_words)) < 0)
+        last_words[0] = 0;
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+/* To stop waiting is not to take back what was asked for: says so, unless the
+ * signal is ignored, as that of a command in the background of a script is.
+ * `before` is what to put back. */
+static void set_last_words(const struct wait *w, struct sigaction *before)
+{
+    struct sigaction action;
+
+    (void)snprintf(last_words, sizeof last_words,
+                   w->for_end ? "\ncube %s: task %.*s will be stopped all the "
+                                "same\n"
+                              : "\ncube %s: task %.*s stays; `cube stop %.*s` "
+                                "ends it\n",
+                   w->app->line.command->name, ID_SHOWN, w->id, ID_SHOWN,
+                   w->id);
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    sigaction(SIGINT, NULL, before);
+    if (before->sa_handler != SIG_IGN)
+        sigaction(SIGINT, &action, NULL);
+}
+
 /* Waits on the manager's events, through restarts of the manager. */
 static int wait_for_task(struct app *a, const char *id, bool for_end)
 {
+    struct sigaction before;
     struct wait w;
 
     memset(&w, 0, sizeof w);
     w.app = a;
     w.id = id;
     w.for_end = for_end;
+    set_last_words(&w, &before);
     while (!w.is_done) {
         struct timespec second = {1, 0};
 
         if (cube_client_events(a->client, id, NULL, on_notice, &w, &a->err) ==
             0)
             continue;
-        if ((a->err.code != CUBE_ECONN && a->err.code != CUBE_ETIMEOUT) ||
-            ++w.tries > MANAGER_AWAY_MAX) {
+        if ((a->err.code == CUBE_ECONN || a->err.code == CUBE_ETIMEOUT) &&
+            ++w.tries <= MANAGER_AWAY_MAX)
+            nanosleep(&second, NULL);
+        else {
             close_line(&w);
-            return client_failed(a, "cannot wait for task %.*s", ID_SHOWN,
-                                 id);
+            end_wait(&w, client_failed(a, "cannot wait for task %.*s",
+                                       ID_SHOWN, id));
         }
-        nanosleep(&second, NULL);
     }
+    sigaction(SIGINT, &before, NULL);
     return w.code;
 }
 
@@ -2406,6 +2592,8 @@ static int stop_one(struct app *a, const struct cube_task *t)
 {
     char title[160];
 
+    if (cube_task_is_finished(t))
+        return DONE;
     if (cube_client_stop(a->client, t->id, &a->err))
         return client_failed(a, "cannot stop task %s", title_of(t, title));
     return DONE;
@@ -2414,9 +2602,16 @@ static int stop_one(struct app *a, const struct cube_task *t)
 static int stopped_one(struct app *a, const struct cube_task *t)
 {
     bool is_detached = flag(&a->line, F_DETACH) != NULL;
-    int code = is_detached ? DONE : wait_for_task(a, t->id, true);
     char title[160];
+    int code = DONE;
 
+    if (cube_task_is_finished(t)) {
+        printf("%s is %s already%s%s\n", title_of(t, title),
+               cube_state_name(t->state), *t->error ? ": " : "", t->error);
+        return DONE;
+    }
+    if (!is_detached)
+        code = wait_for_task(a, t->id, true);
     if (code == DONE)
         printf("%s %s\n", is_detached ? "stopping" : "stopped",
                title_of(t, title));
@@ -2531,8 +2726,8 @@ static void print_reason(const struct cube_task *t, char *out, size_t size)
     else if (t->state == CUBE_FAILED && cube_time_is_set(&t->restart_time)) {
         print_span(cube_time_to_ns(&t->restart_time) - shown_ns(), span,
                    sizeof span);
+        span[0] = (char)tolower((unsigned char)span[0]);
         n = (size_t)snprintf(out, size, "starts again in %s", span);
-        out[17] = (char)tolower((unsigned char)out[17]);
     } else if (t->restart_count > 0 && (t->state == CUBE_RUNNING ||
                                         t->state == CUBE_FAILED))
         n = (size_t)snprintf(out, size, "%s %d %s%s",
@@ -2955,6 +3150,8 @@ static void print_change(const struct cube_notice *n)
         strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
     if (n->task) {
         print_reason(n->task, reason, sizeof reason);
+        if (n->why && strcmp(reason, "stopping") == 0)
+            *reason = 0; /* which is what `why` says */
         state = cube_state_name(n->task->state);
         node = *n->task->node ? n->task->node : node;
     }
@@ -3099,7 +3296,10 @@ static int run_store_check(struct app *a)
     for (int i = 0; code == DONE && cube_store_tree(s, i); i++)
         code = check_tree(a, s, cube_store_tree(s, i), &table);
     cube_store_stats(s, &stats);
-    print_table(&table);
+    if (table.count == COUNT(heads))
+        table_free(&table); /* nothing could be read */
+    else
+        print_table(&table);
     if (stats.dropped_bytes > 0)
         printf("%llu bytes of a commit that was not finished are at its end; "
                "nobody was told that it was.\n",

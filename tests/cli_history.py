@@ -334,8 +334,8 @@ class Files(Case):
             f.write(bytes([byte[0] ^ 1]))
             f.seek(5)
             f.write(b"\xff")
-        code, _, err = self.store("check", path)
-        self.assertEqual(code, 1)
+        code, out, err = self.store("check", path)
+        self.assertEqual((code, out), (1, ""))
         self.assertIn(path, err)
         for command in ("check", "dump", "compact"):
             code, _, err = self.store(command, c.dir + "/none")

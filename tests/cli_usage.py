@@ -5,6 +5,7 @@ The manager is a fake one that notes the requests it gets and answers as
 the test wants it to.
 """
 
+import fcntl
 import http.server
 import json
 import os
@@ -12,9 +13,12 @@ import pty
 import re
 import select
 import shutil
+import signal
 import ssl
+import struct
 import subprocess
 import tempfile
+import termios
 import threading
 import time
 import unittest
@@ -218,6 +222,16 @@ class Usage(Case):
                 self.assertRegex(out, r"(?m)^  %s  +\w" % command)
             self.assertNotIn("__complete", out)
 
+    def test_cube_alone_is_wrong_usage_that_shows_the_commands(self):
+        _, out, _ = harness.run(CUBE, "help")
+        self.assertEqual(harness.run(CUBE), (2, "", out))
+
+    def test_help_of_a_first_word_lists_its_commands(self):
+        code, out, _ = harness.run(CUBE, "help", "store")
+        self.assertEqual((code, re.findall(r"(?m)^  (store \w+) ", out)),
+                         (0, ["store check", "store dump", "store compact"]))
+        self.assertIn("  node rm ", harness.run(CUBE, "help", "node")[1])
+
     def test_help_of_a_command_shows_its_flags_within_80_columns(self):
         for command in COMMANDS:
             words = command.split()
@@ -246,7 +260,6 @@ class Usage(Case):
 
     def test_wrong_usage_exits_2_and_says_why(self):
         rows = [
-            ([], "needs a command"),
             (["stauts"], "did you mean status"),
             (["frobnicate"], "unknown command frobnicate"),
             (["-m", "host:1", "status"], "no command before the flag -m"),
@@ -553,6 +566,17 @@ class Run(Case):
         self.assertEqual((code, out), (1, ""))
         self.assertIn("Image: \"UPPER\" is no image", err)
 
+    def test_who_interrupts_the_waiting_is_told_that_the_task_stays(self):
+        self.fake.becomes = {"State": 0, "Error": "no node has 9 TiB"}
+        with harness.Process(CUBE, "run", "-m", self.fake.where,
+                             "nginx") as p:
+            harness.wait_until("it waits", lambda: "9 TiB" in p.output())
+            p.kill(signal.SIGINT)
+            self.assertEqual(p.wait(), -signal.SIGINT)
+            shown = self.fake.tasks[0]["ID"][:8]
+            self.assertIn("task %s stays; `cube stop %s` ends it\n" %
+                          (shown, shown), p.output())
+
     def test_output_as_json_is_the_task(self):
         out = self.ok("run", "-o", "json", "nginx")
         self.assertEqual(json.loads(out)["State"], 2)
@@ -586,6 +610,61 @@ class Tasks(Case):
         self.assertIn("exit code 3", lines[3])
         self.assertEqual(len(lines), 4)
 
+    def on_terminal(self, columns, *argv):
+        """What a client prints on a terminal of that width."""
+        ours, its = pty.openpty()
+        fcntl.ioctl(its, termios.TIOCSWINSZ,
+                    struct.pack("HHHH", 24, columns, 0, 0))
+        with subprocess.Popen(
+                [CUBE, *argv, "-m", self.fake.where], stdout=its,
+                env=dict(os.environ, TERM="dumb", **self.env)) as p:
+            os.close(its)
+            out = b""
+            try:
+                while piece := os.read(ours, 65536):
+                    out += piece
+            except OSError:
+                pass  # that is how the end of a terminal is told
+            os.close(ours)
+        self.assertEqual(p.returncode, 0)
+        return out.decode().replace("\r\n", "\n")
+
+    def test_status_on_a_narrow_terminal_puts_the_rest_of_a_row_below(self):
+        """At 80 columns each row was wrapped where the terminal ended, in the
+        middle of words."""
+        name = "a-service-with-a-rather-long-name-as-people-have"
+        self.fake.tasks[1]["Name"] = name
+        out = self.on_terminal(80, "status")
+        lines = out.splitlines()
+        self.assertLessEqual(max(map(len, lines)), 80)
+        self.assertEqual(lines[0].split(), ["ID", "NAME", "CREATED", "STATE",
+                                            "CONTAINERNAME"])
+        self.assertEqual(re.split(r"   +", lines[1]),
+                         ["1111aaaa", "web", "2 minutes ago", "Running",
+                          "c0ffeec0ffee"])
+        self.assertIn("    IMAGE nginx:latest   NODE n1:5556", lines[2])
+        rows = [line for line in lines[1:] if line[0] != " "]
+        self.assertEqual([row[:8] for row in rows],
+                         [IDS[0][:8], IDS[1][:8], IDS[3][:8]])
+        self.assertIn("a-service-with-a-rat..   ", rows[1])
+        self.assertEqual({row.index(state) for row, state in
+                          zip(rows, ("Running", "Pending", "Failed"))},
+                         {lines[0].index("STATE")})
+        flat = " ".join(out.split())
+        for text in ("NAME " + name, "REASON no node fits at all",
+                     "PORTS 8080->80/tcp REASON restarted 2 times"):
+            self.assertIn(text, flat)
+
+    def test_status_on_a_wide_terminal_is_what_a_file_gets(self):
+        self.assertEqual(self.on_terminal(200, "status"), self.ok("status"))
+        self.assertNotRegex(self.ok("status"), "(?m) $")
+
+    def test_a_restart_to_come_is_told_in_one_sentence(self):
+        self.fake.tasks[0].update(State=4, Error="exited with code 1",
+                                  RestartTime=ago(-0.5))
+        self.assertIn("starts again in less than a second: exited with",
+                      self.ok("status"))
+
     def test_status_shows_what_is_long_over_only_with_all(self):
         self.assertNotIn("old", self.ok("status"))
         for flag in ("-a", "--all"):
@@ -610,7 +689,7 @@ class Tasks(Case):
     def test_an_ambiguous_name_lists_what_it_can_be(self):
         code, _, err = self.cube("stop", "1111")
         self.assertEqual(code, 1)
-        self.assertIn(IDS[0], err)
+        self.assertIn(IDS[0] + "  web, Running, created 2 minutes ago", err)
         self.assertIn(IDS[1], err)
         self.assertNotIn(IDS[2], err)
         self.assertNotIn("DELETE", [r[0] for r in self.fake.requests])
@@ -640,10 +719,18 @@ class Tasks(Case):
         self.assertGreater(time.monotonic() - begin, 0.2)
 
     def test_stop_says_what_keeps_it_from_being_sure(self):
-        self.fake.tasks[0].update(State=3, Error="its node was lost")
+        def later():
+            self.fake.tasks[0].update(State=3, Error="its node was lost")
+            self.fake.hold.set()
+        threading.Timer(0.3, later).start()
         code, out, err = self.cube("stop", "web")
         self.assertEqual((code, out), (0, "stopped web (1111aaaa)\n"))
         self.assertIn("its node was lost", err)
+
+    def test_stop_of_what_is_over_says_so_and_asks_for_nothing(self):
+        self.assertEqual(self.ok("stop", "recent"), "recent (3333dddd) is "
+                         "Failed already: exit code 3\n")
+        self.assertNotIn("DELETE", [r[0] for r in self.fake.requests])
 
     def test_stop_goes_on_behind_a_name_that_is_none(self):
         code, out, err = self.cube("stop", "-d", "nobody", "web", "db")
@@ -752,6 +839,13 @@ class Access(Case):
         self.ok("status", "--token-file", path,
                 env={"CUBE_TOKEN": "from-env"})
         self.assertEqual(self.token(), "Bearer from-file")
+
+    def test_a_line_of_two_words_is_not_two_tokens(self):
+        code, _, err = self.cube("status", "--token-file",
+                                 self.file("two words\n"))
+        self.assertEqual(code, 2)
+        self.assertIn("not visible ASCII", err)
+        self.assertEqual(self.fake.requests, [])
 
     def test_a_file_without_a_token_is_refused(self):
         code, _, err = self.cube("status", "--token-file", self.file("\n \n"))
