@@ -13192,7 +13192,8 @@ static bool cube_http_check_access(struct cube_http_req *req,
         !cube_http_host_is_known(req->server, host))
         return cube_http_refuse(req, 403, "this server is not known as "
                                 "'%.200s': use its address, or allow the name "
-                                "(--allow-host %.200s)", host, host);
+                                "(--allow-host %.*s)", host,
+                                (int)strcspn(host, ":"), host);
     if (cube_http_is_health(req) || cube_http_has_token(req))
         return true;
     cube_http_reply_header(req, "WWW-Authenticate", "Bearer");

@@ -120,7 +120,8 @@ static const struct flag flags[] = {
      "Begin with this epoch at least: after a backup was put in place, where "
      "no worker can be asked"},
     {F_ALLOW_HOST, 0, "allow-host", SERVERS, "NAME", NULL,
-     "Also accept requests that call this server NAME; repeatable"},
+     "Also accept requests that call this server NAME, and not by an "
+     "address, localhost or this machine's name; repeatable"},
 
     {F_FILE, 'f', "filename", "run", "FILE", "@file",
      "Task or TaskEvent as JSON; - is standard input (task.json)"},
@@ -1646,6 +1647,7 @@ static void on_log(void *arg, enum cube_level level, const char *text)
 /* What manager, worker and dev have in common. */
 struct server {
     char listen[300], data[512];
+    char machine[256], machine_short[256]; /* its name, and up to the dot */
     const char *host;
     long port;
     const char **host_names; /* ends with NULL */
@@ -1706,7 +1708,13 @@ static int read_server(struct app *a, struct server *s, long port,
     if (data)
         (void)snprintf(s->data, sizeof s->data, "%s", data);
     s->is_verbose = flag(&a->line, F_VERBOSE) != NULL;
-    s->host_names = calloc(a->line.given_count + 1, sizeof *s->host_names);
+    s->host_names = calloc(a->line.given_count + 3, sizeof *s->host_names);
+    if (gethostname(s->machine, sizeof s->machine - 1) == 0) {
+        (void)snprintf(s->machine_short, sizeof s->machine_short, "%.*s",
+                       (int)strcspn(s->machine, "."), s->machine);
+        s->host_names[count++] = s->machine;
+        s->host_names[count++] = s->machine_short;
+    }
     while ((name = next_flag(&a->line, F_ALLOW_HOST, &at)))
         s->host_names[count++] = name;
     return code;
@@ -2242,7 +2250,7 @@ client_failed(struct app *a, const char *format, ...)
     va_end(args);
     if (!is_away) {
         fprintf(stderr, ": %s\n", a->err.text);
-        if (a->err.code == CUBE_EACCES && !a->tokens[0])
+        if (strstr(a->err.text, "(401)") && !a->tokens[0])
             fprintf(stderr, "Give the cluster's token with --token-file or "
                             "CUBE_TOKEN.\n");
         return FAILED;

@@ -735,6 +735,20 @@ class Members(Case):
         c.env = {"CUBE_TOKEN": ""}
         self.refused(c, "--token-file", "status")
 
+    def test_a_machine_is_known_by_its_name(self):
+        """What the README starts on a machine that is called `manager` was
+        refused by it, with a hint that did not help: the name with a port."""
+        c = self.cluster()
+        for name, status in ((socket.gethostname(), 200),
+                             (socket.gethostname().split(".")[0], 200),
+                             ("evil.example", 403)):
+            for port in [c.port] + c.ports:
+                got, _, body = harness.http(
+                    "GET", "http://127.0.0.1:%d/tasks" % port,
+                    headers={"Host": "%s:%d" % (name, port)})
+                self.assertEqual(got, status, body)
+        self.assertIn("(--allow-host evil.example)", body)
+
     def test_a_worker_with_another_token_says_why_it_cannot_join(self):
         c = self.cluster(env={"CUBE_TOKEN": "secret"})
         c.workers[0].kill()
