@@ -369,6 +369,21 @@ static void cube_world_no_delay(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
+/* Between two machines the cable may be cut, or one of them be gone without a
+ * word. Whoever sends notices; who only waits, such as a server whose stream
+ * has nothing to say, never would. So the kernel asks after a minute of
+ * silence, and the connection fails after another one. What is accepted has
+ * this from its listener. */
+static void cube_world_keep_asking(int fd)
+{
+    int on = 1, idle_s = 60, every_s = 15, times = 4;
+
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &every_s, sizeof every_s);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
+}
+
 /* A listening socket for `addr` (port 0: any), or a negative errno value, with
  * nothing left open. An address in TIME_WAIT from our last run is taken over,
  * and an IPv6 address means IPv6 alone, so that "::" and "0.0.0.0" can be
@@ -386,6 +401,8 @@ static int cube_world_listen(void *ctx, const struct cube_addr *addr)
     (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (addr->kind == CUBE_ADDR_IP6)
         (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    if (addr->kind != CUBE_ADDR_UNIX)
+        cube_world_keep_asking(fd);
     if (bind(fd, (struct sockaddr *)&s, len) < 0 ||
         listen(fd, CUBE_LISTEN_BACKLOG) < 0) {
         int e = errno;
@@ -432,8 +449,10 @@ static int cube_world_connect(void *ctx, const struct cube_addr *addr)
     (void)ctx;
     if (fd < 0)
         return fd;
-    if (addr->kind != CUBE_ADDR_UNIX)
+    if (addr->kind != CUBE_ADDR_UNIX) {
         cube_world_no_delay(fd);
+        cube_world_keep_asking(fd);
+    }
     if (connect(fd, (struct sockaddr *)&s, len) < 0 && errno != EINPROGRESS &&
         errno != EINTR) {
         int e = errno;
@@ -11169,8 +11188,8 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
  *   - handlers and callbacks may answer, cancel, close and free anything;
  *     whoever calls them is marked busy and looks again afterwards;
  *   - every wait of a server for a peer has a deadline, but that for the
- *     reader of a stream that has nothing to say; a call has the deadlines
- *     that its caller gives it.
+ *     reader of a stream that has nothing to say, for whom the kernel asks
+ *     (chapter 1); a call has the deadlines that its caller gives it.
  *
  * Interface:
  *   cube_http_parse            bytes to events (pure)

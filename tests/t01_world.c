@@ -121,6 +121,39 @@ TEST(bytes_go_through_a_socket_of_each_kind)
     }
 }
 
+static int option(int fd, int level, int name)
+{
+    int value = 0;
+    socklen_t len = sizeof value;
+
+    CHECK_INT(getsockopt(fd, level, name, &value, &len), 0);
+    return value;
+}
+
+/* Who followed the log of a silent task and lost its network kept a connection
+ * of the manager's, and one of the worker's, for ever: nobody had anything to
+ * send by which to notice. Both ends of a connection have the kernel ask. */
+TEST(a_peer_that_vanishes_is_noticed_by_who_only_waits)
+{
+    const struct cube_world *w = world();
+    struct cube_addr at = loopback(CUBE_ADDR_IP4), peer;
+    int listener = w->listen(w->ctx, &at), ends[2];
+
+    REQUIRE(w->local_addr(w->ctx, listener, &at) == 0);
+    ends[0] = w->connect(w->ctx, &at);
+    CHECK(readable_within(listener, 5000));
+    ends[1] = w->accept(w->ctx, listener, &peer);
+    for (int i = 0; i < 2; i++) {
+        test_row("end %d", i);
+        CHECK_INT(option(ends[i], SOL_SOCKET, SO_KEEPALIVE), 1);
+        CHECK(option(ends[i], IPPROTO_TCP, TCP_KEEPIDLE) +
+              option(ends[i], IPPROTO_TCP, TCP_KEEPINTVL) *
+              option(ends[i], IPPROTO_TCP, TCP_KEEPCNT) <= 120);
+        w->close(w->ctx, ends[i]);
+    }
+    w->close(w->ctx, listener);
+}
+
 TEST(a_broken_socket_is_an_error_and_no_signal)
 {
     const struct cube_world *w = world();
