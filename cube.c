@@ -11631,14 +11631,17 @@ static enum cube_http_event cube_http_step_start(struct cube_http_parser *p,
  *    Connection, Expect  nothing
  */
 
-/* Digits, or a list of the same digits (RFC 9110, section 8.6). A number
- * beyond 63 bits is a number all the same: the largest. */
+/* Digits, or a list of the same digits (RFC 9110, section 8.6), and between two
+ * commas there must be some: of ",5" another reader takes the first number and
+ * finds 0. A number beyond 63 bits is a number all the same: the largest. */
 static const char *cube_http_on_length(struct cube_http_parser *p,
                                        const char *value)
 {
     const char *item;
-    size_t len, count = 0;
+    size_t len, count = 0, commas = 0;
 
+    for (const char *c = value; *c; c++)
+        commas += *c == ',';
     while ((item = cube_http_item(&value, &len))) {
         uint64_t n;
 
@@ -11652,7 +11655,7 @@ static const char *cube_http_on_length(struct cube_http_parser *p,
         p->has_length = true;
         count++;
     }
-    return count ? NULL : "Content-Length is empty";
+    return count == commas + 1 ? NULL : "Content-Length is not a number";
 }
 
 /* The codings of all such fields make one list, in order. Chunked ends it:
