@@ -21896,6 +21896,7 @@ static void cube_docker_free(struct cube_runtime *rt)
     cube_free(d->where);
     cube_free(d->rt.words);
     cube_free(d->rt.engine_id);
+    cube_free(d->rt.host);
     cube_free(d);
 }
 
@@ -21914,6 +21915,19 @@ static const struct cube_runtime_ops cube_docker_ops = {
     .watch = cube_docker_watch,
     .free = cube_docker_free,
 };
+
+/* The host of an engine elsewhere, whose containers' ports are there; NULL for
+ * one on this machine. The caller frees it. */
+static char *cube_docker_host(const char *where)
+{
+    struct cube_http_place place;
+
+    if (cube_http_place_parse(where, &place, NULL) < 0 || place.is_unix ||
+        cube_text_starts(place.host, "127.") ||
+        !strcmp(place.host, "localhost") || !strcmp(place.host, "::1"))
+        return NULL;
+    return cube_text_dup(place.host);
+}
 
 /* Nothing is sent yet, and no engine needs to be there: NULL only if `where`
  * is no address. */
@@ -21935,6 +21949,7 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
     d->rt.name = "docker";
     d->rt.words = cube_text_dup(where);
     d->rt.engine_id = cube_text_dup("");
+    d->rt.host = cube_docker_host(where);
     cube_map_init(&d->killed, 0); /* keys are the engine's, no stranger's */
     cube_list_init(&d->ops);
     cube_docker_op_init(d, &d->hello, cube_docker_on_hello,
@@ -26165,12 +26180,13 @@ static void cube_unit_await_restart(struct cube_unit *u)
                        cube_unit_due, u);
 }
 
-/* Health is the worker's matter, unless the manager sees to it itself. */
+/* Health is the worker's matter, unless the manager sees to it itself. The
+ * task is asked where its ports are, which may be on an engine elsewhere. */
 static void cube_unit_watch(struct cube_unit *u)
 {
     if (!u->rec->now->keep.follows)
-        cube_health_start(&u->health, u->worker->loop, u->rec->now->task, NULL,
-                          cube_unit_sick, u);
+        cube_health_start(&u->health, u->worker->loop, u->rec->now->task,
+                          u->worker->runtime->host, cube_unit_sick, u);
 }
 
 /* The rows of the essay's table that begin with `run`, where the container is

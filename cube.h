@@ -1235,6 +1235,7 @@ struct cube_runtime {
     const char *name; /* "docker", "podman", "process" */
     char *words;      /* "Docker Engine 20.10.24 at /var/run/docker.sock" */
     char *engine_id;  /* who shares it shares its containers; "" unknown yet */
+    char *host;       /* that has its host ports; NULL: this machine */
     bool is_up;       /* it answered the last time it was asked */
 };
 

@@ -2093,6 +2093,33 @@ TEST(who_the_engine_is_can_be_said)
     close_fake();
 }
 
+TEST(the_host_of_an_engine_elsewhere_is_known)
+{
+    static const struct {
+        const char *where, *host;
+    } rows[] = {
+        {"unix:///var/run/docker.sock", NULL},
+        {"tcp://127.0.0.1:2375", NULL},
+        {"tcp://localhost", NULL},
+        {"tcp://[::1]:2375", NULL},
+        {"tcp://engine.example:2375", "engine.example"},
+        {"tcp://[fd00::5]:2375", "fd00::5"},
+        {"http://10.0.0.7:2375", "10.0.0.7"},
+    };
+    struct cube_loop *l = cube_loop_new(cube_world_real(), NULL);
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_runtime *rt = cube_docker_new(l, rows[i].where, NULL);
+
+        test_row("%s", rows[i].where);
+        REQUIRE(rt);
+        CHECK_STR(rt->host ? rt->host : "(here)",
+                  rows[i].host ? rows[i].host : "(here)");
+        cube_runtime_free(rt);
+    }
+    cube_loop_free(l);
+}
+
 TEST(places_that_make_no_sense_are_refused)
 {
     static const char *const rows[] = {"", "ssh://me@host", "tcp://",

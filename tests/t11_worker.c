@@ -508,6 +508,28 @@ TEST(three_failed_health_checks_in_a_row_restart_a_task)
     cluster_close(&k);
 }
 
+/* Its worker asked its own machine, where nobody answers, and killed what was
+ * well. 127.0.0.2 plays the other machine. */
+TEST(health_is_asked_of_the_host_that_the_engine_is_on)
+{
+    char host[] = "127.0.0.2";
+    struct cluster k;
+    struct patient p = {200, 0};
+    struct cube_http_server *server;
+
+    worker_open(&k);
+    k.runtimes[0]->base.host = host;
+    server = cube_http_listen(k.loop, "127.0.0.2:0", patient_routes, &p, NULL,
+                              NULL);
+    REQUIRE(server);
+    k.engines[0].host_port = cube_http_port(server);
+    order(&k, C1, 1, 1, ",\"HealthCheck\":\"/health\"");
+    answer_checks(&k, &p, 200, 5);
+    CHECK_INT(state(&k), CUBE_RUNNING);
+    cube_http_close(server);
+    cluster_close(&k);
+}
+
 /* Does now what the engine was asked last, with what it thinks by now. */
 static void answer_late(struct cluster *k, enum fake_kind kind)
 {
