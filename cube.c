@@ -22256,6 +22256,20 @@ static void cube_process_probe(struct cube_process *p, const char *root)
     p->rt.words = cube_buf_take(&words);
 }
 
+/* Makes `base` anew: workers of one machine share it, and one that ended while
+ * no task was in it has removed it. */
+static void cube_process_renew(struct cube_process *p, const char *base)
+{
+    char *root = cube_text_ndup(base, (size_t)(strrchr(base, '/') - base));
+
+    (void)p->w->mkdir(p->w->ctx, base);
+    if (p->limits.version == 2) {
+        (void)cube_process_pass_down(p, root, base, "memory");
+        (void)cube_process_pass_down(p, root, base, "cpu");
+    }
+    cube_free(root);
+}
+
 /* A cgroup of its own for `id` in `base`; NULL if that fails. One that is
  * there already is left over from an earlier try, and is taken. */
 static char *cube_process_cgroup(struct cube_process *p, const char *base,
@@ -22264,6 +22278,10 @@ static char *cube_process_cgroup(struct cube_process *p, const char *base,
     char *dir = base ? cube_process_path(base, id) : NULL;
     int r = dir ? p->w->mkdir(p->w->ctx, dir) : -ENOENT;
 
+    if (dir && r == -ENOENT) {
+        cube_process_renew(p, base);
+        r = p->w->mkdir(p->w->ctx, dir);
+    }
     if (r == 0 || r == -EEXIST)
         return dir;
     cube_free(dir);

@@ -1545,6 +1545,44 @@ TEST(one_controller_of_version_2_does_not_need_the_other)
     tear_down();
 }
 
+/* The tasks of the other one had no limit then, but for an rlimit. */
+TEST(a_worker_that_ends_takes_no_cgroups_from_another)
+{
+    struct cube_world w;
+    struct cube_task *t;
+    char path[500];
+
+    for (int version = 1; version <= 2; version++) {
+        test_row("version %d", version);
+        set_up();
+        if (version == 2)
+            open_version_2(&w, " cpu memory ");
+        if (!strstr(b.rt->words, version == 1 ? "(version 1)"
+                                              : "(version 2)")) {
+            tear_down();
+            continue; /* no right to make one here */
+        }
+        snprintf(path, sizeof path, "%s/cube", fake_root);
+        if (version == 2) /* as the other one's rmdir does */
+            (void)nftw(path, test_remove_one, 16, FTW_DEPTH | FTW_PHYS);
+        else
+            cube_runtime_free(cube_process_new(b.loop, test_dir(), NULL));
+        t = shell("exec sleep 1000");
+        t->mem_bytes = 64 << 20;
+        t->cpu = 0.5;
+        start_task(t, 1);
+        CHECK_STR(b.err.text, "");
+        b.rt->ops->inspect_json(b.rt, ID1, on_text, NULL);
+        answered();
+        CHECK_HAS(b.text.data, version == 1
+                      ? "\"Limits\":\"memory by cgroup (version 1), CPU by "
+                        "cgroup (version 1)\""
+                      : "\"Limits\":\"memory by cgroup (version 2), CPU by "
+                        "cgroup (version 2)\"");
+        tear_down();
+    }
+}
+
 TEST(without_cgroups_memory_is_limited_by_rlimit_and_that_is_said)
 {
     struct cube_task *t;
