@@ -3518,21 +3518,28 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  *            ^                                      ^
  *            root; free() of it frees all of it     dom_size bytes further on
  *              |
- *              |  pass 2, build: cannot fail, since all was checked
+ *              |  pass 2, fill: cannot fail, since all was checked
  *              v
  *    tree    value -> object -> element "a" -> value -> array -> ...
  *
  * Neither pass recurses. What is open is kept in an array of
- * JSON_MAX_RECURSION entries (in pass 1, one bit each: object or array), and
- * a text that nests deeper is refused. Each byte is looked at a fixed number
- * of times, so time is linear whatever the text is.
+ * JSON_MAX_RECURSION entries (in pass 1, one byte each: the bracket that is
+ * due), and a text that nests deeper is refused. Each byte is looked at a fixed
+ * number of times, so time is linear whatever the text is. Both passes go
+ * through the same two states, each of which is a function:
  *
- *                    +-------- '[' or '{' key ':' ---------+
- *                    v                                     |
- *    start ------> value ----- scalar, '[]', '{}' ----> after ----> end
- *                    ^                                   |  ^   (none open)
- *                    +-------- ',' or ',' key ':' -------+  |
- *                                                        +--+ ']' or '}'
+ *             +--+ '[' or '{' key ':'              +--+ ']' or '}'
+ *             v  |                                 v  |
+ *    start -> value -- scalar, or '[' or '{' --> after ----> end
+ *               ^      with nothing in it          |    (none open)
+ *               +----- ',' or ',' key ':' ---------+
+ *
+ * What it costs is memory more than work. The structs are what the interface
+ * makes them: a member of an object takes 72 bytes besides its texts, and a
+ * list of tasks becomes a tree of four times its size. To get that from the
+ * system, page by page, and to write it is most of the time of a large text; so
+ * notes of what pass 1 has seen, memory as well, were refused: pass 2 looks
+ * again.
  *
  * Errors. The numbers and offsets are upstream's, also where they look odd,
  * since programs compare them: whatever is wrong with a key is
@@ -3541,7 +3548,7 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  * stricter where upstream leaves the RFC: a lone minus is no number, control
  * characters must be escaped, and text must be UTF-8.
  *
- * Invariants: the build writes exactly dom_size and data_size bytes; every
+ * Invariants: pass 2 uses exactly dom_size and data_size bytes; every
  * string and number of a tree ends in a NUL that its size does not count;
  * keys keep their order and their duplicates.
  *
@@ -3570,13 +3577,14 @@ static int cube_dir_make(const struct cube_world *w, const char *path,
  * Strings are scanned eight bytes at a time, in a word whose lowest byte is the
  * first one. Bytes that are looked for are marked by their bit 7. The lowest
  * mark is always right; above a right one there can be false ones, as a byte
- * that borrows takes from its neighbour. Zero bytes are found as in Anderson's
- * "Bit Twiddling Hacks".
+ * that borrows takes from its neighbour. All of it is Anderson's "Bit Twiddling
+ * Hacks", "determine if a word has a byte less than n", but for this: whatever
+ * is beyond ASCII is marked as well, so nothing is spent on telling it apart.
  *
  *     text     a    b    "    c    ...        read from the left
  *     word  ...63 22 62 61                    so 'a' is the lowest byte
- *     ^ 0x22 in each byte
- *           ...41 00 40 43                    zero where a quote was
+ *     ^ 02  ...61 20 60 63                    bit 1 of each byte turned over
+ *     - 21  ...3f ff 3f 42                    below 0x21 borrows into bit 7
  *     marks ...00 80 00 00                    lowest mark / 8 = place 2
  *
  * Most strings of a cluster are names and paths of eight to forty plain bytes:
@@ -3594,23 +3602,24 @@ static inline uint64_t cube_json_load(const unsigned char *p)
            (uint64_t)p[7] << 56;
 }
 
-/* Marks the bytes of this value: after the xor they are the zeros, and a zero
- * less one borrows into its bit 7, which ~x keeps only where it was not set. */
+/* Marks the bytes of this value, and all but ASCII: after the xor the ones that
+ * are looked for are zeros, and a zero less one borrows into its bit 7. */
 static inline uint64_t cube_json_has(uint64_t w, unsigned char byte)
 {
-    uint64_t x = w ^ (cube_json_ones * byte);
+    uint64_t less = (w ^ (cube_json_ones * byte)) - cube_json_ones;
 
-    return (x - cube_json_ones) & ~x & (cube_json_ones << 7);
+    return (less | w) & (cube_json_ones << 7);
 }
 
 /* Marks what does not stand for itself in a string: quotes, backslashes,
- * control characters (less 0x20 borrows), and all but ASCII. */
+ * control characters, and all but ASCII. With bit 1 turned over a quote is
+ * 0x20, and nothing else changes the side of 0x21: so one difference finds the
+ * quotes and the control characters. */
 static inline uint64_t cube_json_marks(uint64_t w)
 {
-    uint64_t control = (w - cube_json_ones * 0x20) & ~w;
+    uint64_t low = (w ^ (cube_json_ones * 2)) - cube_json_ones * 0x21;
 
-    return ((w | control) & (cube_json_ones << 7)) | cube_json_has(w, '"') |
-           cube_json_has(w, '\\');
+    return (low & (cube_json_ones << 7)) | cube_json_has(w, '\\');
 }
 
 /* The place of the lowest mark, counted in bytes; there must be one, since a
@@ -3682,9 +3691,11 @@ static int32_t cube_json_hex4(const unsigned char *p)
 /* Our names are upstream's: its file, included later, has to stay away. */
 #define SHEREDOM_JSON_H_INCLUDED
 
+/* A level takes 24 bytes of stack, 48 while a tree is copied. */
 #ifndef JSON_MAX_RECURSION
 #define JSON_MAX_RECURSION 1000
 #endif
+_Static_assert(JSON_MAX_RECURSION > 0, "there must be room for one level");
 
 /* ---- The interface's types ---- */
 
@@ -3807,23 +3818,27 @@ struct json_parse_result_s {
 
 /* ---- Strings: plain runs, escapes ---- */
 
-/* How many bytes at `p` stand for themselves: printable ASCII, neither quote
- * nor backslash? Eight at a time as long as there are eight; never reads at or
- * beyond p + left, so the text may end at the end of a page. */
-static inline size_t cube_json_plain(const unsigned char *p, size_t left)
+/* Does this byte stand for itself? */
+static inline bool cube_json_is_plain(unsigned char c)
 {
-    size_t n = 0;
+    return c >= 0x20 && c < 0x80 && c != '"' && c != '\\';
+}
 
-    for (; left - n >= 8; n += 8) {
-        uint64_t marks = cube_json_marks(cube_json_load(p + n));
+/* The first byte from `p` on that is not plain, or `end`. Eight at a time as
+ * long as there are eight; never reads at or beyond `end`, so the text may end
+ * at the end of a page. */
+static inline const unsigned char *cube_json_plain(const unsigned char *p,
+                                                   const unsigned char *end)
+{
+    for (; end - p >= 8; p += 8) {
+        uint64_t marks = cube_json_marks(cube_json_load(p));
 
         if (marks)
-            return n + cube_json_first(marks);
+            return p + cube_json_first(marks);
     }
-    while (n < left && p[n] >= 0x20 && p[n] < 0x80 && p[n] != '"' &&
-           p[n] != '\\')
-        n++;
-    return n;
+    while (p < end && cube_json_is_plain(*p))
+        p++;
+    return p;
 }
 
 /* Writes a code point below 0x110000 as UTF-8; returns its 1 to 4 bytes. Six
@@ -3909,154 +3924,162 @@ static struct cube_json_escape cube_json_unescape(const unsigned char *p,
 /* ---- Pass 1: check and measure ---- */
 
 /*
- * Pass 1 in progress; lives on the stack of json_parse_ex. `offset` is the next
- * byte to look at, and after an error the place of it. The sizes are 64 bits
- * wide so that they cannot wrap on a 32-bit machine; cube_json_block compares
- * them with what it can allocate. How they grow over {"a":[1]}, on a 64-bit
- * machine:
+ * Pass 1 in progress; lives on the stack of json_parse_ex. Its functions take
+ * the place that they begin at and return the one behind what they have read,
+ * or NULL after an error: so the place stays in a register. The sizes are 64
+ * bits wide so that they cannot wrap on a 32-bit machine; cube_json_block
+ * compares them with what it can allocate. How they grow over {"a":[1,2]}, on a
+ * 64-bit machine:
  *
- *   read     state after    dom_size             data_size
- *   {"a":    VALUE          16 + 16 + 24 + 16    2     root, object, element
- *   [        VALUE          + 16 + 16 + 16       2     value, array, element
- *   1        AFTER          + 16 + 16            4     value, number
- *   ]        AFTER          152                  4
- *   }        END            152                  4     then the block is taken
+ *   step     read       dom_size                               data_size
+ *   value    {"a":[1    16 + 16        root, object
+ *                       24 + 16        element, name           2
+ *                       16 + 16        value, array
+ *                       16 + 16 + 16   item, value, number     4
+ *   after    ,          152 + 16       item                    4
+ *   value    2          168 + 16 + 16  value, number           6
+ *   after    ]}         200            the block can be taken  6
  */
 struct cube_json_scan {
-    const unsigned char *src;
-    size_t size, offset;
-    size_t line_no, line_offset; /* line_offset: of the newline before */
+    const unsigned char *src, *end;
+    const unsigned char *line; /* the last newline, or src */
+    size_t line_no;
     uint64_t dom_size, data_size;
     enum json_parse_error_e error;
+    const unsigned char *error_at;
     size_t depth;
-    unsigned char is_object[JSON_MAX_RECURSION / 8 + 1]; /* a bit a level */
+    unsigned char closing[JSON_MAX_RECURSION]; /* ] or } of each level */
 };
 
-/* What follows in the scan: the drawing's states, or an error. */
-enum cube_json_state {
-    CUBE_JSON_FAILED,
-    CUBE_JSON_VALUE,
-    CUBE_JSON_AFTER,
-    CUBE_JSON_END
-};
-
-/* Notes an error and its place. -1, for the caller to return at once: nothing
+/* Notes an error and its place. NULL, for the caller to return at once: nothing
  * after the first error is looked at. */
-static int cube_json_wrong(struct cube_json_scan *s,
-                           enum json_parse_error_e error, size_t offset)
+static const unsigned char *cube_json_wrong(struct cube_json_scan *s,
+                                            enum json_parse_error_e error,
+                                            const unsigned char *at)
 {
     s->error = error;
-    s->offset = offset;
-    return -1;
+    s->error_at = at;
+    return NULL;
 }
 
 /* The slow half of the next one: passes over white space and counts the
  * lines for error messages. Only here, since a newline inside a string is an
  * error. */
-static int cube_json_skip_space(struct cube_json_scan *s)
+static const unsigned char *cube_json_skip_space(struct cube_json_scan *s,
+                                                 const unsigned char *p)
 {
-    for (; s->offset < s->size; s->offset++) {
-        switch (s->src[s->offset]) {
+    for (; p < s->end; p++) {
+        switch (*p) {
         case '\n':
             s->line_no++;
-            s->line_offset = s->offset;
+            s->line = p;
             break;
         case ' ':
         case '\t':
         case '\r':
             break;
         default:
-            return 0;
+            return p;
         }
     }
-    return cube_json_wrong(s, json_parse_error_premature_end_of_buffer,
-                           s->size);
+    return cube_json_wrong(s, json_parse_error_premature_end_of_buffer, p);
 }
 
-/* Goes to the next byte that is no white space; -1: there is none. What
- * programs have written has none, so that case is looked at first. */
-static inline int cube_json_scan_space(struct cube_json_scan *s)
+/* The next byte that is no white space; NULL: there is none. What programs have
+ * written has none, so that case is looked at first. */
+static inline const unsigned char *
+cube_json_scan_space(struct cube_json_scan *s, const unsigned char *p)
 {
-    return s->offset < s->size && s->src[s->offset] > ' '
-               ? 0
-               : cube_json_skip_space(s);
+    return p < s->end && *p > ' ' ? p : cube_json_skip_space(s, p);
 }
 
 /* One character of a string that is not plain: an escape, or UTF-8 beyond
- * ASCII. Moves `*at` behind it and counts the bytes that it will take in the
- * tree. Line ends are told from other control characters because upstream
- * does. */
-static int cube_json_scan_char(struct cube_json_scan *s, size_t *at)
+ * ASCII. What an escape is longer than what it stands for is taken from
+ * data_size in advance: the whole length is added at the string's end. Line
+ * ends are told from other control characters because upstream does. */
+static const unsigned char *cube_json_scan_char(struct cube_json_scan *s,
+                                                const unsigned char *p)
 {
-    const unsigned char *p = s->src + *at;
-    size_t left = s->size - *at, n;
+    size_t left = (size_t)(s->end - p), n;
 
     if (*p == '\\') {
         struct cube_json_escape e;
 
         if (left < 2)
             return cube_json_wrong(
-                s, json_parse_error_premature_end_of_buffer, s->size);
+                s, json_parse_error_premature_end_of_buffer, s->end);
         e = cube_json_unescape(p, left);
-        *at += e.taken;
-        s->data_size += e.size;
-        return e.size ? 0
+        s->data_size -= e.taken - e.size;
+        return e.size ? p + e.taken
                       : cube_json_wrong(
                             s,
                             json_parse_error_invalid_string_escape_sequence,
-                            *at);
+                            p + e.taken);
     }
     if (*p == '\n' || *p == '\r')
         return cube_json_wrong(
-            s, json_parse_error_invalid_string_escape_sequence, *at);
+            s, json_parse_error_invalid_string_escape_sequence, p);
     n = *p < 0x20 ? 0 : cube_json_utf8(p, left);
-    if (n == 0)
-        return cube_json_wrong(s, json_parse_error_invalid_string, *at);
-    *at += n;
-    s->data_size += n;
-    return 0;
+    return n ? p + n : cube_json_wrong(s, json_parse_error_invalid_string, p);
 }
 
-/* A string from its opening quote to behind its closing one, in runs of
- * plain bytes with single others between them. Its struct and its text, NUL
- * included, are counted; for a key, too, whose struct the build puts beside
- * its element. */
-static int cube_json_scan_string(struct cube_json_scan *s)
+/* The end of a string that is not all plain: goes on at `p`, where the first
+ * run has ended. */
+static const unsigned char *
+cube_json_scan_runs(struct cube_json_scan *s, const unsigned char *start,
+                    const unsigned char *p)
 {
-    size_t at = s->offset + 1, run;
-
-    if (s->src[s->offset] != '"')
-        return cube_json_wrong(s, json_parse_error_expected_opening_quote,
-                               s->offset);
-    for (;;) {
-        run = cube_json_plain(s->src + at, s->size - at);
-        at += run;
-        s->data_size += run;
-        if (at == s->size)
-            return cube_json_wrong(
-                s, json_parse_error_premature_end_of_buffer, s->size - 1);
-        if (s->src[at] == '"')
-            break;
-        if (cube_json_scan_char(s, &at))
-            return -1;
+    while (p < s->end && *p != '"') {
+        p = cube_json_scan_char(s, p);
+        if (!p)
+            return NULL;
+        p = cube_json_plain(p, s->end);
     }
-    s->offset = at + 1;
-    s->data_size++;
-    s->dom_size += sizeof(struct json_string_s);
-    return 0;
+    if (p == s->end)
+        return cube_json_wrong(s, json_parse_error_premature_end_of_buffer,
+                               p - 1);
+    s->data_size += (uint64_t)(p - start) + 1;
+    return p + 1;
 }
 
-/* At least one digit from `*at` on. */
-static int cube_json_scan_digits(struct cube_json_scan *s, size_t *at)
+/* A string from its opening quote to behind its closing one. Its struct and its
+ * text, with a NUL in the place of the quote, are counted; for a key, too,
+ * whose struct the build puts beside its element. Most strings are one plain
+ * run; what others need is kept out of this, so that it is small enough to
+ * become part of its callers. */
+static inline const unsigned char *
+cube_json_scan_string(struct cube_json_scan *s, const unsigned char *p)
 {
-    size_t start = *at;
+    const unsigned char *start = p + 1;
 
-    while (*at < s->size && s->src[*at] >= '0' && s->src[*at] <= '9')
-        ++*at;
-    return *at > start
-               ? 0
-               : cube_json_wrong(s, json_parse_error_invalid_number_format,
-                                 start);
+    if (*p != '"')
+        return cube_json_wrong(s, json_parse_error_expected_opening_quote, p);
+    s->dom_size += sizeof(struct json_string_s);
+    p = cube_json_plain(start, s->end);
+    if (p == s->end || *p != '"')
+        return cube_json_scan_runs(s, start, p);
+    s->data_size += (uint64_t)(p - start) + 1;
+    return p + 1;
+}
+
+/* At least one digit at `p`, and all that follow. */
+static const unsigned char *cube_json_scan_digits(struct cube_json_scan *s,
+                                                  const unsigned char *p)
+{
+    const unsigned char *start = p;
+
+    while (p < s->end && *p >= '0' && *p <= '9')
+        p++;
+    return p > start ? p
+                     : cube_json_wrong(
+                           s, json_parse_error_invalid_number_format, p);
+}
+
+/* Can this byte stand behind a number? */
+static inline bool cube_json_ends_number(unsigned char c)
+{
+    return c == ',' || c == '}' || c == ']' || c == ' ' || c == '\t' ||
+           c == '\r' || c == '\n';
 }
 
 /*
@@ -4068,35 +4091,28 @@ static int cube_json_scan_digits(struct cube_json_scan *s, size_t *at)
  *
  * What is wrong is reported at the first byte that cannot stand there.
  */
-static int cube_json_scan_number(struct cube_json_scan *s)
+static const unsigned char *cube_json_scan_number(struct cube_json_scan *s,
+                                                  const unsigned char *p)
 {
-    const unsigned char *src = s->src;
-    size_t at = s->offset, size = s->size;
+    const unsigned char *start = p, *end = s->end;
 
-    if (src[at] == '-')
-        at++;
-    if (at < size && src[at] == '0')
-        at++;
-    else if (cube_json_scan_digits(s, &at))
-        return -1;
-    if (at < size && src[at] == '.') {
-        at++;
-        if (cube_json_scan_digits(s, &at))
-            return -1;
+    p += *p == '-';
+    p = p < end && *p == '0' ? p + 1 : cube_json_scan_digits(s, p);
+    if (p && p < end && *p == '.')
+        p = cube_json_scan_digits(s, p + 1);
+    if (p && p < end && (*p == 'e' || *p == 'E')) {
+        p++;
+        if (p < end && (*p == '+' || *p == '-'))
+            p++;
+        p = cube_json_scan_digits(s, p);
     }
-    if (at < size && (src[at] == 'e' || src[at] == 'E')) {
-        at++;
-        if (at < size && (src[at] == '+' || src[at] == '-'))
-            at++;
-        if (cube_json_scan_digits(s, &at))
-            return -1;
-    }
-    if (at < size && (!src[at] || !strchr(" \t\r\n},]", src[at])))
-        return cube_json_wrong(s, json_parse_error_invalid_number_format, at);
+    if (!p)
+        return NULL;
+    if (p < end && !cube_json_ends_number(*p))
+        return cube_json_wrong(s, json_parse_error_invalid_number_format, p);
     s->dom_size += sizeof(struct json_number_s);
-    s->data_size += at - s->offset + 1;
-    s->offset = at;
-    return 0;
+    s->data_size += (uint64_t)(p - start) + 1;
+    return p;
 }
 
 /* Which of the three words is at `p`? Returns its length, 0 for none. */
@@ -4111,7 +4127,8 @@ static size_t cube_json_word(const unsigned char *p, size_t left,
                  {"null", 4, json_type_null}};
 
     for (size_t i = 0; i < CUBE_COUNT(words); i++) {
-        if (left >= words[i].len && !memcmp(p, words[i].text, words[i].len)) {
+        if (*p == words[i].text[0] && left >= words[i].len &&
+            !memcmp(p, words[i].text, words[i].len)) {
             *type = words[i].type;
             return words[i].len;
         }
@@ -4121,140 +4138,120 @@ static size_t cube_json_word(const unsigned char *p, size_t left,
 
 /* A value that is no container, told by its first byte. `+1` and `.5` look like
  * numbers to people, and to upstream's error numbers. */
-static int cube_json_scan_scalar(struct cube_json_scan *s)
+static inline const unsigned char *
+cube_json_scan_scalar(struct cube_json_scan *s, const unsigned char *p)
 {
-    unsigned char c = s->src[s->offset];
     size_t type, len;
 
-    if (c == '"')
-        return cube_json_scan_string(s);
-    if (c == '-' || (c >= '0' && c <= '9'))
-        return cube_json_scan_number(s);
-    len = cube_json_word(s->src + s->offset, s->size - s->offset, &type);
+    if (*p == '"')
+        return cube_json_scan_string(s, p);
+    if (*p == '-' || (*p >= '0' && *p <= '9'))
+        return cube_json_scan_number(s, p);
+    len = cube_json_word(p, (size_t)(s->end - p), &type);
     if (len == 0)
         return cube_json_wrong(s,
-                               c == '+' || c == '.'
+                               *p == '+' || *p == '.'
                                    ? json_parse_error_invalid_number_format
                                    : json_parse_error_invalid_value,
-                               s->offset);
-    s->offset += len;
-    return 0;
+                               p);
+    return p + len;
 }
 
-/* Is the innermost open container an object? There must be one. */
-static inline bool cube_json_in_object(const struct cube_json_scan *s)
+/* What stands before an element's value: in an array nothing, in an object the
+ * key and the colon. Whatever is wrong with a key is invalid_string, at the
+ * place that cube_json_scan_string found. */
+static inline const unsigned char *
+cube_json_scan_element(struct cube_json_scan *s, const unsigned char *p)
 {
-    size_t level = s->depth - 1;
-
-    return s->is_object[level / 8] >> level % 8 & 1;
-}
-
-/* In front of an element, which there must be now: `[1,]` and `{"a":1,}` fail
- * at their bracket. Of an array's element there is nothing to read before its
- * value, of an object's the key and the colon. Whatever is wrong with a key is
- * invalid_string, at the place that cube_json_scan_string found. */
-static enum cube_json_state cube_json_scan_element(struct cube_json_scan *s)
-{
-    if (!cube_json_in_object(s)) {
+    if (s->closing[s->depth - 1] == ']') {
         s->dom_size += sizeof(struct json_array_element_s);
-        return CUBE_JSON_VALUE;
+        return p;
     }
     s->dom_size += sizeof(struct json_object_element_s);
-    if (cube_json_scan_string(s)) {
+    p = cube_json_scan_string(s, p);
+    if (!p) {
         s->error = json_parse_error_invalid_string;
-        return CUBE_JSON_FAILED;
+        return NULL;
     }
-    if (cube_json_scan_space(s))
-        return CUBE_JSON_FAILED;
-    if (s->src[s->offset] != ':') {
-        s->error = json_parse_error_expected_colon;
-        return CUBE_JSON_FAILED;
-    }
-    s->offset++;
-    return CUBE_JSON_VALUE;
+    p = cube_json_scan_space(s, p);
+    if (!p)
+        return NULL;
+    if (*p != ':')
+        return cube_json_wrong(s, json_parse_error_expected_colon, p);
+    return p + 1;
 }
 
-/* '[' or '{': one level deeper, to its first element if it has one. */
-static enum cube_json_state cube_json_scan_open(struct cube_json_scan *s)
+/* The state VALUE: one value; of a container, all that opens before its first
+ * scalar or its end. */
+static const unsigned char *cube_json_scan_value(struct cube_json_scan *s,
+                                                 const unsigned char *p)
 {
-    bool is_object = s->src[s->offset] == '{';
-    size_t level = s->depth;
-    unsigned char bit = (unsigned char)(1u << level % 8);
+    while ((p = cube_json_scan_space(s, p)) != NULL) {
+        bool is_object = *p == '{';
 
-    if (s->depth == JSON_MAX_RECURSION) {
-        s->error = json_parse_error_recursion;
-        return CUBE_JSON_FAILED;
+        s->dom_size += sizeof(struct json_value_s);
+        if (!is_object && *p != '[')
+            return cube_json_scan_scalar(s, p);
+        if (s->depth == JSON_MAX_RECURSION)
+            return cube_json_wrong(s, json_parse_error_recursion, p);
+        s->closing[s->depth++] = is_object ? '}' : ']';
+        s->dom_size += is_object ? sizeof(struct json_object_s)
+                                 : sizeof(struct json_array_s);
+        p = cube_json_scan_space(s, p + 1);
+        if (!p || *p == s->closing[s->depth - 1])
+            return p;
+        p = cube_json_scan_element(s, p);
+        if (!p)
+            return NULL;
     }
-    if (is_object)
-        s->is_object[level / 8] |= bit;
-    else
-        s->is_object[level / 8] &= (unsigned char)~bit;
-    s->depth++;
-    s->offset++;
-    s->dom_size += is_object ? sizeof(struct json_object_s)
-                             : sizeof(struct json_array_s);
-    if (cube_json_scan_space(s))
-        return CUBE_JSON_FAILED;
-    if (s->src[s->offset] == (is_object ? '}' : ']'))
-        return CUBE_JSON_AFTER;
-    return cube_json_scan_element(s);
+    return NULL;
 }
 
-/* The state VALUE: one value or the opening of one. */
-static enum cube_json_state cube_json_scan_value(struct cube_json_scan *s)
+/* The state AFTER: behind a value, the containers that end there, and then the
+ * comma and what stands before the next value. Nothing at depth 0, where the
+ * value was the root. `[1,]` and `{"a":1,}` fail at their bracket: what is due
+ * there is an element. */
+static const unsigned char *cube_json_scan_after(struct cube_json_scan *s,
+                                                 const unsigned char *p)
 {
-    if (cube_json_scan_space(s))
-        return CUBE_JSON_FAILED;
-    s->dom_size += sizeof(struct json_value_s);
-    if (s->src[s->offset] == '{' || s->src[s->offset] == '[')
-        return cube_json_scan_open(s);
-    return cube_json_scan_scalar(s) ? CUBE_JSON_FAILED : CUBE_JSON_AFTER;
+    for (; s->depth > 0; s->depth--, p++) {
+        p = cube_json_scan_space(s, p);
+        if (!p)
+            return NULL;
+        if (*p == ',') {
+            p = cube_json_scan_space(s, p + 1);
+            return p ? cube_json_scan_element(s, p) : NULL;
+        }
+        if (*p != s->closing[s->depth - 1])
+            return cube_json_wrong(
+                s, json_parse_error_expected_comma_or_closing_bracket, p);
+    }
+    return p;
 }
 
-/* The state AFTER: behind a value, whose container ends here or goes on with a
- * comma. At depth 0 it was the root. */
-static enum cube_json_state cube_json_scan_after(struct cube_json_scan *s)
-{
-    if (s->depth == 0)
-        return CUBE_JSON_END;
-    if (cube_json_scan_space(s))
-        return CUBE_JSON_FAILED;
-    if (s->src[s->offset] == (cube_json_in_object(s) ? '}' : ']')) {
-        s->depth--;
-        s->offset++;
-        return CUBE_JSON_AFTER;
-    }
-    if (s->src[s->offset] != ',') {
-        s->error = json_parse_error_expected_comma_or_closing_bracket;
-        return CUBE_JSON_FAILED;
-    }
-    s->offset++;
-    if (cube_json_scan_space(s))
-        return CUBE_JSON_FAILED;
-    return cube_json_scan_element(s);
-}
-
-/* Runs the essay's two states over the whole text; -1 with `error` and the
- * position set. That there is nothing behind the root is good news here, though
- * to cube_json_scan_space it is a premature end: so the error it left is taken
+/* Runs the essay's two states over the whole text; -1 with `error` and its
+ * place set. That there is nothing behind the root is good news here, though to
+ * cube_json_scan_space it is a premature end: so the error it left is taken
  * back. */
 static int cube_json_scan(struct cube_json_scan *s)
 {
-    enum cube_json_state state = CUBE_JSON_VALUE;
+    const unsigned char *p = s->src;
 
-    while (state == CUBE_JSON_VALUE || state == CUBE_JSON_AFTER)
-        state = state == CUBE_JSON_VALUE ? cube_json_scan_value(s)
-                                         : cube_json_scan_after(s);
-    if (state == CUBE_JSON_FAILED)
+    do {
+        p = cube_json_scan_value(s, p);
+        p = p ? cube_json_scan_after(s, p) : NULL;
+    } while (p && s->depth > 0);
+    if (!p)
         return -1;
-    if (cube_json_scan_space(s) == 0)
-        return cube_json_wrong(
-            s, json_parse_error_unexpected_trailing_characters, s->offset);
+    p = cube_json_scan_space(s, p);
     s->error = json_parse_error_none;
-    return 0;
+    if (p)
+        (void)cube_json_wrong(
+            s, json_parse_error_unexpected_trailing_characters, p);
+    return p ? -1 : 0;
 }
 
-/* ---- Pass 2: build ---- */
+/* ---- Pass 2: build and fill ---- */
 
 /* Where the next element of an open container is to be linked: the address of
  * its first pointer, or of its last element's `next`. So an element is added
@@ -4265,6 +4262,10 @@ struct cube_json_open {
     struct json_array_element_s **item;
 };
 
+/* Strings are copied in words: behind the texts there is room for what the last
+ * of them copies too much. */
+#define CUBE_JSON_SPARE 8
+
 /*
  * Hands out one block, front part to structs and back part to texts. Used by
  * the parser and by json_extract_value_ex. The block of `{"a":[1,"\n"]}` on a
@@ -4274,7 +4275,8 @@ struct cube_json_open {
  *             32  element 56 name 72 value 88 array         "a"
  *            104  item  120 value 136 number                1
  *            152  item  168 value 184 string                "\n"
- *            200  a 0   1 0   LF 0                          206 in all
+ *            200  a 0   1 0   LF 0                          the texts
+ *            206  8 spare bytes                             214 in all
  */
 struct cube_json_build {
     unsigned char *dom;
@@ -4383,9 +4385,8 @@ static struct json_string_s *cube_json_build_next(struct cube_json_build *b)
     return name;
 }
 
-/* Copies a text that is already as it shall be, and ends it with a NUL. For
- * numbers, and for copies of trees; strings of a text are unescaped in place by
- * cube_json_fill_string. */
+/* Copies a text that is already as it shall be, and ends it with a NUL: for
+ * copies of trees. What comes from a text is copied as it is read. */
 static const char *cube_json_build_text(struct cube_json_build *b,
                                         const void *p, size_t size)
 {
@@ -4427,46 +4428,46 @@ static void cube_json_build_word(struct cube_json_build *b, size_t type)
     b->value->payload = NULL;
 }
 
-/* Copies the plain bytes at `p` to `*text`; returns what is behind them.
- * Where there is room, whole words are copied and the surplus is overwritten
- * by what comes next. */
-static const unsigned char *cube_json_fill_plain(const unsigned char *p,
-                                                 const unsigned char *end,
-                                                 char **text,
-                                                 const char *text_end)
+/* Copies the plain run at `p` to `*text`; returns what is behind it. The text
+ * has been checked: there is a quote before it ends, and it needs no more room
+ * than was counted. What a word holds behind the run is overwritten by what
+ * comes next, or falls on the spare bytes. */
+static inline const unsigned char *
+cube_json_fill_plain(const unsigned char *p, const unsigned char *end,
+                     char **text)
 {
-    size_t run;
-
-    while (end - p >= 8 && text_end - *text >= 8) {
+    for (; end - p >= 8; p += 8, *text += 8) {
         uint64_t marks = cube_json_marks(cube_json_load(p));
 
         memcpy(*text, p, 8);
-        run = marks ? cube_json_first(marks) : 8;
-        *text += run;
-        p += run;
-        if (marks)
-            return p;
+        if (marks) {
+            *text += cube_json_first(marks);
+            return p + cube_json_first(marks);
+        }
     }
-    run = cube_json_plain(p, (size_t)(end - p));
-    memcpy(*text, p, run);
-    *text += run;
-    return p + run;
+    while (cube_json_is_plain(*p))
+        *(*text)++ = (char)*p++;
+    return p;
 }
 
-/* The string at `p`, a quote; returns what is behind it. The text has been
- * checked: each run ends at a quote, an escape or a longer character. */
-static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
-                                                  const unsigned char *p,
-                                                  const unsigned char *end,
-                                                  struct json_string_s *out)
+/* Ends a text that has been copied to where b->data still is; returns its
+ * size. */
+static inline size_t cube_json_fill_end(struct cube_json_build *b, char *text)
 {
-    char *text = b->data;
+    size_t size = (size_t)(text - b->data);
 
-    out->string = text;
-    for (p++;;) {
-        p = cube_json_fill_plain(p, end, &text, b->end);
-        if (*p == '"')
-            break;
+    *text = 0;
+    b->data = text + 1;
+    return size;
+}
+
+/* The end of a string that is not all plain, as in pass 1. */
+static const unsigned char *
+cube_json_fill_runs(struct cube_json_build *b, const unsigned char *p,
+                    const unsigned char *end, char *text,
+                    struct json_string_s *out)
+{
+    while (*p != '"') {
         if (*p == '\\') {
             struct cube_json_escape e =
                 cube_json_unescape(p, (size_t)(end - p));
@@ -4479,89 +4480,139 @@ static const unsigned char *cube_json_fill_string(struct cube_json_build *b,
                 *text++ = (char)*p++;
             while (*p >= 0x80);
         }
+        p = cube_json_fill_plain(p, end, &text);
     }
-    *text = 0;
-    out->string_size = (size_t)(text - b->data);
-    b->data = text + 1;
+    out->string_size = cube_json_fill_end(b, text);
     return p + 1;
 }
 
-/* Fills the due value from the text at `p`; returns what is behind it, for a
- * container behind its bracket. All has been checked, so the first byte tells
- * which it is: letters are above the digits, brackets and quotes are asked for
- * before. */
-static const unsigned char *cube_json_fill_value(struct cube_json_build *b,
-                                                 const unsigned char *p,
-                                                 const unsigned char *end)
+/* The string at `p`, a quote; returns what is behind it. */
+static inline const unsigned char *
+cube_json_fill_string(struct cube_json_build *b, const unsigned char *p,
+                      const unsigned char *end, struct json_string_s *out)
 {
-    const unsigned char *start = p;
+    char *text = b->data;
+
+    out->string = text;
+    p = cube_json_fill_plain(p + 1, end, &text);
+    if (*p != '"')
+        return cube_json_fill_runs(b, p, end, text, out);
+    out->string_size = cube_json_fill_end(b, text);
+    return p + 1;
+}
+
+static const unsigned char *cube_json_fill_number(struct cube_json_build *b,
+                                                  const unsigned char *p,
+                                                  const unsigned char *end)
+{
+    struct json_number_s *number = cube_json_build_struct(b, sizeof *number);
+    char *text = b->data;
+
+    b->value->type = json_type_number;
+    b->value->payload = number;
+    number->number = text;
+    while (p < end && !cube_json_ends_number(*p))
+        *text++ = (char)*p++;
+    number->number_size = cube_json_fill_end(b, text);
+    return p;
+}
+
+/* The due value, which is no container. All has been checked, so the first byte
+ * tells which it is: only a minus and the digits are not above '9'. */
+static inline const unsigned char *
+cube_json_fill_scalar(struct cube_json_build *b, const unsigned char *p,
+                      const unsigned char *end)
+{
     size_t type = json_type_null, len;
 
-    if (*p == '{' || *p == '[') {
-        cube_json_build_open(b, *p == '{' ? json_type_object
-                                          : json_type_array);
-        return p + 1;
-    }
     if (*p == '"') {
         b->value->type = json_type_string;
         b->value->payload =
             cube_json_build_struct(b, sizeof(struct json_string_s));
         return cube_json_fill_string(b, p, end, b->value->payload);
     }
-    if (*p >= 'a') {
-        len = cube_json_word(p, (size_t)(end - p), &type);
-        cube_json_build_word(b, type);
-        return p + len;
-    }
-    while (p < end && (*p == '+' || *p == '-' || *p == '.' || *p == 'e' ||
-                       *p == 'E' || (*p >= '0' && *p <= '9')))
-        p++;
-    cube_json_build_number(b, start, (size_t)(p - start));
-    return p;
+    if (*p <= '9')
+        return cube_json_fill_number(b, p, end);
+    len = cube_json_word(p, (size_t)(end - p), &type);
+    cube_json_build_word(b, type);
+    return p + len;
 }
 
-/* White space, and the two marks that say nothing in a checked text. */
-static inline const unsigned char *cube_json_fill_gap(const unsigned char *p)
+/* Passes over white space: nothing else in a checked text is as low. */
+static inline const unsigned char *cube_json_fill_space(const unsigned char *p)
 {
-    while (*p == ' ' || *p == '\t' || *p == '\n' || *p == '\r' ||
-           *p == ',' || *p == ':')
+    while (*p <= ' ')
         p++;
     return p;
 }
 
-/* Pass 2. The depth and the kind of each open container are all that it needs
- * to know: behind an element there is a bracket that ends its container or,
- * over a comma, the next element. It looks for no end of the text, since a
+/* Adds an element, at whose key or value `p` is; returns where its value is. */
+static inline const unsigned char *
+cube_json_fill_element(struct cube_json_build *b, const unsigned char *p,
+                       const unsigned char *end)
+{
+    struct json_string_s *name = cube_json_build_next(b);
+
+    if (name) {
+        p = cube_json_fill_string(b, p, end, name);
+        p = cube_json_fill_space(p) + 1; /* the colon */
+        p = cube_json_fill_space(p);
+    }
+    return p;
+}
+
+/* The state VALUE, as in pass 1. */
+static inline const unsigned char *
+cube_json_fill_value(struct cube_json_build *b, const unsigned char *p,
+                     const unsigned char *end)
+{
+    while (*p == '{' || *p == '[') {
+        cube_json_build_open(b, *p == '{' ? json_type_object
+                                          : json_type_array);
+        p = cube_json_fill_space(p + 1);
+        if (*p == '}' || *p == ']')
+            return p;
+        p = cube_json_fill_element(b, p, end);
+    }
+    return cube_json_fill_scalar(b, p, end);
+}
+
+/* The state AFTER: what is no comma is the bracket that is due. */
+static inline const unsigned char *
+cube_json_fill_after(struct cube_json_build *b, const unsigned char *p,
+                     const unsigned char *end)
+{
+    for (; b->depth > 0; b->depth--, p++) {
+        p = cube_json_fill_space(p);
+        if (*p == ',') {
+            p = cube_json_fill_space(p + 1);
+            return cube_json_fill_element(b, p, end);
+        }
+    }
+    return p;
+}
+
+/* Pass 2, in the same two states. It looks for no end of the text, since a
  * checked container has its bracket; behind the root it looks at nothing. */
 static void cube_json_fill(struct cube_json_build *b, const unsigned char *p,
                            const unsigned char *end)
 {
-    p = cube_json_fill_value(b, cube_json_fill_gap(p), end);
-    while (b->depth > 0) {
-        p = cube_json_fill_gap(p);
-        if (*p == ']' || *p == '}') {
-            b->depth--;
-            p++;
-        } else {
-            struct json_string_s *name = cube_json_build_next(b);
-
-            if (name) {
-                p = cube_json_fill_string(b, p, end, name);
-                p = cube_json_fill_gap(p);
-            }
-            p = cube_json_fill_value(b, p, end);
-        }
-    }
+    p = cube_json_fill_space(p);
+    do {
+        p = cube_json_fill_value(b, p, end);
+        p = cube_json_fill_after(b, p, end);
+    } while (b->depth > 0);
 }
 
 /* ---- The interface: parsing ---- */
 
-/* A block for both parts of a tree; NULL when there is none that large. */
+/* A block for both parts of a tree and the spare bytes; NULL when there is none
+ * that large. */
 static void *cube_json_block(uint64_t dom_size, uint64_t data_size,
                              void *(*alloc)(void *user, size_t size),
                              void *user)
 {
-    uint64_t size = dom_size + data_size;
+    uint64_t size = dom_size + data_size + CUBE_JSON_SPARE;
 
     if (size > SIZE_MAX)
         return NULL;
@@ -4586,16 +4637,16 @@ json_parse_ex(const void *src, size_t src_size, size_t flags_bitset,
     memset(result, 0, sizeof *result);
     if (!src)
         return NULL;
-    scan.src = src;
-    scan.size = src_size;
+    scan.src = scan.line = scan.error_at = src;
+    scan.end = scan.src + src_size;
     scan.line_no = 1;
     if (flags_bitset != json_parse_flags_default)
         scan.error = json_parse_error_unknown;
     if (scan.error || cube_json_scan(&scan)) {
         result->error = scan.error;
-        result->error_offset = scan.offset;
+        result->error_offset = (size_t)(scan.error_at - scan.src);
         result->error_line_no = scan.line_no;
-        result->error_row_no = scan.offset - scan.line_offset;
+        result->error_row_no = (size_t)(scan.error_at - scan.line);
         return NULL;
     }
     block = cube_json_block(scan.dom_size, scan.data_size, alloc_func_ptr,
@@ -4657,17 +4708,21 @@ struct cube_json_walk {
  * hand, or changed: what a parser would never make (an unknown type, a string
  * without its payload, a depth beyond the limit) ends the walk with UNFIT and
  * not with a crash. */
-static enum cube_json_event cube_json_walk_enter(struct cube_json_walk *w)
+static inline enum cube_json_event
+cube_json_walk_enter(struct cube_json_walk *w)
 {
-    struct cube_json_level level = {w->value, NULL, NULL};
+    const struct json_value_s *value = w->value;
+    struct cube_json_level level = {value, NULL, NULL};
 
-    if (!w->value || w->value->type > json_type_null ||
-        (!w->value->payload && w->value->type <= json_type_array))
+    if (!value || value->type > json_type_null ||
+        (!value->payload && value->type <= json_type_array))
         return CUBE_JSON_UNFIT;
-    if (w->value->type == json_type_object)
-        level.member = ((const struct json_object_s *)w->value->payload)->start;
-    else if (w->value->type == json_type_array)
-        level.item = ((const struct json_array_s *)w->value->payload)->start;
+    if (value->type != json_type_object && value->type != json_type_array)
+        return CUBE_JSON_LEAF;
+    if (value->type == json_type_object)
+        level.member = ((const struct json_object_s *)value->payload)->start;
+    else
+        level.item = ((const struct json_array_s *)value->payload)->start;
     if (!level.member && !level.item)
         return CUBE_JSON_LEAF;
     if (w->depth == JSON_MAX_RECURSION)
@@ -4889,24 +4944,23 @@ CUBE_UNUSED static int json_value_is_null(const struct json_value_s *value)
 
 /* ---- The interface: printing ---- */
 
-/* Where a print goes: a block that grows. Once there is no memory nothing is
- * written any more, and the print is given up at its end. */
+/* Where a print goes: a block that grows. When there is no memory, what finds
+ * no room is left out, and the print is given up at its end. */
 struct cube_json_print {
     const char *indent, *newline, *colon; /* empty texts: minified */
+    size_t indent_size, newline_size, colon_size;
     char *text;
     size_t size, cap;
     bool is_out_of_memory;
 };
 
-/* Room for so many bytes more; -1 when there is none. Twice as much each time,
- * so that a long text is moved a few times only. */
-static int cube_json_print_room(struct cube_json_print *o, size_t more)
+/* The rare half of the next one. Twice as much each time, so that a long text
+ * is moved a few times only. */
+static int cube_json_print_grow(struct cube_json_print *o, size_t more)
 {
     size_t cap = o->cap < 256 ? 256 : o->cap;
     char *text;
 
-    if (more <= o->cap - o->size)
-        return 0;
     while (cap - o->size < more && cap <= SIZE_MAX / 2)
         cap *= 2;
     text = o->is_out_of_memory || cap - o->size < more
@@ -4920,7 +4974,13 @@ static int cube_json_print_room(struct cube_json_print *o, size_t more)
     return 0;
 }
 
-/* What finds no room is left out; it is told at the end, once. */
+/* Room for so many bytes more; -1 when there is none. */
+static inline int cube_json_print_room(struct cube_json_print *o, size_t more)
+{
+    return more <= o->cap - o->size ? 0 : cube_json_print_grow(o, more);
+}
+
+/* Appends these bytes. */
 static inline void cube_json_print_add(struct cube_json_print *o,
                                        const void *p, size_t size)
 {
@@ -4928,6 +4988,13 @@ static inline void cube_json_print_add(struct cube_json_print *o,
         memcpy(o->text + o->size, p, size);
         o->size += size;
     }
+}
+
+/* The same for one byte. */
+static inline void cube_json_print_addc(struct cube_json_print *o, char c)
+{
+    if (cube_json_print_room(o, 1) == 0)
+        o->text[o->size++] = c;
 }
 
 /* The escape of an ASCII byte that may not stand for itself; returns its
@@ -4949,27 +5016,17 @@ static size_t cube_json_escape_byte(unsigned char c, char out[6])
     return 6;
 }
 
-/* A string in quotes, with what must be escaped and nothing more; this is
- * upstream's output, for the wire's see cube_json_put_str. Text that was put
- * into a tree by hand may be no UTF-8: each such byte becomes U+FFFD, so that
- * what is printed always parses. */
-static void cube_json_print_string(struct cube_json_print *o,
-                                   const struct json_string_s *string)
+/* What is left of a string behind its first plain run. Text that was put into a
+ * tree by hand may be no UTF-8: each such byte becomes U+FFFD, so that what is
+ * printed always parses. */
+static void cube_json_print_runs(struct cube_json_print *o,
+                                 const unsigned char *p, size_t left)
 {
-    const unsigned char *p = (const unsigned char *)string->string;
-    size_t left = string->string_size, n = cube_json_plain(p, left);
     char escape[6];
 
-    if (n == left && cube_json_print_room(o, n + 2) == 0) { /* most of them */
-        o->text[o->size] = '"';
-        memcpy(o->text + o->size + 1, p ? p : (const void *)"", n);
-        o->text[o->size + 1 + n] = '"';
-        o->size += n + 2;
-        return;
-    }
-    cube_json_print_add(o, "\"", 1);
     while (left > 0) {
-        n = cube_json_plain(p, left);
+        size_t n = (size_t)(cube_json_plain(p, p + left) - p);
+
         if (n == 0 && *p >= 0x80)
             n = cube_json_utf8(p, left);
         cube_json_print_add(o, p, n);
@@ -4981,19 +5038,43 @@ static void cube_json_print_string(struct cube_json_print *o,
         p += n;
         left -= n;
     }
-    cube_json_print_add(o, "\"", 1);
+}
+
+/* A string in quotes, with what must be escaped and nothing more; this is
+ * upstream's output, for the wire's see cube_json_put_str. Looked at and copied
+ * in one go, since most are one plain run. Room is taken first: a size that is
+ * none, in a tree made by hand, ends as a lack of memory. */
+static void cube_json_print_string(struct cube_json_print *o,
+                                   const struct json_string_s *string)
+{
+    const unsigned char *p = (const unsigned char *)string->string;
+    size_t size = string->string_size, n = 0;
+    char *out;
+
+    if (size > SIZE_MAX - 2 || cube_json_print_room(o, size + 2)) {
+        o->is_out_of_memory = true;
+        return;
+    }
+    out = o->text + o->size;
+    *out++ = '"';
+    for (; size - n >= 8 && !cube_json_marks(cube_json_load(p + n)); n += 8)
+        memcpy(out + n, p + n, 8);
+    for (; n < size && cube_json_is_plain(p[n]); n++)
+        out[n] = (char)p[n];
+    o->size += n + 1;
+    if (n < size)
+        cube_json_print_runs(o, p + n, size - n);
+    cube_json_print_addc(o, '"');
 }
 
 /* A line end and the indentation of this depth; nothing when minified. */
 static void cube_json_print_line(struct cube_json_print *o, size_t depth)
 {
-    size_t indent_size = strlen(o->indent);
-
-    if (!*o->newline && indent_size == 0)
+    if (o->newline_size + o->indent_size == 0)
         return;
-    cube_json_print_add(o, o->newline, strlen(o->newline));
-    for (size_t i = 0; i < depth && indent_size > 0; i++)
-        cube_json_print_add(o, o->indent, indent_size);
+    cube_json_print_add(o, o->newline, o->newline_size);
+    for (size_t i = 0; i < depth && o->indent_size > 0; i++)
+        cube_json_print_add(o, o->indent, o->indent_size);
 }
 
 /* A value without elements. Numbers are printed as they stood. */
@@ -5030,17 +5111,17 @@ static int cube_json_print_tree(struct cube_json_print *o,
         if (event == CUBE_JSON_UNFIT)
             return -1;
         if (event != CUBE_JSON_CLOSE && walk.is_later)
-            cube_json_print_add(o, ",", 1);
+            cube_json_print_addc(o, ',');
         if (depth > 0 || event == CUBE_JSON_CLOSE)
             cube_json_print_line(o, depth);
         if (walk.name) {
             cube_json_print_string(o, walk.name);
-            cube_json_print_add(o, o->colon, strlen(o->colon));
+            cube_json_print_add(o, o->colon, o->colon_size);
         }
         if (event == CUBE_JSON_OPEN)
-            cube_json_print_add(o, is_object ? "{" : "[", 1);
+            cube_json_print_addc(o, is_object ? '{' : '[');
         else if (event == CUBE_JSON_CLOSE)
-            cube_json_print_add(o, is_object ? "}" : "]", 1);
+            cube_json_print_addc(o, is_object ? '}' : ']');
         else
             cube_json_print_leaf(o, walk.value);
     }
@@ -5056,6 +5137,9 @@ static void *cube_json_print_all(struct cube_json_print o,
 {
     char *text;
 
+    o.indent_size = strlen(o.indent);
+    o.newline_size = strlen(o.newline);
+    o.colon_size = strlen(o.colon);
     if (!value || cube_json_print_tree(&o, value) ||
         cube_json_print_room(&o, 1) || o.is_out_of_memory) {
         CUBE_FREE(o.text);
@@ -5071,7 +5155,7 @@ static void *cube_json_print_all(struct cube_json_print o,
 CUBE_UNUSED static void *json_write_minified(const struct json_value_s *value,
                                              size_t *out_size)
 {
-    struct cube_json_print style = {"", "", ":", NULL, 0, 0, false};
+    struct cube_json_print style = {.indent = "", .newline = "", .colon = ":"};
 
     return cube_json_print_all(style, value, out_size);
 }
@@ -5081,9 +5165,9 @@ CUBE_UNUSED static void *json_write_pretty(const struct json_value_s *value,
                                            const char *newline,
                                            size_t *out_size)
 {
-    struct cube_json_print style = {indent ? indent : "  ",
-                                    newline ? newline : "\n", " : ", NULL, 0,
-                                    0, false};
+    struct cube_json_print style = {.indent = indent ? indent : "  ",
+                                    .newline = newline ? newline : "\n",
+                                    .colon = " : "};
 
     return cube_json_print_all(style, value, out_size);
 }
