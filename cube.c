@@ -4773,11 +4773,21 @@ static enum cube_json_event cube_json_walk_next(struct cube_json_walk *w,
 
 /* ---- The interface: copies ---- */
 
+/* Counts a text with its NUL; -1 when it cannot be as large as it says: nothing
+ * is larger than PTRDIFF_MAX, nor is their sum, so that it cannot wrap. */
+static int cube_json_extract_text(size_t size, uint64_t *data_size)
+{
+    if (size >= PTRDIFF_MAX - *data_size)
+        return -1;
+    *data_size += (uint64_t)size + 1;
+    return 0;
+}
+
 /* What the copy of this event's value takes, with the element that holds it:
  * the same sums as in the scan. `w->value->payload` is looked at as both types
  * before the type is known, and read as the right one. */
-static void cube_json_extract_size(const struct cube_json_walk *w,
-                                   uint64_t *dom_size, uint64_t *data_size)
+static int cube_json_extract_size(const struct cube_json_walk *w,
+                                  uint64_t *dom_size, uint64_t *data_size)
 {
     bool is_root = *dom_size == 0;
     const struct json_string_s *string = w->value->payload;
@@ -4785,23 +4795,25 @@ static void cube_json_extract_size(const struct cube_json_walk *w,
 
     *dom_size += sizeof(struct json_value_s);
     if (w->name) {
-        *dom_size += sizeof(struct json_object_element_s) +
-                     sizeof(struct json_string_s);
-        *data_size += (uint64_t)w->name->string_size + 1;
+        *dom_size += sizeof(struct json_object_element_s) + sizeof *w->name;
+        if (cube_json_extract_text(w->name->string_size, data_size))
+            return -1;
     } else if (!is_root) {
         *dom_size += sizeof(struct json_array_element_s);
     }
     if (w->value->type == json_type_string) {
         *dom_size += sizeof *string;
-        *data_size += (uint64_t)string->string_size + 1;
-    } else if (w->value->type == json_type_number) {
-        *dom_size += sizeof *number;
-        *data_size += (uint64_t)number->number_size + 1;
-    } else if (w->value->type == json_type_object) {
-        *dom_size += sizeof(struct json_object_s);
-    } else if (w->value->type == json_type_array) {
-        *dom_size += sizeof(struct json_array_s);
+        return cube_json_extract_text(string->string_size, data_size);
     }
+    if (w->value->type == json_type_number) {
+        *dom_size += sizeof *number;
+        return cube_json_extract_text(number->number_size, data_size);
+    }
+    if (w->value->type == json_type_object)
+        *dom_size += sizeof(struct json_object_s);
+    else if (w->value->type == json_type_array)
+        *dom_size += sizeof(struct json_array_s);
+    return 0;
 }
 
 /* The sizes of a copy; -1 for a tree that cannot be copied. The caller has set
@@ -4816,8 +4828,9 @@ static int cube_json_extract_measure(const struct json_value_s *value,
          event = cube_json_walk_next(&walk, event)) {
         if (event == CUBE_JSON_UNFIT)
             return -1;
-        if (event != CUBE_JSON_CLOSE)
-            cube_json_extract_size(&walk, dom_size, data_size);
+        if (event != CUBE_JSON_CLOSE &&
+            cube_json_extract_size(&walk, dom_size, data_size))
+            return -1;
     }
     return 0;
 }

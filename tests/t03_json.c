@@ -673,6 +673,35 @@ TEST(trees_that_cannot_be_printed_give_null)
     CHECK(!json_extract_value_ex(NULL, NULL, NULL));
 }
 
+/* A size that no text can have is refused before a byte of it is looked at,
+ * be it of a string, a number or a key: no sum of such sizes may wrap. */
+TEST(sizes_that_no_text_has_give_null)
+{
+    static const size_t sizes[] = {SIZE_MAX, SIZE_MAX - 1, SIZE_MAX - 2,
+                                   (size_t)1 << (sizeof(size_t) * 8 - 1)};
+
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        struct json_string_s name = {"a", 1}, text = {"b", sizes[i]};
+        struct json_number_s number = {"1", sizes[i]};
+        struct json_value_s string_value = {&text, json_type_string};
+        struct json_value_s number_value = {&number, json_type_number};
+        struct json_object_element_s member = {&name, &string_value, NULL};
+        struct json_object_s object = {&member, 1};
+        struct json_value_s root = {&object, json_type_object};
+
+        test_row("%zx", sizes[i]);
+        CHECK(!json_write_minified(&root, NULL));
+        CHECK(!json_extract_value(&root));
+        member.value = &number_value;
+        CHECK(!json_write_minified(&root, NULL));
+        CHECK(!json_extract_value(&root));
+        name.string_size = sizes[i];
+        text.string_size = number.number_size = 1;
+        CHECK(!json_write_minified(&root, NULL));
+        CHECK(!json_extract_value(&root));
+    }
+}
+
 /* ---- Printing ---- */
 
 TEST(pretty_is_indented_by_two_spaces_or_as_asked)
