@@ -5702,7 +5702,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  * what lives, a compaction copies that to a new file, in slices, beside the
  * commits: four bytes for three that a steady load of overwrites puts. Keys at
  * random cost more, since a merge copies each leaf that one falls into (a
- * million of them took 6 bytes for each of theirs); keys in order copy none.
+ * million of them took 8 bytes for each of theirs); keys in order copy none.
  *
  * What always holds:
  *   - a record, once synced, never changes; files are replaced by rename;
@@ -5749,7 +5749,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_DEPTH 32    /* levels of a tree */
 #define CUBE_STORE_SLACK_MEMORY (256u << 10)
 #define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
-#define CUBE_STORE_MEM_MAX (4u << 20)      /* of an overlay, at most */
+#define CUBE_STORE_MEM_MAX (3u << 20)      /* of an overlay, at most */
 #define CUBE_STORE_RETRY_MS 1000           /* after a failed compaction */
 #define CUBE_STORE_STEPS 4     /* of background work in a little commit */
 #ifndef CUBE_STORE_PAGE /* a test sets all of these, much smaller, or none */
@@ -6694,10 +6694,10 @@ static void cube_store_cache_forget(struct cube_store_cache *c)
 }
 
 /* A table that never has to grow, since growing would hold up the reader that
- * causes it: a chain for each kilobyte. */
+ * causes it: a chain for each two kilobytes. */
 static void cube_store_cache_init(struct cube_store_cache *c, size_t bytes)
 {
-    for (c->slot_count = 64; c->slot_count < bytes >> 10;)
+    for (c->slot_count = 64; c->slot_count < bytes >> 11;)
         c->slot_count *= 2;
     c->slots = cube_alloc(c->slot_count * sizeof *c->slots);
     c->bytes = c->slot_count * sizeof *c->slots;
@@ -6858,15 +6858,15 @@ static struct cube_store_ext *cube_store_fetch_child(
 /* One allocation of the overlay's: the struct, height links, the key. val is a
  * piece of its own, since a later change of the same commit may replace it. */
 struct cube_store_node {
-    uint64_t prefix; /* see cube_store_prefix */
     uint64_t commit;
-    uint64_t place;       /* of the value in the file, or 0 */
-    const uint8_t *val;
-    uint32_t val_len;
-    uint16_t key_len;
-    uint8_t tree, height;
-    bool is_del;
+    uint64_t place;                /* of the value in the file, or 0 */
     struct cube_store_node *batch; /* the next one of the same commit */
+    const uint8_t *val;
+    bool is_del;
+    uint32_t val_len;
+    uint64_t prefix; /* see cube_store_prefix; from here on what a search */
+    uint16_t key_len;                                    /* looks at */
+    uint8_t tree, height;
     struct cube_store_node *next[]; /* height of them, then the key */
 };
 
@@ -8363,21 +8363,17 @@ static bool cube_store_change_read(const uint8_t **p, const uint8_t *end,
  * gives the whole store up. */
 static bool cube_store_batch_apply(struct cube_store *s,
                                    struct cube_store_mem *mem,
-                                   const struct cube_buf *body,
+                                   const void *body, size_t len,
                                    uint64_t commit, uint64_t place)
 {
-    const uint8_t *start = (const uint8_t *)body->data, *p = start;
-    const uint8_t *end;
+    const uint8_t *start = body, *p = start;
     struct cube_store_change c;
 
-    if (body->len == 0)
-        return true;
-    end = start + body->len;
-    while (p < end) {
+    while (len > 0 && p < start + len) {
         struct cube_store_node n = {0};
         bool is_new;
 
-        if (!cube_store_change_read(&p, end, &c))
+        if (!cube_store_change_read(&p, start + len, &c))
             return false;
         if (c.kind == 'T') {
             cube_store_tree_name(s, c.tree, (const char *)c.key, c.key_len,
@@ -8859,7 +8855,8 @@ static int cube_store_comp_catch(struct cube_store *s, struct cube_err *err)
     r = s->is_broken ? 0 : cube_store_comp_read(s, &rec, err);
     if (r == 0)
         return cube_store_comp_tail(s, err);
-    if (r > 0 && !cube_store_batch_apply(s, c->mem, &c->buf, rec.commit, 0))
+    if (r > 0 && !cube_store_batch_apply(s, c->mem, c->buf.data, c->buf.len,
+                                         rec.commit, 0))
         return cube_store_corrupt(c->from->file, rec.at, "this is no batch",
                                   err);
     return r;
@@ -8880,7 +8877,8 @@ static int cube_store_comp_append(struct cube_store *s, uint64_t commit,
     cube_buf_free(&rec);
     if (r < 0)
         return -1;
-    if (!cube_store_batch_apply(s, c->mem, &c->buf, commit, place))
+    if (!cube_store_batch_apply(s, c->mem, c->buf.data, c->buf.len, commit,
+                                place))
         return cube_store_corrupt(c->from->file, c->at, "this is no batch",
                                   err);
     return 1;
@@ -9185,7 +9183,9 @@ static int cube_store_scan(const struct cube_store_file *f,
         if (n < 0)
             r = cube_fail(err, cube_errno_code(n), "read %s: %s", f->path,
                           cube_errno_text(n));
-        while (i > 0 && p[i - 1] == 0) /* zeros laid out ahead */
+        while (i >= 8 && cube_store_get64(p + i - 8) == 0)
+            i -= 8; /* zeros laid out ahead */
+        while (i > 0 && p[i - 1] == 0)
             i--;
         if (i > 0 && *used == 0)
             *used = lo + (uint64_t)i;
@@ -9234,30 +9234,69 @@ static struct cube_store_roots *cube_store_roots_read(
     return roots;
 }
 
+/* A call's: reads the file from front to back, many small records at once. */
+struct cube_store_tape {
+    const struct cube_store_file *file;
+    struct cube_buf bytes;
+    uint64_t at; /* where those stand */
+};
+
+/* How many of these bytes the file has; *p leads to them until the next call.
+ * -1: reading failed. */
+static int64_t cube_store_tape_read(struct cube_store_tape *t, uint64_t at,
+                                    size_t len, const uint8_t **p,
+                                    struct cube_err *err)
+{
+    const struct cube_store_file *f = t->file;
+    uint64_t left;
+
+    if (at < t->at || at + len > t->at + t->bytes.len) {
+        size_t want = len < CUBE_STORE_CHUNK ? CUBE_STORE_CHUNK : len;
+        int64_t n;
+
+        cube_buf_clear(&t->bytes);
+        cube_buf_reserve(&t->bytes, want);
+        n = cube_store_pread(f, at, t->bytes.data, want);
+        if (n < 0)
+            return cube_fail(err, cube_errno_code(n), "read %s at %llu: %s",
+                             f->path, (unsigned long long)at,
+                             cube_errno_text(n));
+        t->bytes.len = (size_t)n;
+        t->at = at;
+    }
+    left = t->at + t->bytes.len - at;
+    *p = (const uint8_t *)t->bytes.data + (at - t->at);
+    return left < len ? (int64_t)left : (int64_t)len;
+}
+
 /* Applies the record after s->file->end, if a whole one stands there: 1, it
  * did; 0, none; -1. A record that does not continue the one before ends the
  * replay, even if it is whole in itself: it is left over from a commit that
  * was cut off at an earlier opening. */
-static int cube_store_replay_next(struct cube_store *s, struct cube_buf *body,
+static int cube_store_replay_next(struct cube_store *s,
+                                  struct cube_store_tape *t,
                                   struct cube_err *err)
 {
     struct cube_store_file *f = s->file;
     struct cube_store_rec rec;
-    int r = cube_store_rec_head(f, f->end, &rec, err);
+    const uint8_t *p;
+    int64_t n = cube_store_tape_read(t, f->end, CUBE_STORE_HEAD, &p, err);
 
-    if (r > 0 && (rec.prev != f->last_crc ||
-                  rec.at + CUBE_STORE_HEAD + rec.len > f->size))
-        r = 0;
-    if (r > 0 && rec.kind == 'B')
-        r = cube_store_rec_body(f, &rec, body, err);
-    if (r <= 0)
-        return r;
-    if (rec.kind == 'B' &&
-        !cube_store_batch_apply(s, s->view.mem[0], body, rec.commit,
-                                rec.at + CUBE_STORE_HEAD))
-        return cube_store_corrupt(f, rec.at, "this is no batch", err);
-    if (rec.kind == 'B')
+    if (n < CUBE_STORE_HEAD || !cube_store_rec_decode(f, f->end, p, &rec) ||
+        rec.prev != f->last_crc ||
+        rec.at + CUBE_STORE_HEAD + rec.len > f->size)
+        return n < 0 ? -1 : 0;
+    if (rec.kind == 'B') {
+        n = cube_store_tape_read(t, f->end + CUBE_STORE_HEAD, rec.len, &p,
+                                 err);
+        if (n < rec.len ||
+            cube_store_crc(f->crc, 0, p, rec.len) != rec.body_crc)
+            return n < 0 ? -1 : 0;
+        if (!cube_store_batch_apply(s, s->view.mem[0], p, rec.len, rec.commit,
+                                    rec.at + CUBE_STORE_HEAD))
+            return cube_store_corrupt(f, rec.at, "this is no batch", err);
         s->view.commit = rec.commit;
+    }
     f->end = cube_store_rec_end(&rec);
     f->last_crc = rec.crc;
     return 1;
@@ -9300,6 +9339,7 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
                               struct cube_err *err)
 {
     struct cube_store_file *f = s->file;
+    struct cube_store_tape tape = {.file = f};
     struct cube_store_rec last;
     uint64_t used;
     int r = cube_store_scan(f, &last, body, &used, err);
@@ -9320,8 +9360,9 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
                              strlen(s->view.roots->trees[i].name),
                              s->view.commit);
     do
-        r = cube_store_replay_next(s, body, err);
+        r = cube_store_replay_next(s, &tape, err);
     while (r > 0);
+    cube_buf_free(&tape.bytes);
     if (r < 0)
         return -1;
     if (f->end < last.synced || f->end <= f->base)
