@@ -27667,8 +27667,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    GET    /events, /healthz, /backup (a copy of the store: chapter 7)
  *
  * Naive on purpose: when a node comes or a task ends, every task is looked at,
- * whether that concerns it or not. That is linear in the tasks, and fine for
- * tens of thousands of them.
+ * whether that concerns it or not. That is linear in the tasks; in slices it
+ * holds nobody up, and is fine for tens of thousands of them.
  */
 
 /*
@@ -27869,7 +27869,7 @@ static struct cube_charge *cube_charge_of(struct cube_manager *m,
     return c;
 }
 
-/* Has it looked at, later in this turn or in the next one. */
+/* Has it looked at, later in this turn or in one that follows. */
 static void cube_charge_touch(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
@@ -29627,21 +29627,26 @@ static void cube_charge_reconcile(struct cube_charge *c)
         cube_charge_keep_running(c, n, r);
 }
 
-/* Looks at each charge that was touched. A step may touch others: then the
- * pass goes on until none is left. */
+/* Looks at each charge that was touched, and at those that a step touches,
+ * until none is left or a slice of the turn is over: a node that comes
+ * concerns all who wait, however many. */
 static void cube_manager_pass(void *arg)
 {
     struct cube_manager *m = arg;
+    int64_t now = cube_loop_now_ms(m->loop), until = now + CUBE_SLICE_MS;
 
-    if (cube_loop_now_ms(m->loop) < m->pause_ms)
+    if (now < m->pause_ms)
         return; /* the tick after the pause touches all */
-    while (!cube_list_is_empty(&m->dirty)) {
+    for (; now < until && !cube_list_is_empty(&m->dirty);
+         now = cube_loop_now_ms(m->loop)) {
         struct cube_charge *c =
             CUBE_OF(m->dirty.next, struct cube_charge, dirty);
 
         cube_list_remove(&c->dirty);
         cube_charge_reconcile(c);
     }
+    if (!cube_list_is_empty(&m->dirty))
+        cube_defer_set(m->loop, &m->pass, cube_manager_pass, m);
 }
 
 /* A change is on disk: what it asks for can be done now. Frees the charge of a

@@ -1350,8 +1350,9 @@ struct cube_choice {
 struct cube_scheduler {
     const char *name;
     void *ctx;
-    /* Can this node take the task? When not, `why` gets the reason. NULL:
-     * cube_schedule_fits, which a function of yours may also call. */
+    /* Can this node take the task? When not, `why` gets the reason. Asked more
+     * often than one is picked. NULL: cube_schedule_fits, which a function of
+     * yours may also call. */
     bool (*candidate)(void *ctx, const struct cube_placement *p,
                       const struct cube_node *node, struct cube_buf *why);
     /* How good is this candidate? Lower is better; never a NaN. NULL: all

@@ -289,6 +289,53 @@ TEST(a_task_that_will_wait_is_written_once_with_its_reason)
     cluster_close(&k);
 }
 
+/* A scheduler that needs a millisecond to refuse a task. */
+struct slow_scheduler {
+    struct cube_scheduler base;
+    struct jump_world *world;
+    int asked;
+};
+
+static bool slow_refusal(void *ctx, const struct cube_placement *p,
+                         const struct cube_node *node, struct cube_buf *why)
+{
+    struct slow_scheduler *s = ctx;
+
+    (void)p;
+    (void)node;
+    s->world->now_ms++;
+    s->asked++;
+    cube_buf_puts(why, "not today");
+    return false;
+}
+
+/* When a node came while 40,000 tasks waited, nobody else was answered for a
+ * second and a half. */
+TEST(many_who_wait_are_looked_at_in_slices)
+{
+    struct slow_scheduler slow = {.base.candidate = slow_refusal};
+    struct cluster k;
+    int asked = 0;
+
+    cluster_open(&k, 1);
+    slow.base.ctx = &slow;
+    slow.world = &k.world;
+    k.manager->scheduler = &slow.base;
+    for (int i = 0; i < 40; i++)
+        CHECK_INT(ask(&k, "POST", "/tasks", "{\"Name\":\"x\",\"Image\":"
+                      "\"nginx\"}"), 201);
+    cluster_run(&k, 1000);
+    k.manager->has_room = true;
+    slow.asked = 0;
+    for (int i = 0; i < 1000 && slow.asked < 40; i++) {
+        asked = slow.asked;
+        cluster_turn(&k);
+        CHECK(slow.asked - asked <= CUBE_SLICE_MS);
+    }
+    CHECK(slow.asked >= 40);
+    cluster_close(&k);
+}
+
 TEST(a_pending_task_is_stopped_before_it_ran)
 {
     struct cluster k;
