@@ -243,7 +243,8 @@ TEST(the_room_of_tasks_that_are_found_on_a_node_again_is_given_to_nobody)
         "\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\"}}");
     CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
     ask(&k, "POST", "/tasks", "{\"ID\":\"" B "\",\"Name\":\"both\",\"Image\":"
-        "\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\",\"81/tcp\":\"8081\"}}");
+        "\"nginx\",\"PortBindings\":{\"80/tcp\":\"8080\","
+        "\"81/tcp\":\"8081\"}}");
     ask(&k, "POST", "/tasks", "{\"ID\":\"" C "\",\"Name\":\"one\",\"Image\":"
         "\"nginx\",\"PortBindings\":{\"81/tcp\":\"8081\"}}");
     CHECK(cluster_await(&k, C, CUBE_RUNNING, 2000));
