@@ -96,10 +96,12 @@
  *
  * Words. A task is what shall run; a node is a machine's worker as a manager
  * sees it; an attempt is one assignment of a task to a node, numbered. A
- * function's name says its chapter: cube_store_commit is of chapter 4. What
- * is public is marked CUBE_API and described in cube.h, where its contract
- * stands; the comment here then says how, or why so. All else is static. A
- * name with `is`, `has` or `may` in it is a question and changes nothing.
+ * record is a task as worker or manager keep it on disk; the feed is the
+ * stream of its changes; a turn is once around the loop. A function's name
+ * says its chapter: cube_store_commit is of chapter 4. What is public is
+ * marked CUBE_API and described in cube.h, where its contract stands; the
+ * comment here then says how, or why so. All else is static. A name with `is`,
+ * `has` or `may` in it is a question and changes nothing.
  *
  * Simple on purpose. There is one manager, and no election of another: its
  * store can be copied while it works (GET /backup), what runs goes on while
@@ -5654,10 +5656,11 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *
  * The simplest thing that works is a log: each commit appends its changes and
  * syncs. Nothing that was promised is ever written over, so no crash can harm
- * it, and what is torn can only be at the end. A log alone would have to be
- * read whole at each start, and kept whole in memory. So at times the changes
- * are merged into trees, whose pages are appended to the same file; opening
- * needs the last trees and the little of the log that came after.
+ * it, and what is torn can only be at the end. A log alone would be read whole
+ * at each start, and kept whole in memory. So memory keeps the newest changes
+ * alone, in the overlay, which reads ask first; at times (a checkpoint) it is
+ * merged into trees, whose pages are appended to the same file. Opening needs
+ * the last trees and the little of the log behind them.
  *
  *   records, each with the checksum of the one before:
  *
@@ -5674,10 +5677,10 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  * A tree is never changed but copied: a changed leaf is written anew, and so
  * are its parents, up to the root; all else is shared with the tree before.
  *
- *   before:     [a m]              after, m=2:     [a m]   ->  [a m]'
- *              /     \                            /     \    /      \
- *        [a b c]    [m=1 n]                 [a b c]<-----\--+    [m=2 n]
- *                                                    [m=1 n]
+ *   before:     [a m]           after, m=2:      [a m]      [a m]'
+ *              /     \                          /     \    /      \
+ *        [a b c]    [m=1 n]               [a b c]  [m=1 n]/     [m=2 n]'
+ *                                             ^----------+
  *
  * So the old tree stays whole for whoever reads it (a snapshot costs nothing)
  * and for whoever opens the file when the new one is torn.
@@ -5700,8 +5703,8 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *
  * What is paid: the file grows with each change. When it is 7/4 as long as
  * what lives, a compaction copies that to a new file, in slices, beside the
- * commits: four bytes for three that a steady load of overwrites puts. Keys at
- * random cost more, since a merge copies each leaf that one falls into (a
+ * commits: 4 bytes are copied for 3 that a steady load of overwrites puts. Keys
+ * at random cost more, since a merge copies each leaf that one falls into (a
  * million of them took 8 bytes for each of theirs); keys in order copy none.
  *
  * What always holds:
@@ -5724,8 +5727,7 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
  *
  * Naive on purpose: one writer, one thread, 32 trees, neighbours joined only
  * when rewritten, an overlay that walks backwards by searching. For queries,
- * several writing processes or values of gigabytes take SQLite; to share reads
- * between processes LMDB. */
+ * several writers or values of gigabytes take SQLite; to share reads LMDB. */
 
 /* A real file, as tools/storedump prints it in the words above: one with two
  * keys that was compacted, and then got a third.
@@ -27606,6 +27608,10 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *                          |
  *        edit the record, or send an order to one worker
  *
+ * Its words: a member is a worker as this manager knows it, a report is what
+ * that says of one task, a charge is a task in the manager's care: its record,
+ * and the order for it that is under way.
+ *
  *   record               its node's report      the step
  *   ------------------   --------------------   ----------------------------
  *   run, Pending         -                      place it: node, attempt + 1
@@ -27634,9 +27640,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * the same turn, by the same commit, since nobody can have heard of it. There
  * is at most one order under way for a task, and one stop for each report.
  * Nothing is concluded from what a worker does not say before it has listed
- * all that it has.
- *
- * Four races, and why each ends well, are drawn under Reconciliation, below.
+ * all that it has. Four races, and why each ends well, are drawn under
+ * Reconciliation, below.
  *
  * A lost node is one that gave no sign of life for 5 s. A manager that was
  * itself asleep (its own clock tells: more than 2 s between two ticks) blames
@@ -27659,16 +27664,13 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    GET    /tasks, /tasks/{id}    what is known; ?at=TIME: what was then
  *    GET    /tasks/{id}/history    its changes, a line each
  *    DELETE /tasks/{id}            stop it; with ?forget=1 remove what ended
- *    GET    /tasks/{id}/logs       from its worker
- *    GET    /tasks/{id}/inspect    from its worker
+ *    GET    /tasks/{id}/logs, .../inspect   from its worker
  *    GET    /nodes                 the workers; ?at=TIME: as they were then
- *    POST   /nodes                 a worker joins
- *    DELETE /nodes/{name}          forget a worker
+ *    POST   /nodes, DELETE /nodes/{name}    a worker joins, is forgotten
  *    GET    /events, /healthz, /backup (a copy of the store: chapter 7)
  *
- * Naive on purpose: when a node comes or a task ends, every task is looked at,
- * whether that concerns it or not. That is linear in the tasks; in slices it
- * holds nobody up, and is fine for tens of thousands of them.
+ * Naive on purpose: when a node comes or a task ends, each task is looked at:
+ * in slices that hold nobody up, and fine for tens of thousands of them.
  */
 
 /*

@@ -52,6 +52,10 @@
  * A main loop of your own waits for cube_loop_fd, at most cube_loop_timeout_ms,
  * and then calls cube_loop_turn(l, 0, &err).
  *
+ * Managers and workers are spoken to over HTTP, in one process too: by the
+ * calls of the Client, which turn the loop until the answer is there, or from
+ * callbacks by cube_http_call. What they answer stands at each of them.
+ *
  * In the order of the chapters of cube.c: World (system calls, replaceable),
  * Ground (errors, buffers, times), Store, Loop, HTTP, Tasks, Machine, Runtimes,
  * Schedulers, Worker, Manager, Client. Each part stands for itself: a program
@@ -311,6 +315,8 @@ CUBE_API int cube_uuid_parse(const char *text, size_t len,
 
 /* ==== Chapter 3. JSON ==== */
 
+/* Nothing of it is public: tasks, events and metrics have functions of their
+ * own below that read and print them (cube_task_parse, cube_task_print). */
 
 
 /* ==== Chapter 4. Store ==== */
@@ -1404,6 +1410,17 @@ CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
 
 /*
  * A worker runs tasks on this machine and keeps them true to what was asked.
+ * Over HTTP, mostly for its manager (errors as at the Manager):
+ *
+ *    POST   /tasks             an event; 201 and the task, once on disk
+ *    GET    /tasks             200 and a list of its tasks
+ *    GET    /tasks/{id}        200 and what the engine says of its container
+ *    DELETE /tasks/{id}        204: it will be stopped
+ *    GET    /tasks/{id}/logs   what it has written; ?follow=1&tail=100
+ *    GET    /stats             the machine: cube_stats_parse
+ *    GET    /events            each change, a line of JSON; ?after= resumes
+ *    GET    /healthz           200, without a token too
+ *
  * Zero or NULL is the default. Texts are copied.
  */
 struct cube_worker_options {
@@ -1436,7 +1453,34 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w);
 
 /* ==== Chapter 12. Manager ==== */
 
-/* Zero or NULL is the default. Texts are copied. */
+/*
+ * A manager accepts tasks, places each on a worker, and watches over it. Over
+ * HTTP, with tasks and events as cube_task_print and cube_event_print write
+ * them:
+ *
+ *    POST   /tasks               a task, or an event that has one; 201 and the
+ *                                task as accepted, once it is on disk
+ *    GET    /tasks               200 and a list; ?at=TIME (RFC 3339): of then
+ *    GET    /tasks/{id}          200 and the task
+ *    DELETE /tasks/{id}          204: it will be stopped; with ?forget=1 its
+ *                                record is removed, if it is finished
+ *    GET    /tasks/{id}/logs     what it has written; ?follow=1&tail=100
+ *    GET    /tasks/{id}/inspect  what its engine says of its container
+ *    GET    /tasks/{id}/history  each change, a line of JSON
+ *    GET    /nodes               200 and a list; ?at=TIME: of then
+ *    POST   /nodes               a worker joins
+ *    DELETE /nodes/{host:port}   204: it is forgotten
+ *    GET    /events              each change, a line of JSON; ?task=, ?after=
+ *    GET    /backup              its store, for cube_client_backup
+ *    GET    /healthz             200, without a token too
+ *
+ * Errors are {"HTTPStatusCode":409,"Message":"..."}: 400 that can never run,
+ * 401 and 403 not allowed, 404 unknown (of tasks without a body), 409 it is
+ * there and differs, or is not over, 507 the disk is full, 503 a sync failed
+ * and the outcome is unknown.
+ *
+ * Zero or NULL is the default. Texts are copied.
+ */
 struct cube_manager_options {
     const char *listen;    /* "127.0.0.1:5555" */
     const char *data_dir;  /* where its file lives; "." */
