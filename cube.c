@@ -15009,7 +15009,8 @@ cube_http_client_new(struct cube_loop *l, const char *base,
     if (cube_http_place_parse(base, &place, err) < 0)
         return NULL;
     if (!place.is_unix && (!*place.host || place.port == 0)) {
-        (void)cube_fail(err, CUBE_EINVAL, "%s names no host and port", base);
+        (void)cube_fail(err, CUBE_EINVAL, "\"%s\" names no host and port, as "
+                        "in 127.0.0.1:5555", base);
         return NULL;
     }
     if (token && !cube_http_all(token, strlen(token), cube_http_is_visible)) {
@@ -27276,6 +27277,7 @@ static bool cube_host_is_any(const char *where)
  * out from a node that never comes up. */
 static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
 {
+    struct cube_http_place place = {0};
     struct cube_buf base = {0};
 
     if (!w->advertise) {
@@ -27291,6 +27293,10 @@ static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
         cube_buf_printf(&at, ":%u", cube_http_port(w->server));
         w->advertise = cube_buf_take(&at);
     }
+    if (cube_http_split_place(w->advertise, &place) < 0 || !place.host[0] ||
+        place.port == 0)
+        return cube_fail(err, CUBE_EINVAL, "advertise \"%s\": expected "
+                         "host:port", w->advertise);
     if (cube_host_is_loopback(w->advertise) && !cube_host_is_loopback(w->join))
         return cube_fail(err, CUBE_EINVAL, "join %s: the worker is at %s, "
                          "which no other machine can reach: let it listen "

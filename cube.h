@@ -29,7 +29,8 @@
  *   two files     cc app.c cube.c             for more than one C file, and C++
  *   header only   CUBE_IMPLEMENTATION, as above, before the first system
  *                 header, in one C file
- *   one header    `make single` writes both into build/cube_single.h
+ *   one header    `make single` writes both into build/cube_single.h, which is
+ *                 used like that
  *
  * What holds for all functions:
  *

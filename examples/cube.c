@@ -1520,13 +1520,18 @@ static int read_tokens(struct app *a)
     return FAILED;
 }
 
-/* The value of a flag as milliseconds; `*out` stays if it was not given. */
+/* The value of a flag as milliseconds; `*out` stays if it was not given. No
+ * time at all is refused: to what is told it, 0 is the default. */
 static int flag_duration(struct app *a, enum flag_id id, int64_t *out_ms)
 {
     const char *text = flag(&a->line, id);
+    bool is_time = text && parse_duration(text, out_ms) == 0;
 
-    if (!text || parse_duration(text, out_ms) == 0)
+    if (!text || (is_time && *out_ms > 0))
         return DONE;
+    if (is_time)
+        return usage_error(a->line.command,
+                           "\"%s\" is too short; the least is 1ms", text);
     return usage_error(a->line.command,
                        "\"%s\" is no time; it is written as 90s, 15m, 168h "
                        "or 7d", text);
@@ -2021,6 +2026,9 @@ static int run_dev(struct app *a)
     d.count = 2;
     if (code == DONE)
         code = flag_number(a, F_COUNT, 1, DEV_WORKERS_MAX, &d.count);
+    if (code == DONE && s.port > 65535 - d.count)
+        code = usage_error(a->line.command, "--port %ld leaves no ports behind "
+                           "it for the workers, up to 65535", s.port);
     if (code == DONE)
         code = open_loop(a, &s);
     if (code == DONE)
