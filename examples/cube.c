@@ -221,7 +221,10 @@ static const struct command commands[] = {
     {"worker", "", "Run a worker, which runs the tasks of one machine",
      "A worker runs the tasks it is given, as containers of Docker or Podman\n"
      "or as processes, checks their health, and starts them again when they\n"
-     "fail. SIGTERM ends it and leaves the tasks running.",
+     "fail. SIGTERM ends it and leaves the tasks running.\n"
+     "\n"
+     "Docker is looked for at $DOCKER_HOST, else /var/run/docker.sock; Podman\n"
+     "at $CONTAINER_HOST, else at the user's socket, or root's.",
      0, 0, NULL, run_worker, false},
     {"dev", "", "Run a manager and some workers in one process, to try things",
      "All of them listen on loopback. SIGTERM or Ctrl-C ends them and leaves\n"
@@ -237,7 +240,20 @@ static const struct command commands[] = {
      "  cube run -- sleep 60        (workers with the process runtime)\n"
      "\n"
      "A process starts in a directory of its own, so name a command that is\n"
-     "not on the PATH by its full path.",
+     "not on the PATH by its full path.\n"
+     "\n"
+     "A file has these fields, or some of them, with sizes in bytes and times\n"
+     "in milliseconds; an event has this as its \"Task\":\n"
+     "\n"
+     "  {\"Name\": \"web\", \"Image\": \"nginx:latest\",\n"
+     "   \"Cmd\": [\"sh\", \"-c\", \"exit\"], \"Env\": [\"A=b\"],\n"
+     "   \"ExposedPorts\": {\"80/tcp\": {}},\n"
+     "   \"PortBindings\": {\"80/tcp\": \"8080\"},\n"
+     "   \"Memory\": 67108864, \"Cpu\": 0.5, \"Disk\": 1073741824,\n"
+     "   \"RestartPolicy\": \"always\", \"StopGrace\": 10000,\n"
+     "   \"HealthCheck\": \"/\", \"HealthStart\": 30000,\n"
+     "   \"HealthInterval\": 10000, \"HealthTimeout\": 5000,\n"
+     "   \"HealthRetries\": 3}",
      0, -1, NULL, run_run, true},
     {"status", "", "List tasks",
      "Lists the tasks of the cluster, and why they are not as they should\n"

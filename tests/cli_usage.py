@@ -245,6 +245,14 @@ class Usage(Case):
                 again = harness.run(CUBE, *words, flag)
                 self.assertEqual(again, (0, out, ""))
 
+    def test_the_task_that_help_shows_can_be_run(self):
+        _, out, _ = harness.run(CUBE, "help", "run")
+        shown = re.search(r"(?s)^  (\{.*?\})$", out, re.M).group(1)
+        self.ok("run", "-d", "-f", "-", stdin=shown)
+        event, = self.fake.posted()
+        self.assertEqual({k: event["Task"].get(k) for k in json.loads(shown)},
+                         json.loads(shown))
+
     def test_flags_of_the_go_program_are_there(self):
         for command, flags in {
                 "manager": "-H --host -p --port -w --workers -s --scheduler "
