@@ -27642,12 +27642,10 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * manager that was started last leads: see cube_member_know_epoch.
  *
  * Invariants. A record whose change is not on disk is left alone, so an order
- * never speaks of what a crash could undo; only what is submitted is placed in
- * the same turn, by the same commit, since nobody can have heard of it. There
- * is at most one order under way for a task, and one stop for each report.
- * Nothing is concluded from what a worker does not say before it has listed
- * all that it has. Four races, and why each ends well, are drawn under
- * Reconciliation, below.
+ * never speaks of what a crash could undo. There is at most one order under
+ * way for a task, and one stop for each report. Nothing is concluded from what
+ * a worker does not say before it has listed all that it has. Four races, and
+ * why each ends well, are drawn under Reconciliation, below.
  *
  * A lost node is one that gave no sign of life for 5 s. A manager that was
  * itself asleep (its own clock tells: more than 2 s between two ticks) blames

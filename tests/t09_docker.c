@@ -1730,7 +1730,8 @@ TEST(events_of_another_workers_containers_are_not_told)
         "\"cube.task\":\"t3\"}}}";
     static const struct {
         const char *worker, *told;
-    } rows[] = {{"we", "all;t2;"}, {"they", "all;t1;"}, {NULL, "all;t1;t2;t3;"}};
+    } rows[] = {{"we", "all;t2;"}, {"they", "all;t1;"},
+                {NULL, "all;t1;t2;t3;"}};
 
     for (size_t i = 0; i < COUNT(rows); i++) {
         test_row("worker %s", rows[i].worker ? rows[i].worker : "NULL");
