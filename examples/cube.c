@@ -1356,14 +1356,15 @@ static void measure_table(const struct table *t, int *widths)
     }
 }
 
-/* Of standard output; 0: it is no terminal, or does not say. */
+/* Of standard output; 0: it is no terminal, does not say, or is too narrow for
+ * anything. */
 static int terminal_columns(void)
 {
     struct winsize size;
 
     if (!isatty(STDOUT_FILENO) || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) < 0)
         return 0;
-    return size.ws_col;
+    return size.ws_col < 20 ? 0 : size.ws_col;
 }
 
 /* How many columns fit into `room`, which is 0 for no limit. Where not all do,
@@ -2216,7 +2217,8 @@ static int event_from_file(struct app *a, const char *path,
     if (code == DONE &&
         cube_task_or_event_parse(text.data ? text.data : "", text.len, true,
                                  out, &a->err)) {
-        fprintf(stderr, "cube run: %s: %s\n", path, a->err.text);
+        fprintf(stderr, "cube run: %s: %s\n",
+                strcmp(path, "-") ? path : "standard input", a->err.text);
         code = FAILED;
     }
     cube_buf_free(&text);

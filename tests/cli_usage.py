@@ -536,6 +536,8 @@ class Run(Case):
                 code, out, err = self.cube("run", "-f", self.file(text))
                 self.assertEqual((code, out), (1, ""))
                 self.assertIn(words, err)
+        self.assertIn("standard input: JSON, line 1, column 3: ",
+                      self.cube("run", "-f", "-", stdin="[]]")[2])
         code, _, err = self.cube("run", "-f", "missing.json")
         self.assertEqual(code, 1)
         self.assertIn("missing.json: No such file", err)
@@ -673,6 +675,7 @@ class Tasks(Case):
     def test_status_on_a_wide_terminal_is_what_a_file_gets(self):
         self.assertEqual(self.on_terminal(200, "status"), self.ok("status"))
         self.assertNotRegex(self.ok("status"), "(?m) $")
+        self.assertEqual(self.on_terminal(3, "status"), self.ok("status"))
 
     def test_a_restart_to_come_is_told_in_one_sentence(self):
         self.fake.tasks[0].update(State=4, Error="exited with code 1",
