@@ -269,7 +269,9 @@ static const struct command commands[] = {
      "Afterwards the ID can be used again.",
      1, -1, "@task", run_rm, false},
     {"logs", "TASK", "Print what a task has written",
-     "Prints standard output and standard error of the task.",
+     "Prints standard output and standard error of the task. They are kept\n"
+     "with its container: also of a task that has ended, but no more of one\n"
+     "that was stopped, or was started again.",
      1, 1, "@task", run_logs, false},
     {"inspect", "TASK|NODE", "Print all that is known of a task or node",
      "Prints JSON: of a task its record, and what the engine says of its\n"
