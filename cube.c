@@ -5748,7 +5748,8 @@ static void cube_json_put_f64(struct cube_buf *b, double v)
 #define CUBE_STORE_BRANCH_ENTRY 20 /* bytes that each takes at least */
 #define CUBE_STORE_INLINE 1024 /* larger values never stand in a leaf */
 #define CUBE_STORE_SMALL 64    /* smaller ones always do */
-#define CUBE_STORE_DEPTH 32    /* levels of a tree */
+#define CUBE_STORE_DEPTH 32    /* levels of a tree, */
+#define CUBE_STORE_LEVELS 24   /* and as many as no honest file has */
 #define CUBE_STORE_SLACK_MEMORY (256u << 10)
 #define CUBE_STORE_CACHE (8u << 20)        /* default of cache_bytes */
 #define CUBE_STORE_MEM_MAX (3u << 20)      /* of an overlay, at most */
@@ -6854,7 +6855,8 @@ static struct cube_store_ext *cube_store_fetch_child(
  * a batch that fails is taken out by its nodes.
  *
  * It only grows: what was replaced is freed with the whole list, after the
- * next checkpoint. That is what makes a snapshot free of charge. */
+ * next checkpoint (or, where much was taken out, when the rest has moved to
+ * another list). That is what makes a snapshot free of charge. */
 #define CUBE_STORE_TOWER 12
 
 /* One allocation of the overlay's: the struct, height links, the key. val is a
@@ -6883,7 +6885,8 @@ struct cube_store_chunk {
 struct cube_store_mem {
     int refs;
     struct cube_store_chunk *chunks;
-    size_t bytes;          /* of memory */
+    size_t bytes;          /* of memory, */
+    size_t dead;           /* and in it of nodes that were taken out */
     size_t keys;           /* different ones */
     uint64_t random;       /* decides heights; the same at each run */
     uint64_t last_commit;  /* the latest one in it */
@@ -7084,6 +7087,23 @@ static void cube_store_mem_unlink(struct cube_store_mem *m,
         return;
     for (int i = 0; i < n->height; i++)
         *prev[i] = n->next[i];
+    m->dead += sizeof *n + (size_t)n->height * sizeof n->next[0] +
+               n->key_len + n->val_len;
+}
+
+/* An overlay of the nodes that are left in this one, whose place it takes: the
+ * memory of the others is free once no reader holds it. */
+static struct cube_store_mem *cube_store_mem_tidy(struct cube_store_mem *m)
+{
+    struct cube_store_mem *tidy = cube_store_mem_new();
+
+    for (const struct cube_store_node *n = m->head[0]; n; n = n->next[0]) {
+        bool is_new;
+
+        (void)cube_store_mem_put(tidy, n, cube_store_node_key(n), &is_new);
+    }
+    cube_store_mem_drop(m);
+    return tidy;
 }
 
 /* The first node of the tree, at n or after it, that is the version of its key
@@ -7257,7 +7277,7 @@ static bool cube_store_roots_decode(struct cube_store_roots *r,
         t->levels = (int)cube_store_get32(p + 48);
         t->count = cube_store_get64(p + 56);
         t->bytes = cube_store_get64(p + 64);
-        if (t->levels < 0 || t->levels > CUBE_STORE_DEPTH ||
+        if (t->levels < 0 || t->levels > CUBE_STORE_LEVELS ||
             (t->levels == 0) != (t->root.len == 0))
             return false;
     }
@@ -8252,7 +8272,8 @@ struct cube_store {
     uint64_t retry_at; /* no compaction before the file ends here, */
     int64_t retry_ms;  /* nor before this time */
 
-    bool is_stuck;     /* a checkpoint failed, and no write since worked */
+    bool is_stuck;     /* a checkpoint failed: none before the first commit */
+    int64_t stuck_ms;  /* after this time; with damaged trees it never comes */
     bool is_broken;    /* a sync failed: only reads */
     bool is_dir_dirty; /* the rename to path is not known to be on disk */
     struct cube_err last;
@@ -8395,10 +8416,10 @@ static bool cube_store_batch_apply(struct cube_store *s,
     return true;
 }
 
-/* Takes a batch's changes out of the overlays again. The nodes' memory stays
- * with the overlay until that is freed; *nodes is NULL afterwards. The freeze
- * at the end of a begin moves a batch from the first overlay to the second, so
- * both are searched. */
+/* Takes a batch's changes out of the overlays again; *nodes is NULL afterwards.
+ * The freeze at the end of a begin moves a batch from the first overlay to the
+ * second, so both are searched. The nodes' memory stays with the overlay, but
+ * not when it is much: else who tries again on a full disk would fill it up. */
 static void cube_store_undo(struct cube_store *s,
                             struct cube_store_node **nodes)
 {
@@ -8408,6 +8429,9 @@ static void cube_store_undo(struct cube_store *s,
             cube_store_mem_unlink(s->view.mem[1], n);
     }
     *nodes = NULL;
+    if (s->view.mem[0]->dead > 0 && !s->batch_nodes && !s->flight_nodes &&
+        s->view.mem[0]->dead > cube_store_mem_limit(s) / 4)
+        s->view.mem[0] = cube_store_mem_tidy(s->view.mem[0]);
 }
 
 /* Forgets names that no commit gave. */
@@ -8419,6 +8443,14 @@ static void cube_store_undo_names(struct cube_store *s, uint64_t from_commit)
     }
 }
 
+/* Empties the record of the open batch; the memory of a large one is freed. */
+static void cube_store_batch_clear(struct cube_store *s)
+{
+    if (s->batch.cap > CUBE_STORE_EXTENT_MAX)
+        cube_buf_free(&s->batch);
+    cube_store_rec_begin(&s->batch);
+}
+
 /* Drops the open batch alone: one that is in flight goes on. Its changes are
  * seen by nobody after this. Trees that it named keep their numbers, and are
  * named again by the next batch that uses them. */
@@ -8426,7 +8458,7 @@ CUBE_API void cube_store_rollback(struct cube_store *s)
 {
     cube_store_undo(s, &s->batch_nodes);
     cube_store_undo_names(s, s->batch_commit);
-    cube_store_rec_begin(&s->batch);
+    cube_store_batch_clear(s);
 }
 
 /* ---- Files of a store ---- */
@@ -8606,12 +8638,14 @@ static void cube_store_checkpoint_abort(struct cube_store *s)
 /* 1: there is more to do; 0: not now; -1. It waits (0) while a batch of the
  * frozen overlay is not on disk, since a walk must not make changes part of
  * the trees that may still be undone. After a failure nothing is tried again
- * before a commit has been written: on a full disk that would only burn time.
+ * before a commit a second later, since each try may leave its pages behind;
+ * and never again when what failed was that the trees are damaged.
  */
 static int cube_store_checkpoint_step(struct cube_store *s,
                                       struct cube_err *err)
 {
     struct cube_store_walk *w = s->checkpoint;
+    struct cube_err why = {0};
     int r;
 
     if (s->is_broken || s->is_stuck || s->pending || !s->view.mem[1] ||
@@ -8619,9 +8653,9 @@ static int cube_store_checkpoint_step(struct cube_store *s,
         return 0;
     if (!w)
         return cube_store_checkpoint_start(s);
-    r = cube_store_walk_step(w, err);
+    r = cube_store_walk_step(w, &why);
     if (r == 0) {
-        r = cube_store_roots_write(w->to, false, err);
+        r = cube_store_roots_write(w->to, false, &why);
         if (r == 0) {
             s->pending = w->to;
             s->pending->refs++;
@@ -8634,6 +8668,11 @@ static int cube_store_checkpoint_step(struct cube_store *s,
     if (r < 0) {
         cube_store_checkpoint_abort(s);
         s->is_stuck = true;
+        s->stuck_ms = why.code == CUBE_ECORRUPT ? INT64_MAX
+            : s->world->now_ms(s->world->ctx) + CUBE_STORE_RETRY_MS;
+        s->last = why;
+        if (err)
+            *err = why;
     }
     return r;
 }
@@ -8902,38 +8941,63 @@ static void cube_store_add_change(struct cube_buf *b, char kind, int tree,
         cube_buf_add(b, val, val_len);
 }
 
-/* After a failed sync: the committed changes of the overlays as one batch, the
- * older overlay first. For each key the newest version alone, which is all
- * that anybody can still ask for: batches that failed have been taken out by
- * now. Snapshots have their own hold on the old overlays. */
-static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
+/* Appends one change to c->buf, and that, when it is long enough, to the new
+ * file: batches of one number count as one, in a file that is synced whole. */
+static int cube_store_comp_change(struct cube_store *s, char kind, int tree,
+                                  const void *key, size_t key_len,
+                                  const void *val, size_t val_len,
+                                  struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
 
+    cube_store_add_change(&c->buf, kind, tree, key, key_len, val, val_len);
+    if (c->buf.len < CUBE_STORE_EXTENT_MAX)
+        return 0;
+    if (cube_store_comp_append(s, s->view.commit, err) < 0)
+        return -1;
     cube_buf_clear(&c->buf);
+    return 0;
+}
+
+/* The same for an overlay: of each key the newest version that is committed,
+ * which is all that anybody can still ask for. Versions of a key stand
+ * together, the newest first; what is only staged does not count. */
+static int cube_store_comp_rescue_mem(struct cube_store *s,
+                                      const struct cube_store_mem *m,
+                                      struct cube_err *err)
+{
+    const struct cube_store_node *last = NULL;
+
+    for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;
+         n = n->next[0]) {
+        const uint8_t *key = cube_store_node_key(n);
+
+        if (n->commit > s->view.commit ||
+            cube_store_node_is(last, n->tree, key, n->key_len))
+            continue;
+        if (cube_store_comp_change(s, n->is_del ? 'D' : 'P', n->tree, key,
+                                   n->key_len, n->val, n->val_len, err) < 0)
+            return -1;
+        last = n;
+    }
+    return 0;
+}
+
+/* After a failed sync: the committed changes of the overlays, the older overlay
+ * first. Batches that failed have been taken out by now. Snapshots have their
+ * own hold on the old overlays. */
+static int cube_store_comp_rescue(struct cube_store *s, struct cube_err *err)
+{
+    cube_buf_clear(&s->comp->buf);
     for (int i = 0; i < s->name_count; i++) {
-        if (s->named[i] > 0 && s->named[i] <= s->view.commit)
-            cube_store_add_change(&c->buf, 'T', i, s->names[i],
-                                  strlen(s->names[i]), NULL, 0);
+        if (s->named[i] > 0 && s->named[i] <= s->view.commit &&
+            cube_store_comp_change(s, 'T', i, s->names[i],
+                                   strlen(s->names[i]), NULL, 0, err) < 0)
+            return -1;
     }
     for (int i = 1; i >= 0; i--) {
-        const struct cube_store_mem *m = s->view.mem[i];
-
-        const struct cube_store_node *last = NULL;
-
-        /* Versions of a key stand together, the newest first: the first one
-         * that is committed counts, what is only staged does not. */
-        for (const struct cube_store_node *n = m ? m->head[0] : NULL; n;
-             n = n->next[0]) {
-            if (n->commit > s->view.commit ||
-                cube_store_node_is(last, n->tree, cube_store_node_key(n),
-                                   n->key_len))
-                continue;
-            cube_store_add_change(&c->buf, n->is_del ? 'D' : 'P', n->tree,
-                                  cube_store_node_key(n), n->key_len, n->val,
-                                  n->val_len);
-            last = n;
-        }
+        if (cube_store_comp_rescue_mem(s, s->view.mem[i], err) < 0)
+            return -1;
     }
     return cube_store_comp_append(s, s->view.commit, err);
 }
@@ -9174,6 +9238,7 @@ static int cube_store_scan(const struct cube_store_file *f,
 {
     uint8_t *p = cube_alloc(CUBE_STORE_CHUNK + CUBE_STORE_HEAD);
     uint64_t lo = f->size & ~(uint64_t)(CUBE_STORE_CHUNK - 1);
+    uint64_t next = f->size; /* records do not overlap: none reads on here */
     int r = 0;
 
     *used = 0;
@@ -9197,9 +9262,12 @@ static int cube_store_scan(const struct cube_store_file *f,
             i = CUBE_STORE_CHUNK - 1;
         for (i &= ~(int64_t)(CUBE_STORE_ALIGN - 1); i >= 0 && r == 0;
              i -= CUBE_STORE_ALIGN) {
-            if (i + CUBE_STORE_HEAD <= n &&
-                cube_store_rec_decode(f, lo + (uint64_t)i, p + i, rec))
-                r = cube_store_rec_body(f, rec, body, err);
+            if (i + CUBE_STORE_HEAD > n ||
+                !cube_store_rec_decode(f, lo + (uint64_t)i, p + i, rec) ||
+                rec->at + CUBE_STORE_HEAD + rec->len > next)
+                continue;
+            r = cube_store_rec_body(f, rec, body, err);
+            next = rec->at;
         }
         if (lo == 0)
             break;
@@ -9493,6 +9561,12 @@ static int cube_store_may_stage(struct cube_store *s, const char *tree,
     if (s->options.is_read_only)
         return cube_fail(err, CUBE_EACCES, "put into %s: it was opened for "
                          "reading only", s->file->path);
+    if (name_len == 0 || name_len > CUBE_STORE_NAME_MAX ||
+        (i < 0 && s->name_count == CUBE_STORE_TREES_MAX))
+        return cube_fail(err, CUBE_EINVAL, "tree \"%s\" in %s: a name has 1 "
+                         "to %d bytes, and a store %d trees", tree,
+                         s->file->path, CUBE_STORE_NAME_MAX,
+                         CUBE_STORE_TREES_MAX);
     if (key_len == 0 || key_len > CUBE_STORE_KEY_MAX)
         return cube_fail(err, CUBE_EINVAL, "put into %s: a key has 1 to %d "
                          "bytes, not %zu", s->file->path, CUBE_STORE_KEY_MAX,
@@ -9505,12 +9579,6 @@ static int cube_store_may_stage(struct cube_store *s, const char *tree,
                          CUBE_STORE_COMMIT_MAX);
     if (i >= 0)
         return i;
-    if (name_len == 0 || name_len > CUBE_STORE_NAME_MAX ||
-        s->name_count == CUBE_STORE_TREES_MAX)
-        return cube_fail(err, CUBE_EINVAL, "tree \"%s\" in %s: a name has 1 "
-                         "to %d bytes, and a store %d trees", tree,
-                         s->file->path, CUBE_STORE_NAME_MAX,
-                         CUBE_STORE_TREES_MAX);
     cube_store_tree_name(s, s->name_count, tree, name_len, 0);
     return s->name_count - 1;
 }
@@ -9626,6 +9694,15 @@ static int cube_store_comp_is_late(const struct cube_store *s)
                                work * (double)(end - c->began);
 }
 
+/* Is there no room for another overlay, since the frozen one cannot be merged?
+ * What fills may become twice its size in that hope. Where it is true of trees
+ * that are damaged it stays so: memory is bounded, and who writes is told. */
+static bool cube_store_is_jammed(const struct cube_store *s)
+{
+    return s->is_stuck && s->view.mem[1] &&
+           s->view.mem[0]->bytes > 2 * cube_store_mem_limit(s);
+}
+
 /* Background work that nobody did in slices is done here, in the time of a
  * commit and in proportion to its length, so that neither the overlay nor the
  * file grows without bound, and no single commit pays for all of it. A commit
@@ -9655,7 +9732,7 @@ static void cube_store_fail_commit(struct cube_store *s)
     cube_store_undo(s, &s->batch_nodes);
     cube_store_undo(s, &s->flight_nodes);
     cube_store_undo_names(s, s->view.commit + 1);
-    cube_store_rec_begin(&s->batch);
+    cube_store_batch_clear(s);
     s->flight_commit = 0;
     s->batch_commit = s->view.commit + 1;
 }
@@ -9725,10 +9802,7 @@ static int cube_store_commit_write(struct cube_store *s, struct cube_err *err)
     s->flight_end = s->file->end;
     s->batch_nodes = NULL;
     s->batch_commit++;
-    s->is_stuck = false;
-    if (s->batch.cap > CUBE_STORE_EXTENT_MAX)
-        cube_buf_free(&s->batch);
-    cube_store_rec_begin(&s->batch);
+    cube_store_batch_clear(s);
     if (s->view.mem[0]->bytes > cube_store_mem_limit(s) && !s->view.mem[1])
         cube_store_freeze(s);
     return 0;
@@ -9751,7 +9825,15 @@ CUBE_API int cube_store_commit_begin(struct cube_store *s,
                          "there is no new file yet: %s", s->file->path,
                          s->last.text);
     }
+    if (s->is_stuck && s->world->now_ms(s->world->ctx) >= s->stuck_ms)
+        s->is_stuck = false;
     cube_store_catch_up(s);
+    if (cube_store_is_jammed(s)) {
+        cube_store_fail_commit(s);
+        return cube_fail(err, s->last.code, "commit to %s: what was committed "
+                         "before cannot be merged: %s", s->file->path,
+                         s->last.text);
+    }
     if (s->is_dir_dirty && cube_store_dir_sync(s, err) < 0) {
         cube_store_fail_commit(s);
         return -1;
@@ -10224,7 +10306,7 @@ CUBE_API int cube_cursor_last(struct cube_cursor *c, struct cube_err *err)
 CUBE_API int cube_cursor_seek(struct cube_cursor *c, const void *key,
                               size_t key_len, struct cube_err *err)
 {
-    return cube_store_cursor_place(c, 1, key, key_len, err);
+    return cube_store_cursor_place(c, 1, key_len > 0 ? key : "", key_len, err);
 }
 
 CUBE_API const void *cube_cursor_key(const struct cube_cursor *c,

@@ -388,8 +388,9 @@ CUBE_API struct cube_store *cube_store_open(const struct cube_world *world,
         const char *path, const struct cube_store_options *options,
         struct cube_err *err);
 
-/* Drops what is staged, waits for nothing, frees all; NULL is allowed. Cursors
- * and snapshots must have been closed before. */
+/* Drops what is staged, frees all; NULL is allowed. After many changes it may
+ * write and sync, so that the next opening is quick. Cursors and snapshots must
+ * have been closed before. */
 CUBE_API void cube_store_close(struct cube_store *store);
 
 /* Stages a change of the open batch: it is seen at once by whoever reads
@@ -424,7 +425,8 @@ CUBE_API int cube_store_commit(struct cube_store *store,
  *        after this one, but no second commit begun;
  *    0   all is committed already (nothing staged, or a store in memory);
  *   -1   it failed (CUBE_ENOSPC, CUBE_EIO...): what was staged is dropped, the
- *        last commit stands, the store goes on; with CUBE_ESYNC, as below.
+ *        last commit stands, the store goes on; with CUBE_ESYNC, as below; with
+ *        CUBE_ECORRUPT its trees are damaged, and it takes no more changes.
  * end (sync_result: 0 or a negative errno value) makes the batch visible to
  * new snapshots. When the sync failed it returns -1 with CUBE_ESYNC: nobody
  * knows whether this commit will be found after a crash, all staged changes
@@ -453,7 +455,8 @@ CUBE_API int cube_store_slice_fd(const struct cube_store *store);
 CUBE_API void cube_store_slice_synced(struct cube_store *store,
         int sync_result);
 
-/* Compacts now, all in one go. Not while a commit is in flight. */
+/* Compacts now, all in one go; what is staged is dropped. CUBE_EBUSY while a
+ * commit is in flight. After an error the file is as it was. */
 CUBE_API int cube_store_compact(struct cube_store *store,
         struct cube_err *err);
 

@@ -209,6 +209,60 @@ TEST(memory_stays_within_the_cache_and_a_mebibyte)
     }
 }
 
+/* What was staged and dropped once took memory until the next checkpoint, which
+ * on a full disk never comes. */
+TEST(changes_that_are_dropped_take_no_memory)
+{
+    static const char *const rows[] = {"rolled back", "refused"};
+    static struct disk d;
+
+    for (int row = 0; row < 2; row++) {
+        struct cube_cursor *c;
+        struct cube_store *s;
+        long heap;
+
+        test_row("%s", rows[row]);
+        disk_init(&d);
+        d.is_forgetful = false;
+        s = must_open(&d.world, "t");
+        put(s, "a", "1");
+        commit(s);
+        put(s, "a", "2");
+        commit(s);
+        c = cube_cursor_open(s, "t", NULL);
+        d.fail_at = row == 1;
+        d.is_fail_forever = true;
+        d.fail_errno = ENOSPC;
+        heap = test_heap_bytes;
+        for (uint32_t n = 0; n < 20000; n++) {
+            if (cube_store_put(s, "t", &n, 4, bytes, 1000, NULL) < 0)
+                FAIL("put");
+            if (row == 0)
+                cube_store_rollback(s);
+            else
+                CHECK_INT(cube_store_commit(s, NULL), -1);
+        }
+        CHECK(test_heap_bytes - heap < (1 << 20));
+        d.fail_at = 0;
+        d.clock_ms += 2 * CUBE_STORE_RETRY_MS;
+        while (cube_store_slice(s, 5)) /* reads failed as well: a new file */
+            ;
+        CHECK_STR(get(s, NULL, "a"), "2");
+        CHECK_INT(cube_cursor_first(c, NULL), 1);
+        CHECK_INT(cube_cursor_next(c, NULL), 0);
+        cube_cursor_close(c);
+        put(s, "b", "3");
+        commit(s);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        cube_store_close(s);
+        s = must_open(&d.world, "t");
+        CHECK_STR(get(s, NULL, "a"), "2");
+        CHECK_STR(get(s, NULL, "b"), "3");
+        cube_store_close(s);
+        disk_free(&d);
+    }
+}
+
 /* ---- Work ---- */
 
 /* Once what waits is done, hours pass without a call to the disk. */

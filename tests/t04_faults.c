@@ -657,6 +657,155 @@ TEST(what_is_staged_while_the_file_is_written_anew_is_not_committed_by_that)
     disk_free(&d);
 }
 
+/* All that is rescued was once one record, which no opening would read when it
+ * was longer than a record may be. */
+TEST(what_is_rescued_is_written_in_records_of_some_size)
+{
+    static struct disk d;
+    static char val[1000];
+    struct cube_store_rec rec;
+    struct cube_store *s;
+    uint64_t at, batches = 0;
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    for (uint32_t i = 0; i < 100; i++)
+        CHECK_INT(cube_store_put(s, "t", &i, 4, val, sizeof val, NULL), 0);
+    commit(s);
+    put(s, "lost", "x");
+    CHECK_INT(cube_store_commit_begin(s, NULL), 1);
+    CHECK_INT(cube_store_commit_end(s, -EIO, NULL), -1);
+    for (int i = 0; i < 1000 && s->is_broken; i++)
+        (void)cube_store_slice(s, 5);
+    for (at = s->file->base; cube_store_rec_head(s->file, at, &rec, NULL) > 0;
+         at = cube_store_rec_end(&rec)) {
+        CHECK(rec.len < CUBE_STORE_EXTENT_MAX + sizeof val + 16);
+        batches += rec.kind == 'B' && rec.len > 0;
+    }
+    CHECK_UINT(at, s->file->end);
+    CHECK(batches > 4);
+    for (int round = 0; round < 2; round++) {
+        struct cube_cursor *c = cube_cursor_open(s, "t", NULL);
+        int n = 0;
+
+        for (int r = cube_cursor_first(c, NULL); r > 0;
+             r = cube_cursor_next(c, NULL))
+            n++;
+        CHECK_INT(n, 100);
+        cube_cursor_close(c);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        cube_store_close(s);
+        s = must_open(&d.world, "t");
+    }
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* Each commit once tried to merge again, and left behind the pages up to the
+ * damage, while the overlay grew. */
+TEST(store_with_a_damaged_tree_tells_its_writers_and_stays_small)
+{
+    static struct disk d;
+    static struct model want;
+    struct cube_err err = {0};
+    struct cube_store_stats stats;
+    struct cube_store *s;
+    uint64_t size;
+    int taken = 0;
+
+    disk_init(&d);
+    d.is_forgetful = false;
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    for (int i = 0; i < 400; i++)
+        change(s, &want);
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    for (int i = 0; i < s->view.roots->count; i++) {
+        const struct cube_store_ref *r = &s->view.roots->trees[i].root;
+
+        disk_file(&d, "t")->now.data[r->at + r->len - 1] ^= 1;
+    }
+    cube_store_cache_forget(&s->cache);
+    cube_store_stats(s, &stats);
+    size = stats.file_bytes;
+    for (int i = 0; i < 3000; i++) {
+        d.clock_ms += 500;
+        change(s, &want);
+        taken += cube_store_commit(s, &err) == 0;
+        while (cube_store_slice(s, 5))
+            ;
+        cube_store_stats(s, &stats);
+        CHECK(stats.file_bytes < size + (256 << 10));
+        CHECK(stats.overlay_bytes < (32u << 10));
+    }
+    CHECK(taken > 10 && taken < 200);
+    CHECK_INT(err.code, CUBE_ECORRUPT);
+    CHECK_HAS(err.text, "cannot be merged: t: offset ");
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* Records that say that they go on to the end of the file, each of which was
+ * once read to there. */
+TEST(file_of_many_broken_records_is_read_a_few_times_only)
+{
+    static struct disk d;
+    struct cube_store_options o = {.cache_bytes = 1};
+    struct cube_err err = {0};
+    struct cube_store *s;
+    struct cube_buf *bytes;
+    struct cube_store_rec rec = {.kind = 'B'};
+
+    disk_init(&d);
+    d.is_forgetful = false;
+    s = must_open(&d.world, "t");
+    bytes = &disk_file(&d, "t")->now;
+    buf_put(bytes, "", 0, 256 << 10);
+    for (rec.at = CUBE_STORE_HEAD; rec.at < bytes->len; rec.at += 64) {
+        rec.len = (uint32_t)(bytes->len - rec.at - CUBE_STORE_HEAD);
+        cube_store_rec_encode(s->file, &rec, (uint8_t *)bytes->data + rec.at);
+    }
+    cube_store_close(s);
+    d.read_bytes = 0;
+    s = cube_store_open(&d.world, "t", &o, &err);
+    CHECK(!s);
+    CHECK_INT(err.code, CUBE_ECORRUPT);
+    CHECK(d.read_bytes < 4 * (256 << 10));
+    cube_store_close(s);
+    disk_free(&d);
+}
+
+/* A tree of so many levels would grow beyond what can be walked. */
+TEST(roots_of_more_levels_than_a_file_can_have_are_damage)
+{
+    static struct disk d;
+    struct cube_store *s;
+    struct cube_buf b = {0}, body = {0};
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    put(s, "a", "1");
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    for (int levels = 1; levels < 40; levels++) {
+        struct cube_store_roots *r = cube_store_roots_new(s->file);
+
+        s->view.roots->trees[0].levels = levels;
+        cube_store_roots_encode(s->view.roots, &b);
+        cube_buf_clear(&body);
+        cube_buf_add(&body, b.data + CUBE_STORE_HEAD, b.len - CUBE_STORE_HEAD);
+        CHECK_INT(cube_store_roots_decode(r, &body),
+                  levels <= CUBE_STORE_DEPTH - 8);
+        cube_store_roots_drop(r);
+    }
+    s->view.roots->trees[0].levels = 1;
+    cube_buf_free(&b);
+    cube_buf_free(&body);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
 /* A commit that had fallen behind once did the sync itself, while the thread
  * of the caller did the same: the system tells an error to one of the two. */
 TEST(sync_that_the_caller_does_is_his_also_when_commits_fall_behind)

@@ -220,6 +220,8 @@ TEST(cursor_turns_round_and_seeks_anywhere)
             }
         }
     }
+    CHECK_INT(cube_cursor_seek(c, NULL, 0, &err), 1); /* before the first */
+    CHECK_MEM(cube_cursor_key(c, &len), "0000", 4);
     CHECK_INT(cube_cursor_seek(c, "2", 1, &err), 0); /* behind the last */
     CHECK_INT(cube_cursor_next(c, &err), 0);
     CHECK_INT(cube_cursor_last(c, &err), 1);
@@ -261,6 +263,16 @@ TEST(what_is_beyond_a_limit_is_refused_with_words)
     }
     CHECK_INT(cube_store_put(s, "t", big, CUBE_STORE_KEY_MAX, big, 0, NULL),
               0);
+    cube_store_close(s);
+    s = must_open(NULL, test_path()); /* whose first tree has no name */
+    CHECK_INT(cube_store_put(s, "gone", "a", 1, "1", 1, NULL), 0);
+    cube_store_rollback(s);
+    put(s, "a", "1");
+    commit(s);
+    cube_store_close(s);
+    s = must_open(NULL, test_path());
+    CHECK_INT(cube_store_put(s, "", "a", 1, "1", 1, NULL), -1);
+    CHECK_STR(get(s, NULL, "a"), "1");
     cube_store_close(s);
 }
 
