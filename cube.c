@@ -6093,13 +6093,14 @@ static int cube_store_write(struct cube_store_file *f, uint64_t at,
     return 0;
 }
 
-/* Zeros from .. to-1, in pieces that end where the system's pages end. A
- * failure leaves some of them written, which harms nobody: what is behind the
- * end is not believed anyway. */
+/* Zeros from .. to-1, in pieces that end where the system's pages end, and of
+ * several each, since a call costs as much as the page that it fills. A failure
+ * leaves some of them written, which harms nobody: what is behind the end is
+ * not believed anyway. */
 static int cube_store_write_zeros(struct cube_store_file *f, uint64_t from,
                                   uint64_t to)
 {
-    static const uint8_t zeros[4096];
+    static const uint8_t zeros[16384];
     int r = 0;
 
     while (from < to && r == 0) {
