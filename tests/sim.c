@@ -3,7 +3,7 @@
  * that follows from the seed (sim_faults.h), and everything that must hold is
  * put to the test (sim_checks.h).
  *
- *     build/tests/sim                    the suite: SIM_SEEDS seeds (300)
+ *     build/tests/sim                    the suite: SIM_SEEDS seeds (2000)
  *     build/tests/sim -n 500 [-f 1000]   so many seeds [from that one on]
  *     build/tests/sim -x -n 500          until one of them fails
  *     build/tests/sim -s 42              one seed, with its trace
@@ -51,7 +51,7 @@ static void room_free(void *p);
 #if defined(__SANITIZE_ADDRESS__)
 #define SIM_SUITE "30"
 #else
-#define SIM_SUITE "300"
+#define SIM_SUITE "2000"
 #endif
 #define SIM_TWICE 20          /* one in so many seeds is run twice */
 #define SIM_CHILDREN 64
