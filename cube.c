@@ -27704,6 +27704,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *
  *   record               its node's report      the step
  *   ------------------   --------------------   ----------------------------
+ *   run, Pending         active in its attempt  it runs there still: keep it
  *   run, Pending         -                      place it: node, attempt + 1
  *   run, on a node       (node lost)            Pending again
  *   run, on a node       none, older attempt    deliver it
@@ -27742,9 +27743,8 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  * disk. The stream's name is the cluster, so those who follow can resume
  * across restarts of the manager. The same lines are the cluster's history.
  *
- * Workers of the Go program know no events: they answer 404, and are asked
- * for tasks and stats every two seconds. They neither restart nor check
- * health, so for their tasks the manager does.
+ * Workers of the Go program know no events (404): they are polled every two
+ * seconds, and the manager restarts their tasks and checks their health.
  *
  * Interface: cube_manager_new, cube_manager_free, and over HTTP:
  *
