@@ -24909,9 +24909,9 @@ CUBE_API void cube_runtime_find_cancel(struct cube_runtime_search *s)
  * after all promises, since a task that just started does not use its memory
  * yet; and with what is free now, since a machine runs more than our tasks.
  * Workers whose stats name one machine, or one engine, share all they have:
- * the promises of either count for both. Workers of the Go implementation
- * name none; for them the host in their name must do, and their cores, which
- * nobody knows, are not counted.
+ * the promises of either count for both, and what they measured is averaged.
+ * Workers of the Go implementation name none; for them the host in their name
+ * must do, and their cores, which nobody knows, are not counted.
  *
  * Scores use the metrics that were pushed within the last second; nothing is
  * asked for, nobody waits. Between two pushes many tasks can be placed, and
@@ -25371,6 +25371,36 @@ static double cube_sched_share(double part, double total)
     return total > 0 ? part / total : 1;
 }
 
+/* What was measured of a machine, as the mean of what its workers say. Each of
+ * them has looked at it at another moment, and without that the one that did
+ * so in a quiet one would be given all tasks. */
+struct cube_sched_measure {
+    double mem, cpu; /* bytes in use; the share of its cores that is busy */
+};
+
+/* The node must be up and have stats. */
+static struct cube_sched_measure
+cube_sched_measured(const struct cube_placement *p,
+                    const struct cube_node *node)
+{
+    struct cube_sched_measure m = {0, 0};
+    double count = 0;
+
+    for (size_t i = 0; i < p->node_count; i++) {
+        const struct cube_node *one = &p->nodes[i];
+
+        if (!one->is_up || !one->stats || !cube_sched_shares(node, one))
+            continue;
+        m.mem += (double)cube_sched_bytes(one->stats->mem.mem_total) -
+                 (double)cube_sched_mem_available(&one->stats->mem);
+        m.cpu += one->stats->cpu_use;
+        count++;
+    }
+    m.mem /= count;
+    m.cpu /= count;
+    return m;
+}
+
 /* The node must be up and have stats. Cores that are not known count as one,
  * so that such a node looks full soon and not free for ever. */
 static struct cube_sched_load cube_sched_load(const struct cube_placement *p,
@@ -25379,18 +25409,18 @@ static struct cube_sched_load cube_sched_load(const struct cube_placement *p,
     const struct cube_stats *s = node->stats;
     struct cube_promise sum = cube_sched_promised(p, node);
     double total = (double)cube_sched_bytes(s->mem.mem_total);
-    double free_now = (double)cube_sched_mem_available(&s->mem);
     double cores = s->cpus > 0 ? (double)s->cpus : 1;
     double mem = (double)sum.mem_bytes + (double)sum.mem_open * CUBE_SCHED_MEM;
     double cpu = sum.cpu + (double)sum.cpu_open * CUBE_SCHED_CPU;
     double task_mem = p->task->mem_bytes > 0 ? (double)p->task->mem_bytes
                                              : CUBE_SCHED_MEM;
     double task_cpu = p->task->cpu > 0 ? p->task->cpu : CUBE_SCHED_CPU;
+    struct cube_sched_measure seen = cube_sched_measured(p, node);
     struct cube_sched_load load;
 
-    load.mem = cube_sched_share(cube_sched_max(mem, total - free_now), total);
+    load.mem = cube_sched_share(cube_sched_max(mem, seen.mem), total);
     load.mem_added = cube_sched_share(task_mem, total);
-    load.cpu = cube_sched_max(cpu / cores, s->cpu_use);
+    load.cpu = cube_sched_max(cpu / cores, seen.cpu);
     load.cpu_added = task_cpu / cores;
     load.jobs = (double)sum.tasks;
     return load;

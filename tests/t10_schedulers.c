@@ -532,6 +532,34 @@ TEST(tasks_between_two_metrics_spread)
     }
 }
 
+/* On a busy machine its two workers measured the same CPUs in two moments, 0.92
+ * and 1.0, and twenty tasks went to the first of them. */
+TEST(workers_of_one_machine_are_given_tasks_in_turn_whatever_each_measures)
+{
+    static const char *const names[] = {"roundrobin", "greedy", "epvm"};
+
+    for (size_t k = 0; k < COUNT(names); k++) {
+        struct cluster *c = cluster_new(2);
+        struct cube_scheduler *s = cube_scheduler_new(names[k], NULL);
+
+        test_row("%s", names[k]);
+        strcpy(c->stats[1].machine, c->stats[0].machine);
+        c->stats[0].cpu_use = 1;
+        c->stats[1].cpu_use = 0.92;
+        c->stats[1].mem.mem_available -= KB_OF_GIB;
+        for (int i = 0; i < 20; i++) {
+            const char *name = place(s, c, NULL);
+
+            REQUIRE(name);
+            cube_node_promise(&c->nodes[atoi(name + 1)], c->task);
+        }
+        CHECK_INT(c->nodes[0].promised.tasks, 10);
+        CHECK_INT(c->nodes[1].promised.tasks, 10);
+        cube_scheduler_free(s);
+        cluster_free(c);
+    }
+}
+
 /* ---- E-PVM ---- */
 
 static bool is_near(double got, double want)
