@@ -19481,7 +19481,10 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
  * Podman speaks the same interface with an accent, known by a header of its
  * ping: a taken name is a 500, an event filter on a label's name finds
  * nothing (so events are filtered here), a failed start keeps its port until
- * the container is deleted (so it is), a pull's errors come inside a 200.
+ * the container is deleted (so it is), a pull's errors come inside a 200. And
+ * its stop tells of no signal, as its kill does: a container that somebody
+ * stops by hand has, to us, ended by itself, where one of Docker's is started
+ * again at no cost.
  *
  * A typical sequence:
  *
