@@ -9056,8 +9056,9 @@ static void cube_store_comp_swap(struct cube_store *s)
 }
 
 /* Appends a batch without changes: it says that all before it is on disk, so
- * that an opening need not write that once more. When it fails, or a crash
- * takes it, that opening is slower. */
+ * that an opening need not write that once more. It may not be on disk itself,
+ * so an opening that finds it at the end puts its next record in its place.
+ * When it fails, or a crash takes it, that opening is slower. */
 static void cube_store_mark(struct cube_store *s)
 {
     struct cube_buf b = {0};
@@ -9221,7 +9222,8 @@ static int cube_store_work(struct cube_store *s, bool may_wait,
  *      continues the one before; apply the batches, pass over the rest.
  *   4. If that ends before what is known to be on disk, say so and stop.
  *   5. Write what no later record vouches for once more, clear what is behind
- *      the end, sync. Only then is anything told to anybody.
+ *      the end, sync; where a mark is last nothing is left to do. Only then is
+ *      anything told to anybody.
  *
  * The way back in 1 is as long as the zeros ahead and what the last commit
  * wrote, the way forward in 3 as the overlays can be large; neither grows
@@ -9440,10 +9442,14 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
         return cube_store_corrupt(f, f->end, "a record is damaged that was "
                                   "on disk once", err);
     s->dropped = used > f->end ? used - f->end : 0;
-    if (!s->options.is_read_only && (s->dropped > 0 || last.len > 0 ||
-                                     last.kind != 'B') &&
-        cube_store_repair(s, last.synced, used, err) < 0)
+    if (s->dropped == 0 && last.kind == 'B' && last.len == 0 &&
+        last.synced == last.at) {
+        f->end = last.at; /* a mark, that may not be on disk itself: the next */
+        f->last_crc = last.prev; /* record takes its place */
+    } else if (!s->options.is_read_only &&
+               cube_store_repair(s, last.synced, used, err) < 0) {
         return -1;
+    }
     f->synced = s->done_end = f->end;
     return 0;
 }

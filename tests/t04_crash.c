@@ -497,6 +497,58 @@ TEST(every_crash_leaves_a_commit_not_older_than_the_last_acknowledged)
     disk_free(&run.again);
 }
 
+/* After a compaction, or at the end, a mark says that all before it is on disk,
+ * and is not synced itself. The next process once built upon it: when the mark
+ * was lost in a crash, and what came behind it was not, that was damage. */
+TEST(a_mark_that_never_came_to_the_disk_is_not_missed)
+{
+    static struct disk d, next, after;
+
+    for (size_t len = 0; len < 2 * SECTOR; len += CUBE_STORE_ALIGN) {
+        static char val[1500];
+        struct cube_store_stats stats;
+        struct cube_store *s, *t;
+        struct cube_buf got = {0};
+        bool *keep;
+        int marks;
+
+        test_row("a value of %zu bytes", len);
+        disk_init(&d);
+        disk_init(&next);
+        disk_init(&after);
+        s = must_open(&d.world, "t");
+        CHECK_INT(cube_store_put(s, "t", "a", 1, val, len, NULL), 0);
+        commit(s);
+        CHECK_INT(cube_store_compact(s, NULL), 0);
+        disk_copy(&d, &next); /* the process dies, and the next one goes on */
+        marks = next.item_count;
+        t = must_open(&next.world, "t");
+        CHECK_INT(cube_store_put(t, "t", "b", 1, val, sizeof val, NULL), 0);
+        CHECK_INT(cube_store_commit_begin(t, NULL), 1);
+        keep = cube_alloc((size_t)next.item_count);
+        memset(keep + marks, 1, (size_t)(next.item_count - marks));
+        crash(&next, 0, keep, &after); /* and so does the machine */
+        cube_store_close(t);
+        cube_store_close(s);
+        s = must_open(&after.world, "t");
+        REQUIRE(s);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        CHECK_INT(cube_store_get(s, "t", "a", 1, &got, NULL), 1);
+        CHECK_UINT(got.len, len);
+        cube_store_stats(s, &stats);
+        CHECK_UINT(stats.commits, 2);
+        put(s, "goes", "on");
+        commit(s);
+        CHECK_INT(cube_store_check(s, NULL), 0);
+        cube_store_close(s);
+        cube_buf_free(&got);
+        cube_free(keep);
+        disk_free(&d);
+        disk_free(&next);
+        disk_free(&after);
+    }
+}
+
 /* ---- The real disk ----
  *
  * A writer is killed at a time of its own choosing: somewhere in or after the

@@ -755,7 +755,7 @@ TEST(file_of_many_broken_records_is_read_a_few_times_only)
     struct cube_err err = {0};
     struct cube_store *s;
     struct cube_buf *bytes;
-    struct cube_store_rec rec = {.kind = 'B'};
+    struct cube_store_rec rec = {.kind = 'B', .body_crc = 1};
 
     disk_init(&d);
     d.is_forgetful = false;
