@@ -28089,6 +28089,22 @@ static void cube_promises_forget(struct cube_manager *m)
     cube_free(p);
 }
 
+/* Which node a task counts for, from 1 on; 0: for none. It mostly is the one
+ * that it was before, so that all tasks are added up without a search for
+ * each. */
+static size_t cube_promises_find(const struct cube_promises *p,
+                                 const struct cube_task *t, size_t before)
+{
+    if (before > 0 && before <= p->count &&
+        cube_member_holds(p->members[before - 1], t))
+        return before;
+    for (size_t i = 0; i < p->count; i++) {
+        if (cube_member_holds(p->members[i], t))
+            return i + 1;
+    }
+    return 0;
+}
+
 /* A record's newest version is another: does what is promised follow? Ports
  * of the host that it was seen to have can change with each report. */
 static void cube_promises_follow(struct cube_manager *m,
@@ -28096,10 +28112,9 @@ static void cube_promises_follow(struct cube_manager *m,
 {
     struct cube_charge *c = cube_charge_of(m, rec);
     const struct cube_task *t = cube_record_latest(rec)->task;
-    size_t at = m->promises ? m->promises->count : 0;
+    size_t at =
+        m->promises ? cube_promises_find(m->promises, t, c->promised) : 0;
 
-    while (at > 0 && !cube_member_holds(m->promises->members[at - 1], t))
-        at--;
     if (!m->promises ||
         (at == c->promised &&
          (at == 0 || (t->host_ports.count == 0 && rec->now &&
@@ -29228,8 +29243,8 @@ static bool cube_promises_look(struct cube_manager *m)
     return p && i == p->count;
 }
 
-/* Adds up what every node has promised, from nothing: tasks times nodes, once
- * for each time that something other than a placement has changed. */
+/* Adds up what every node has promised, from nothing: linear in the tasks,
+ * once for each time that something other than a placement has changed. */
 static void cube_promises_add_up(struct cube_manager *m)
 {
     struct cube_promises *p = cube_alloc(sizeof *p);
@@ -29255,13 +29270,9 @@ static void cube_promises_add_up(struct cube_manager *m)
         struct cube_charge *c = cube_charge_of(m, rec);
         const struct cube_task *t = cube_record_latest(rec)->task;
 
-        c->promised = 0;
-        for (size_t i = 0; i < p->count; i++) {
-            if (cube_member_holds(p->members[i], t)) {
-                c->promised = i + 1;
-                cube_node_promise(&p->nodes[i], t);
-            }
-        }
+        c->promised = cube_promises_find(p, t, c->promised);
+        if (c->promised > 0)
+            cube_node_promise(&p->nodes[c->promised - 1], t);
     }
 }
 
