@@ -1765,8 +1765,11 @@ static int start_failed(struct app *a)
     return code;
 }
 
+/* A server outlives whoever reads its log through a pipe. Its tasks get their
+ * signals as they were. */
 static int open_loop(struct app *a, struct server *s)
 {
+    (void)signal(SIGPIPE, SIG_IGN);
     a->loop = cube_loop_new(cube_world_real(), &a->err);
     if (!a->loop)
         return server_failed(a);

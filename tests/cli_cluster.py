@@ -659,6 +659,24 @@ class Refusals(Case):
             self.assertIn(b"200 OK", s.recv(100))
         self.ok(c, "run", "-d", "--", "sleep", "1000")
 
+    def test_a_server_outlives_the_reader_of_its_log(self):
+        """`cube manager 2>&1 | head`: its next word would have been its
+        last."""
+        c = Cluster(1)
+        self.addCleanup(c.close)
+        with subprocess.Popen(
+                [CUBE, "manager", "-p", str(c.port), "--data", c.dir + "/m",
+                 "-w", c.names()[0], "--lost-after", "2s"], env=dict(
+                     os.environ, CUBE_TOKEN=""), stderr=subprocess.PIPE) as p:
+            self.addCleanup(p.kill)
+            self.assertIn(b"listens on", p.stderr.readline())
+            p.stderr.close()
+            wait_until("it has something to say", lambda: any(
+                n["State"] == "lost" for n in harness.get(c.url + "/nodes")))
+            self.assertEqual(harness.http("GET", c.url + "/healthz")[0], 200)
+            p.terminate()
+            self.assertEqual(p.wait(10), 0)
+
     def test_unknown_things_are_404_and_405(self):
         c = self.cluster()
         for url in (c.url, "http://" + c.names()[0]):
