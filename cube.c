@@ -14685,9 +14685,8 @@ static bool cube_http_link_read(struct cube_http_link *k)
     if (n == -EAGAIN)
         return false;
     if (n > 0) {
+        cube_http_call_hear(k->call);
         cube_http_link_feed(k, &in);
-        if (k->call) /* as of now: who was called back may have taken long */
-            cube_http_call_hear(k->call);
     } else if (n == 0 && !cube_http_parser_is_fresh(&k->parser) &&
                cube_http_parse_eof(&k->parser) == CUBE_HTTP_END) {
         cube_http_call_done(k->call, NULL);

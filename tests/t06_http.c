@@ -2595,39 +2595,6 @@ TEST(time_limits_hold)
     script_close();
 }
 
-static void on_data_slowly(void *arg, const char *data, size_t len)
-{
-    on_data(arg, data, len);
-    clock_moved_ms += 500;
-}
-
-/* A log that was read through a pager broke off when nobody had turned a page
- * for thirty seconds: it was the caller who had been silent, not the server. */
-TEST(a_caller_that_takes_its_time_is_no_silence_of_the_server)
-{
-    struct cube_http_request r = {.target = "/stream", .idle_timeout_ms = 300,
-                                  .on_head = on_head, .on_done = on_done,
-                                  .on_data = on_data_slowly};
-    struct outcome o = {0};
-
-    open_loop();
-    open_server("127.0.0.1:0", NULL);
-    open_client(base);
-    r.arg = &o;
-    cube_http_call(client, &r);
-    CHECK(turn_until(&o.heads, 1));
-    for (int i = 0; i < 3; i++) {
-        cube_http_stream_write(held, "one ", 4);
-        turn_idle();
-    }
-    CHECK_STR(o.pieces, "one one one ");
-    CHECK_INT(o.done, 0);
-    pass_ms(300);                   /* and this is one */
-    CHECK_INT(o.code, CUBE_ETIMEOUT);
-    turn_idle();
-    close_all();
-}
-
 TEST(a_deadline_says_what_was_tried)
 {
     struct outcome o;
