@@ -887,9 +887,11 @@ TEST(what_a_full_disk_refused_is_counted_in_the_log)
 
     snprintf(ballast, sizeof ballast, "%s/ballast", disk);
     prepare(&r, disk, "until [ -e ../one ]; do sleep 0.01; done; "
-                      "printf %0100000d 0; echo 1 > said;"
+                      /* a pipe holds 64 kB of it, the disk less than 60 */
+                      "printf %0300000d 0; echo 1 > said;"
                       "until [ -e ../two ]; do sleep 0.01; done; "
                       "echo later; exit 7");
+    r.spec.log_bytes = 100000000;
     REQUIRE(start(&r) == 0);
     f = fopen(ballast, "w");
     for (int i = 0; i < 200 * 1024; i++)
@@ -1017,7 +1019,7 @@ TEST(a_supervisor_that_became_our_child_leaves_no_zombie)
 
     need_pidfd();
     REQUIRE(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
-    run(&r, "exit 3");
+    run(&r, "sleep 0.5; exit 3"); /* it is opened before it ends */
     CHECK(waitpid(-1, NULL, WNOHANG | __WALL) < 0 && errno == ECHILD);
     CHECK_INT(exit_field(&r, "code"), 3);
     CHECK_INT(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
