@@ -6716,10 +6716,11 @@ static void cube_store_unpin(struct cube_store_ext *e)
 }
 
 /* Reads what a reference names, past the cache; the caller unpins it; it has
- * room to know so many children. All of it must stand before limit, the place of what referred to it, so that no
- * chain of references can go in a circle. NULL: the reference leads out of the
- * file or behind limit, the read failed, or the checksum did not match; err
- * says which and at what offset. Nothing is kept of it then. */
+ * room to know so many children. All of it must stand before limit, the place
+ * of what referred to it, so that no chain of references can go in a circle.
+ * NULL: the reference leads out of the file or behind limit, the read failed,
+ * or the checksum did not match; err says which and at what offset. Nothing is
+ * kept of it then. */
 static struct cube_store_ext *cube_store_load(
         const struct cube_store_file *f, struct cube_store_ref ref,
         size_t kid_count, uint64_t limit, struct cube_err *err)
@@ -10614,8 +10615,9 @@ CUBE_API void cube_store_stats(const struct cube_store *s,
  */
 
 #define CUBE_LOOP_BATCH 64  /* ready descriptors taken at once */
-#define CUBE_SLICE_MS 4     /* of background work in a turn; the step that it
+#define CUBE_SLICE_MS 3     /* of background work in a turn; the step that it
                                ends with makes that 5 at most */
+#define CUBE_COMPLAIN_MS 60000 /* between two complaints about such work */
 
 /* An object; ends with cube_loop_free. It owns no watch, timer or deferred
  * call: those are pointers into objects of its users, who clear them before
@@ -11043,6 +11045,8 @@ struct cube_commit {
     bool is_refused;
     struct cube_loop_job slice_job; /* the sync of a compaction */
     bool is_slice_syncing;
+    struct cube_err told;      /* the last error of the store that was told, */
+    int64_t told_ms;           /* to the operator at this time */
 };
 
 /* Group commit for `store`, which stays the caller's. */
@@ -11148,6 +11152,8 @@ static void cube_commit_synced(void *arg, struct cube_job *job)
 
     c->is_syncing = false;
     r = cube_store_commit_end(c->store, job->result, &err);
+    if (r < 0)
+        c->told = err; /* by whoever waits */
     cube_commit_tell(&c->syncing, r < 0 ? &err : NULL);
     if (r < 0) { /* what was staged since stands on what is gone */
         cube_store_rollback(c->store);
@@ -11214,6 +11220,25 @@ static bool cube_commit_slice(struct cube_commit *c)
     return !c->is_slice_syncing; /* no thread to be had: try again */
 }
 
+/* Background work that failed is tried again by itself. The operator should
+ * know: a file that is not compacted grows. Once a minute at most, and the same
+ * words once. */
+static void cube_commit_complain(struct cube_commit *c)
+{
+    const char *why = cube_store_last_error(c->store);
+    int64_t now;
+
+    if (strcmp(why, c->told.text) == 0)
+        return;
+    now = cube_loop_now_ms(c->loop);
+    if (c->told_ms > 0 && now - c->told_ms < CUBE_COMPLAIN_MS)
+        return;
+    (void)cube_fail(&c->told, CUBE_EIO, "%s", why);
+    c->told_ms = now;
+    cube_log(c->loop, CUBE_WARN, "background work on the store failed, and is "
+             "tried again: %s", why);
+}
+
 /*
  * One store at the end of a turn. While a sync is under way nothing new is
  * written: what is staged gathers, and becomes one commit. So a slow disk makes
@@ -11238,6 +11263,8 @@ static void cube_commit_turn(struct cube_commit *c)
         r = -1;
     } else {
         r = cube_store_commit_begin(c->store, &err);
+        if (r < 0)
+            c->told = err;
     }
     c->number++;
     if (r > 0)
@@ -11260,6 +11287,7 @@ static void cube_loop_commit(struct cube_loop *l)
         cube_commit_turn(c);
         if (cube_commit_slice(c))
             l->has_slices = true;
+        cube_commit_complain(c);
     }
 }
 

@@ -1,6 +1,7 @@
 /* Chapter 5: the order of a turn; watches, timers, deferred calls, jobs; the
  * commit point. */
 #include "test.h"
+#include "store_disk.h"
 #include <poll.h>
 
 /* ---- A world whose clock the test turns ---- */
@@ -446,6 +447,45 @@ TEST(words_for_the_operator_go_where_they_are_wanted)
     cube_log(l, CUBE_WARN, "node %s is lost", "a");
     CHECK_STR(trace, "warn:node a is lost");
     cube_loop_free(l);
+}
+
+/* Nobody waits for a compaction, so nobody was told once that it failed. */
+TEST(background_work_of_a_store_that_fails_is_told_once_a_minute)
+{
+    static struct disk d;
+    static char val[100000];
+    struct cube_world w = virtual_world();
+    struct cube_loop *l = open_loop(&w);
+    struct cube_commit *c;
+    struct cube_store *s;
+
+    disk_init(&d);
+    d.is_forgetful = false;
+    s = must_open(&d.world, "t");
+    while (!cube_store_comp_is_due(s)) {
+        CHECK_INT(cube_store_put(s, "t", "a", 1, val, sizeof val, NULL), 0);
+        commit(s);
+    }
+    cube_loop_set_log(l, keep_log, NULL);
+    c = cube_commit_open(l, s);
+    d.fail_at = d.calls + 1;
+    d.is_fail_forever = true;
+    d.fail_errno = ENOSPC;
+    for (int i = 0; i < 5; i++)
+        REQUIRE(cube_loop_turn(l, 0, NULL) == 0);
+    CHECK_HAS(trace, "warn:background work on the store failed");
+    CHECK_HAS(trace, "No space left on device");
+    CHECK(!strstr(trace + 1, "warn:"));
+    (void)cube_fail(&s->last, CUBE_EIO, "another reason");
+    REQUIRE(cube_loop_turn(l, 0, NULL) == 0);
+    CHECK(!strstr(trace, "another reason"));
+    clock_ms += CUBE_COMPLAIN_MS;
+    REQUIRE(cube_loop_turn(l, 0, NULL) == 0);
+    CHECK_HAS(trace, "another reason");
+    cube_commit_close(c);
+    cube_loop_free(l);
+    cube_store_close(s);
+    disk_free(&d);
 }
 
 /* ---- Jobs ---- */
