@@ -30,7 +30,7 @@ static void write_file(const char *path, const char *text)
 /* The whole file in static memory, "" if there is none. */
 static const char *read_text(const char *path)
 {
-    static char text[65536];
+    static char text[1 << 20];
     FILE *f = fopen(path, "r");
     size_t n = f ? fread(text, 1, sizeof text - 1, f) : 0;
 
