@@ -30585,18 +30585,21 @@ static void cube_manager_post(void *arg, struct cube_http_req *req)
 }
 
 /* The record that a path names, unless its user has removed it; else answers
- * 404. The newest version counts, so `now` may be NULL. */
+ * 404. Who changes it goes by its newest version, committed or not, so `now`
+ * may be NULL then; who only asks is told what is on disk (is_kept). */
 static struct cube_record *cube_manager_find(struct cube_manager *m,
-                                             struct cube_http_req *req)
+                                             struct cube_http_req *req,
+                                             bool is_kept)
 {
     const char *text = cube_http_param(req, "id");
     char id[CUBE_UUID_TEXT];
     struct cube_record *rec = NULL;
-    const struct cube_version *v;
+    const struct cube_version *v = NULL;
 
     if (text && cube_uuid_parse(text, strlen(text), id) == 0)
         rec = cube_ledger_find(m->ledger, id);
-    v = rec ? cube_record_latest(rec) : NULL;
+    if (rec)
+        v = is_kept ? rec->now : cube_record_latest(rec);
     if (v && !v->is_gone && !v->keep.is_hidden)
         return rec;
     cube_http_reply(req, 404, NULL, NULL, 0);
@@ -30608,7 +30611,7 @@ static struct cube_record *cube_manager_find(struct cube_manager *m,
 static void cube_manager_delete(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
-    struct cube_record *rec = cube_manager_find(m, req);
+    struct cube_record *rec = cube_manager_find(m, req, false);
     const struct cube_version *v = rec ? cube_record_latest(rec) : NULL;
 
     if (!rec || cube_manager_is_over(m, req))
@@ -30640,12 +30643,10 @@ static void cube_manager_list(void *arg, struct cube_http_req *req)
 static void cube_manager_get(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
-    struct cube_record *rec = cube_manager_find(m, req);
+    struct cube_record *rec = cube_manager_find(m, req, true);
 
-    if (rec && rec->now)
+    if (rec)
         cube_reply_task(req, 200, rec->now->task);
-    else if (rec)
-        cube_http_reply(req, 404, NULL, NULL, 0);
 }
 
 /* GET /events: the feed of chapter 7. */
@@ -30763,7 +30764,7 @@ static void cube_manager_relay(struct cube_manager *m,
                                struct cube_http_req *req, const char *tail,
                                bool is_stream)
 {
-    struct cube_record *rec = cube_manager_find(m, req);
+    struct cube_record *rec = cube_manager_find(m, req, true);
     struct cube_member *n;
     struct cube_http_request q;
     struct cube_relay *y;
@@ -30771,7 +30772,7 @@ static void cube_manager_relay(struct cube_manager *m,
 
     if (!rec)
         return;
-    n = cube_manager_member(m, cube_record_latest(rec)->task->node);
+    n = cube_manager_member(m, rec->now->task->node);
     if (!n || n->state != CUBE_NODE_UP) {
         cube_http_reply_error(req, n ? 502 : 404, "task %s: %s%s", rec->id,
                               n ? "no answer from node " : "it has no node",

@@ -77,6 +77,57 @@ TEST(a_task_that_is_stopped_in_the_turn_of_its_submission_never_runs)
     cluster_close(&k);
 }
 
+/* The syncs of this world wait until the test lets them go. */
+static struct {
+    struct cube_poll *poll;
+    struct cube_job *job;
+} held;
+
+static int held_job_start(void *ctx, struct cube_poll *p, struct cube_job *job)
+{
+    if (job->kind != CUBE_JOB_SYNC)
+        return jump_job_start(ctx, p, job);
+    held.poll = p;
+    held.job = job;
+    return 0;
+}
+
+static void let_go(struct cluster *k)
+{
+    k->world.table.job_start = jump_job_start;
+    CHECK(held.job && jump_job_start(&k->world, held.poll, held.job) >= 0);
+}
+
+/* A worker was asked for the log of a task that was placed there, but not on
+ * disk yet; and one that was removed was there again with its old end while
+ * its new life was on its way to the disk. */
+TEST(what_is_not_on_disk_is_neither_shown_nor_asked_for)
+{
+    struct cluster k;
+    struct cube_task *t = NULL;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 201);
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 2000));
+    ask(&k, "DELETE", "/tasks/" B, NULL);
+    CHECK(cluster_await(&k, B, CUBE_COMPLETED, 2000));
+    cluster_worker_down(&k, 0); /* it still has B, and would be asked for A */
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" B "?forget=1", NULL), 204);
+    CHECK_INT(ask(&k, "GET", "/tasks/" B, NULL), 404);
+    k.world.table.job_start = held_job_start;
+    CHECK_INT(cube_task_parse(TASK_A, strlen(TASK_A), true, &t, NULL), 0);
+    cube_manager_accept(k.manager, NULL, t);
+    CHECK_INT(cube_task_parse(TASK_B, strlen(TASK_B), true, &t, NULL), 0);
+    cube_manager_accept(k.manager, cube_ledger_find(k.manager->ledger, B), t);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 404);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A "/logs", NULL), 404);
+    CHECK_INT(ask(&k, "GET", "/tasks/" B, NULL), 404);
+    let_go(&k);
+    CHECK(cluster_await(&k, A, CUBE_SCHEDULED, 1000));
+    CHECK(cluster_await(&k, B, CUBE_SCHEDULED, 1000));
+    cluster_close(&k);
+}
+
 TEST(the_same_id_is_the_same_task)
 {
     struct cluster k;
@@ -480,7 +531,6 @@ TEST(a_manager_that_slept_blames_itself)
     cluster_close(&k);
 }
 
-/* It once tried several times a second, and logged each. */
 /* All nodes vanished at once, and the fault was in between: the first that was
  * back, half a second before the others, was given the tasks of all of them,
  * which still ran. */
@@ -510,6 +560,7 @@ TEST(of_many_lost_nodes_the_first_that_is_back_is_not_given_all_their_tasks)
     cluster_close(&k);
 }
 
+/* It once tried several times a second, and logged each. */
 TEST(a_manager_on_a_full_disk_tries_every_few_seconds_and_says_so_once)
 {
     struct cluster k;
