@@ -11445,8 +11445,9 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
  *   - handlers and callbacks may answer, cancel, close and free anything;
  *     whoever calls them is marked busy and looks again afterwards;
  *   - every wait of a server for a peer has a deadline, but that for the
- *     reader of a stream that has nothing to say, for whom the kernel asks
- *     (chapter 1); a call has the deadlines that its caller gives it.
+ *     reader of a stream that has nothing to say, or is patient: whether that
+ *     one is still there the kernel asks (chapter 1), and it keeps one of
+ *     max_connections; a call has the deadlines that its caller gives it.
  *
  * Interface:
  *   cube_http_parse            bytes to events (pure)
