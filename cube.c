@@ -28118,11 +28118,13 @@ static void cube_promises_forget(struct cube_manager *m)
 }
 
 /* Which node a task counts for, from 1 on; 0: for none. It mostly is the one
- * that it was before, so that all tasks are added up without a search for
- * each. */
+ * that it was before, or the task has ended, so that all tasks are added up
+ * without a search for each. */
 static size_t cube_promises_find(const struct cube_promises *p,
                                  const struct cube_task *t, size_t before)
 {
+    if (cube_task_is_finished(t) || !*t->node)
+        return 0;
     if (before > 0 && before <= p->count &&
         cube_member_holds(p->members[before - 1], t))
         return before;
