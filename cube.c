@@ -27846,6 +27846,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_TREE_PAST "past"   /* of each, the last line before `events` */
 #define CUBE_LOST_MS 5000
 #define CUBE_LOST_LEAST_MS 2000 /* workers give a sign of life each second */
+#define CUBE_LATE_MS 500        /* that a sign of life may be late */
 #define CUBE_TICK_MS 250
 #define CUBE_ROUND 2000         /* tasks looked at each second without cause */
 #define CUBE_PAUSE_MS 4000      /* of our own changes, after a failed commit */
@@ -29961,10 +29962,20 @@ static void cube_member_lose(struct cube_member *n)
     cube_manager_log_node(m, n, "it gave no sign of life");
 }
 
+/* Has it been silent for half of the time after which it is lost? Where that
+ * time is short, for longer than lies between two signs of life. */
+static bool cube_member_is_late(const struct cube_member *n, int64_t silent_ms)
+{
+    int64_t apart_ms = n->is_polled ? CUBE_POLL_MS : CUBE_BEAT_MS;
+
+    return silent_ms > n->manager->lost_after_ms / 2 &&
+           silent_ms > apart_ms + CUBE_LATE_MS;
+}
+
 /* Nodes that have been silent for too long are lost; and are so many lost, or
  * about to be, that moves are paced? Those that vanish together are not lost
  * in one tick, since their last signs of life were up to a second apart: one
- * that has been silent for half of that time counts.
+ * that is late counts.
  *
  *     lost, of those known     paced     one that has been lost for over a
  *     2 of 3                   no        minute is neither: it belongs to
@@ -29992,7 +30003,7 @@ static void cube_manager_count_lost(struct cube_manager *m, int64_t now)
             continue; /* that one is not part of what happens now */
         known++;
         lost += n->state == CUBE_NODE_LOST ||
-                (was_there && silent_ms > m->lost_after_ms / 2);
+                (was_there && cube_member_is_late(n, silent_ms));
     }
     if (lost >= 3 && lost * 2 > known)
         m->paced_ms = now + CUBE_PACED_ON_MS;

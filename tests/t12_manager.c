@@ -560,6 +560,48 @@ TEST(of_many_lost_nodes_the_first_that_is_back_is_not_given_all_their_tasks)
     cluster_close(&k);
 }
 
+/* With --lost-after 3s, three workers of the Go program, which are polled each
+ * two seconds, counted as about to be lost before each poll: so the tasks of a
+ * node that was lost were moved one a second. */
+TEST(moves_are_paced_for_nodes_that_are_late_by_their_own_measure)
+{
+    static const struct {
+        bool is_polled;
+        int64_t lost_after_ms, silent_ms;
+        bool is_paced;
+        const char *reason;
+    } rows[] = {
+        {true, 3000, 2200, false, "the next poll is about to come"},
+        {true, 3000, 2700, true, "it should have come"},
+        {true, 5000, 2700, true, "half of that time"},
+        {false, 2000, 1200, false, "a beat is late"},
+        {false, 2000, 1700, true, "it should have come"},
+        {false, 5000, 2400, false, "not for half of that time"},
+        {false, 5000, 2700, true, "half of that time"},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cluster k;
+        struct cube_list *link;
+        int64_t now;
+
+        test_row("row %zu, %s", i, rows[i].reason);
+        cluster_open(&k, 3);
+        now = k.world.now_ms;
+        k.manager->lost_after_ms = rows[i].lost_after_ms;
+        for (link = k.manager->members.next; link != &k.manager->members;
+             link = link->next) {
+            struct cube_member *n = CUBE_OF(link, struct cube_member, link);
+
+            n->is_polled = rows[i].is_polled;
+            n->last_sign_ms = now - rows[i].silent_ms;
+        }
+        cube_manager_count_lost(k.manager, now);
+        CHECK_INT(k.manager->paced_ms > now, rows[i].is_paced);
+        cluster_close(&k);
+    }
+}
+
 /* It once tried several times a second, and logged each. */
 TEST(a_manager_on_a_full_disk_tries_every_few_seconds_and_says_so_once)
 {
