@@ -167,9 +167,11 @@ static void inspect(struct cube_runtime *rt, const char *id,
     later((struct call){.box = find(id), .on_box = fn, .arg = arg});
 }
 
-static void watch(struct cube_runtime *rt, cube_change_fn *fn, void *arg)
+static void watch(struct cube_runtime *rt, const char *worker,
+                  cube_change_fn *fn, void *arg)
 {
     (void)rt;
+    (void)worker;
     on_change = fn;
     change_arg = arg;
 }
