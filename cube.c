@@ -12458,6 +12458,21 @@ static int cube_http_place_known(const struct cube_http_place *place,
     return count;
 }
 
+/* Does it lead to this machine, from wherever one asks: a unix socket, or a
+ * loopback address? Of a name, only localhost is known to. */
+static bool cube_http_place_is_here(const struct cube_http_place *place)
+{
+    static const unsigned char loopback[16] = {[15] = 1};
+    struct cube_addr addrs[CUBE_JOB_ADDRS];
+
+    if (cube_http_place_known(place, addrs) == 0)
+        return false;
+    return addrs[0].kind == CUBE_ADDR_UNIX ||
+           (addrs[0].kind == CUBE_ADDR_IP4 && addrs[0].ip[0] == 127) ||
+           (addrs[0].kind == CUBE_ADDR_IP6 &&
+            memcmp(addrs[0].ip, loopback, sizeof loopback) == 0);
+}
+
 /* ---- Percent-encoding ---- */
 
 /* A target is cut up first and decoded afterwards, RFC 3986, section 2.4: in
@@ -22184,9 +22199,8 @@ static char *cube_docker_host(const char *where)
 {
     struct cube_http_place place;
 
-    if (cube_http_place_parse(where, &place, NULL) < 0 || place.is_unix ||
-        cube_text_starts(place.host, "127.") ||
-        !strcmp(place.host, "localhost") || !strcmp(place.host, "::1"))
+    if (cube_http_place_parse(where, &place, NULL) < 0 ||
+        cube_http_place_is_here(&place))
         return NULL;
     return cube_text_dup(place.host);
 }
@@ -27408,14 +27422,6 @@ static void cube_worker_rejoin(void *arg)
     cube_buf_free(&body);
 }
 
-/* Can only this machine reach "host:port"? */
-static bool cube_host_is_loopback(const char *where)
-{
-    return cube_text_starts(where, "127.") ||
-           cube_text_starts(where, "localhost") ||
-           cube_text_starts(where, "[::1]");
-}
-
 /* Does "host:port" mean all addresses, so that it names none? */
 static bool cube_host_is_any(const char *where)
 {
@@ -27428,7 +27434,7 @@ static bool cube_host_is_any(const char *where)
  * out from a node that never comes up. */
 static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
 {
-    struct cube_http_place place = {0};
+    struct cube_http_place place = {0}, manager = {0};
     struct cube_buf base = {0};
 
     if (!w->advertise) {
@@ -27448,7 +27454,9 @@ static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
         place.port == 0)
         return cube_fail(err, CUBE_EINVAL, "advertise \"%s\": expected "
                          "host:port", w->advertise);
-    if (cube_host_is_loopback(w->advertise) && !cube_host_is_loopback(w->join))
+    if (cube_http_place_is_here(&place) &&
+        cube_http_split_place(w->join, &manager) == 0 &&
+        !cube_http_place_is_here(&manager))
         return cube_fail(err, CUBE_EINVAL, "join %s: the worker is at %s, "
                          "which no other machine can reach: let it listen "
                          "elsewhere with --host", w->join, w->advertise);

@@ -2103,6 +2103,8 @@ TEST(the_host_of_an_engine_elsewhere_is_known)
         {"tcp://127.0.0.1:2375", NULL},
         {"tcp://localhost", NULL},
         {"tcp://[::1]:2375", NULL},
+        {"tcp://LocalHost:2375", NULL},
+        {"tcp://127.example:2375", "127.example"},
         {"tcp://engine.example:2375", "engine.example"},
         {"tcp://[fd00::5]:2375", "fd00::5"},
         {"http://10.0.0.7:2375", "10.0.0.7"},

@@ -688,6 +688,39 @@ TEST(what_the_engine_refuses_is_failed_in_its_words)
     cluster_close(&k);
 }
 
+/* "localhost-2" was taken for this machine, as it begins so. */
+TEST(a_worker_that_no_manager_elsewhere_can_reach_does_not_start)
+{
+    static const struct {
+        const char *advertise, *join;
+        bool starts;
+    } rows[] = {
+        {"127.0.0.1:5556", "127.0.0.1:5555", true},
+        {"[::1]:5556", "LOCALHOST:5555", true},
+        {"127.0.0.1:5556", "10.0.0.1:5555", false},
+        {"localhost:5556", "localhost-2:5555", false},
+        {"[::1]:5556", "127.example:5555", false},
+        {"localhost-3:5556", "localhost-2:5555", true},
+    };
+    struct cluster k;
+
+    cluster_open(&k, 0);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_worker_options o = {
+            .name = "w", .listen = "127.0.0.1:0", .data_dir = k.dir,
+            .store = "memory", .runtime = "process",
+            .advertise = rows[i].advertise, .join = rows[i].join};
+        struct cube_err err = {0, ""};
+        struct cube_worker *w = cube_worker_new(k.loop, &o, &err);
+
+        test_row("%s at %s", rows[i].advertise, rows[i].join);
+        CHECK_INT(w != NULL, rows[i].starts);
+        CHECK(w || strstr(err.text, "which no other machine can reach"));
+        cube_worker_free(w);
+    }
+    cluster_close(&k);
+}
+
 TEST(a_node_joins_and_is_forgotten)
 {
     struct cluster k;
