@@ -23484,17 +23484,15 @@ static int cube_process_port(struct cube_process_ports *s, const char *port,
 {
     struct cube_port *slot = cube_port_slot(s->chosen, port);
     const char *protocol = "tcp";
-    uint64_t number = 0;
+    int number = cube_port_of_host(wanted), inner, r;
     char text[16];
-    int inner, r;
 
     (void)cube_port_parse(port, &inner, &protocol);
-    (void)cube_text_u64(wanted, strlen(wanted), 65535, &number);
-    (void)snprintf(text, sizeof text, "%d", (int)number);
+    (void)snprintf(text, sizeof text, "%d", number);
     if (number == 0)
         r = cube_process_free_port(s, protocol);
     else
-        r = cube_process_named_port(s, (int)number, protocol);
+        r = cube_process_named_port(s, number, protocol);
     if (r == -EADDRINUSE)
         return cube_fail(err, CUBE_EBUSY, "Bind for 0.0.0.0:%s failed: port "
                          "is already allocated", text);
@@ -25048,21 +25046,19 @@ static void cube_node_add_port(struct cube_node *node, const char *port,
     const char *name = task->name[0] ? task->name : task->id;
     struct cube_node_port *slot;
     const char *protocol;
-    uint64_t number;
-    int inner;
+    int number = cube_port_of_host(host_port), inner;
 
-    if (cube_text_u64(host_port, strlen(host_port), 65535, &number) ||
-        number == 0 || cube_port_parse(port, &inner, &protocol))
+    if (number == 0 || cube_port_parse(port, &inner, &protocol))
         return;
     for (size_t i = 0; i < node->port_count; i++) {
-        if (node->ports[i].number == (int)number &&
+        if (node->ports[i].number == number &&
             !strcmp(node->ports[i].protocol, protocol))
             return;
     }
     node->ports = cube_resize(node->ports, (node->port_count + 1) *
                                                sizeof *node->ports);
     slot = &node->ports[node->port_count++];
-    slot->number = (int)number;
+    slot->number = number;
     slot->protocol = protocol;
     memcpy(slot->id, task->id, sizeof slot->id);
     slot->task = cube_text_dup(name);
@@ -25369,15 +25365,13 @@ static bool cube_sched_has_ports(const struct cube_sched_case *c)
     const struct cube_publishes *want = &c->p->task->port_bindings;
 
     for (size_t i = 0; i < want->count; i++) {
-        const char *host_port = want->list[i].host_port, *protocol;
-        uint64_t number;
-        int inner;
+        int number = cube_port_of_host(want->list[i].host_port), inner;
+        const char *protocol;
 
-        if (cube_text_u64(host_port, strlen(host_port), 65535, &number) ||
-            number == 0 ||
+        if (number == 0 ||
             cube_port_parse(want->list[i].port, &inner, &protocol))
             continue; /* any free one will do */
-        if (!cube_sched_has_port(c, (int)number, protocol))
+        if (!cube_sched_has_port(c, number, protocol))
             return false;
     }
     return true;
