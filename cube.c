@@ -28029,13 +28029,15 @@ static struct cube_charge *cube_charge_of(struct cube_manager *m,
     return c;
 }
 
-/* Has it looked at, later in this turn or in one that follows. */
+/* Has it looked at, later in this turn or in one that follows. One that is due
+ * already keeps its place: whoever is behind others has its turn, however often
+ * those are touched. */
 static void cube_charge_touch(struct cube_charge *c)
 {
     struct cube_manager *m = c->manager;
 
-    cube_list_remove(&c->dirty);
-    cube_list_add(&m->dirty, &c->dirty);
+    if (cube_list_is_empty(&c->dirty))
+        cube_list_add(&m->dirty, &c->dirty);
     cube_defer_set(m->loop, &m->pass, cube_manager_pass, m);
 }
 

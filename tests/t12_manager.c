@@ -341,11 +341,12 @@ TEST(a_task_that_will_wait_is_written_once_with_its_reason)
     cluster_close(&k);
 }
 
-/* A scheduler that needs a millisecond to refuse a task. */
+/* A scheduler that takes its time to refuse a task. */
 struct slow_scheduler {
     struct cube_scheduler base;
     struct jump_world *world;
-    int asked;
+    int takes_ms;
+    int asked, asked_last; /* the second for a task of the name "last" */
 };
 
 static bool slow_refusal(void *ctx, const struct cube_placement *p,
@@ -353,10 +354,10 @@ static bool slow_refusal(void *ctx, const struct cube_placement *p,
 {
     struct slow_scheduler *s = ctx;
 
-    (void)p;
     (void)node;
-    s->world->now_ms++;
+    s->world->now_ms += s->takes_ms;
     s->asked++;
+    s->asked_last += !strcmp(p->task->name, "last");
     cube_buf_puts(why, "not today");
     return false;
 }
@@ -365,7 +366,8 @@ static bool slow_refusal(void *ctx, const struct cube_placement *p,
  * second and a half. */
 TEST(many_who_wait_are_looked_at_in_slices)
 {
-    struct slow_scheduler slow = {.base.candidate = slow_refusal};
+    struct slow_scheduler slow = {.base.candidate = slow_refusal,
+                                  .takes_ms = 1};
     struct cluster k;
     int asked = 0;
 
@@ -385,6 +387,34 @@ TEST(many_who_wait_are_looked_at_in_slices)
         CHECK(slow.asked - asked <= CUBE_SLICE_MS);
     }
     CHECK(slow.asked >= 40);
+    cluster_close(&k);
+}
+
+/* Tasks end all the time, and each time all who wait are looked at again: the
+ * first of them, for whom there is no room, must not keep the last from its
+ * turn. */
+TEST(who_waits_last_is_looked_at_however_often_there_is_room)
+{
+    struct slow_scheduler slow = {.base.candidate = slow_refusal};
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    slow.base.ctx = &slow;
+    slow.world = &k.world;
+    k.manager->scheduler = &slow.base;
+    for (int i = 0; i < 40; i++)
+        CHECK_INT(ask(&k, "POST", "/tasks", "{\"Name\":\"x\",\"Image\":"
+                      "\"nginx\"}"), 201);
+    CHECK_INT(ask(&k, "POST", "/tasks", "{\"Name\":\"last\",\"Image\":"
+                  "\"nginx\"}"), 201);
+    cluster_run(&k, 1000);
+    slow.takes_ms = CUBE_TICK_MS / 10;
+    slow.asked = slow.asked_last = 0;
+    while (slow.asked < 41 * 3) {
+        k.manager->has_room = true;
+        cluster_turn(&k);
+    }
+    CHECK(slow.asked_last >= 2);
     cluster_close(&k);
 }
 
