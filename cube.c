@@ -19557,7 +19557,20 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
 #define CUBE_DOCKER_KILLED_MAX 4096 /* containers that were sent a signal */
 #define CUBE_DOCKER_LABEL "cube.task"
 
-/* How long each kind of call may take before the engine counts as hung. */
+/* How long each kind of call may take before the engine counts as hung. What
+ * is counted is one request, from its sending to the end of its answer; a call
+ * that first has to greet the engine waits for that, too.
+ *
+ *     ping       10 s     it needs nothing but the engine
+ *     ask        30 s     it reads what the engine has
+ *     do        120 s     it writes to disk, or waits for processes to die
+ *     stop      120 s     and before it the grace, which the engine waits out
+ *     pull      300 s     of silence; how long it is at work does not count
+ *     events    -         quiet for days: a ping is asked beside it, see there
+ *     logs      -         quiet as long as the container is
+ *
+ * Too short is worse than too long. A create that was given up may be done a
+ * second later: its container is there, and nobody was told its ID. */
 #define CUBE_DOCKER_PING_MS 10000
 #define CUBE_DOCKER_ASK_MS 30000    /* inspect, list */
 #define CUBE_DOCKER_DO_MS 120000    /* create, start, kill, remove */
@@ -19567,7 +19580,33 @@ CUBE_API int cube_stats_parse(const char *json, size_t len,
 #define CUBE_DOCKER_AGAIN_MS 100    /* first delay of a reconnect, doubled */
 #define CUBE_DOCKER_AGAIN_MAX_MS 5000
 
-/* ---- The interface ---- */
+/* ---- The interface ----
+ *
+ * A runtime is a table of functions and, behind it in memory, whatever they
+ * need. A worker knows no more of it than the first part:
+ *
+ *     struct cube_docker           struct cube_process      a program's own
+ *     +---------------------+      +-------------------+    +--------------+
+ *     | rt: ops, loop, name |      | rt                |    | rt           |
+ *     +---------------------+      +-------------------+    +--------------+
+ *     | client, version,    |      | root, boxes,      |    | ...          |
+ *     | ops under way, ...  |      | ops, limits, ...  |    |              |
+ *     +---------------------+      +-------------------+    +--------------+
+ *
+ * Why a table, where there are two kinds and a `switch` would do: the worker's
+ * tests bring a third that fails on demand, a program can bring its own, and a
+ * worker must not be able to tell.
+ *
+ * Each function is asked now and answers later, in one of three ways, which
+ * is all that its caller has to tell apart:
+ *
+ *     err NULL                       it is so
+ *     err, and it is trouble         nothing is known; look at everything
+ *                                    again, and then decide again
+ *     err, and it is not trouble     a no: to a start, the task has Failed in
+ *                                    these words; to a stop or a removal, the
+ *                                    caller asks again after a while
+ */
 
 /* A log stream's part that all runtimes share; theirs follows it. */
 struct cube_logs {
@@ -19586,6 +19625,9 @@ CUBE_API bool cube_runtime_is_trouble(const struct cube_err *err)
                    err->code == CUBE_EIO || err->code == CUBE_EPROTO);
 }
 
+/* Calls under way are given up without a word, whatever they have reached: a
+ * container that a create has made by then stays, and its labels tell the next
+ * runtime whose it is. */
 CUBE_API void cube_runtime_free(struct cube_runtime *rt)
 {
     if (rt)
@@ -19593,7 +19635,8 @@ CUBE_API void cube_runtime_free(struct cube_runtime *rt)
 }
 
 /* An empty container: all texts "", no ports known. Any runtime fills one of
- * these; cube_container_clear frees it. */
+ * these; cube_container_clear frees it. Texts are never NULL, not even in one
+ * that an answer did not fill, so that whoever reads them needs no tests. */
 static void cube_container_init(struct cube_container *c)
 {
     char **texts[] = {&c->id, &c->name, &c->task, &c->cluster, &c->worker,
@@ -19628,13 +19671,23 @@ static void cube_container_clear(struct cube_container *c)
  *    chunk 1            chunk 2
  *    {"status":"Pu      lling"}{"status":"}"}
  *                             ^1            ^2   each() at 1 and at 2
+ *
+ * Why not split at newlines: nobody promises them, and what needs none cannot
+ * be wrong about them. The second object above, byte by byte; the brace in the
+ * string is a letter like any other:
+ *
+ *     byte        {  "  s  t  ..  s  "  :  "  }  "  }
+ *     depth       1  1  1  1      1  1  1  1  1  1  0   <- complete
+ *     in string   -  x  x  x      x  -  -  x  x  -  -
+ *
  * An object's, part of what it is fed for. State between two chunks is three
  * facts: how many braces are open, whether a string is, and whether its last
  * character was a backslash. */
 struct cube_objects {
     struct cube_buf buf; /* the object that is not complete yet */
-    int depth;
-    bool is_string, is_escaped;
+    int depth;           /* braces that are open */
+    bool is_string;      /* within quotes, where braces do not count */
+    bool is_escaped;     /* behind a backslash, where a quote is a letter */
 };
 
 typedef void cube_object_fn(void *arg, struct json_value_s *object);
@@ -19706,7 +19759,26 @@ static void cube_objects_feed(struct cube_objects *o, const char *p,
  *     "Config":{"Tty":false,"Labels":{"cube.task":"...","cube.spec":"..."}},
  *     "NetworkSettings":{"Ports":{"80/tcp":[{"HostIp":"0.0.0.0",
  *                                            "HostPort":"32768"}]}}}
- */
+ *
+ * Engines have a dozen words for the state; we have three, one for each thing
+ * that can be done about it:
+ *
+ *     Status                                we say              what to do
+ *     created, configured, initialized      CUBE_BOX_CREATED    start it
+ *     running, paused; or Running is true   CUBE_BOX_RUNNING    watch it
+ *     exited, dead, what we do not know     CUBE_BOX_EXITED     why? remove it
+ *
+ * And why it ended, or never began:
+ *
+ *     Status   ExitCode OOMKilled Error         exit   in words
+ *     exited     3      false     ""             3     (none)
+ *     exited   137      true      ""           137     killed: out of memory
+ *     exited     0      true      ""             0     (none: a child was)
+ *     created  128      false     "port is      -      port is already ..
+ *                                  already .."
+ *
+ * The last row is a start that failed: it has an ExitCode, but nothing of the
+ * task has run, and so has_exit is false. */
 
 /* The text of a key, or "". Borrowed from the object; it lives as long as that
  * does. A key that is missing, null or no text are all the same to us. */
@@ -19794,6 +19866,12 @@ static void cube_docker_read_state(struct cube_container *c,
 
 /* Host ports by container port. A port that is exposed and not published has
  * null, or an empty list. Podman leaves the address of "everywhere" empty.
+ *
+ *     "80/tcp":[{"HostIp":"0.0.0.0","HostPort":"32768"},
+ *               {"HostIp":"::","HostPort":"32768"}]     80/tcp, two bindings
+ *     "80/tcp":[{"HostIp":"","HostPort":"32768"}]       80/tcp, at 0.0.0.0
+ *     "81/tcp":null                                     81/tcp, none
+ *
  * c->ports owns what is added. It stops when the task's limit of ports is
  * reached. */
 static void cube_docker_read_ports(struct cube_container *c,
@@ -19843,7 +19921,32 @@ static int cube_docker_read(struct cube_container *c, const char *json,
     return 0;
 }
 
-/* ---- What to create ---- */
+/* ---- What to create ----
+ *
+ * A task in the engine's words. What is missing in the right column is what
+ * the engine is not told, on purpose:
+ *
+ *     Image              "Image"
+ *     Cmd, Env           "Cmd", "Env"; left out when there are none
+ *     Name               the query's ?name=, if it can be had
+ *     Cpu      0.5       "NanoCpus":500000000
+ *     Memory   67108864  "Memory":67108864, in bytes on both sides
+ *     Disk               -  it counts when a node is chosen; most engines can
+ *                           limit no container's
+ *     ExposedPorts,      "ExposedPorts", "PortBindings", "PublishAllPorts"
+ *      PortBindings
+ *     RestartPolicy      -  the worker's, which counts restarts and waits
+ *     HealthCheck        -  the worker's, which asks from outside
+ *     all of it          the label cube.spec, to be found again
+ *
+ * Ports. A task that exposes 80 and 81/udp, binds 80/tcp to 8080, and 90 to
+ * any (""), has each of them once, since some engines refuse a key twice:
+ *
+ *     "ExposedPorts":{"81/udp":{},"80/tcp":{},"90/tcp":{}}
+ *     "PublishAllPorts":true                  81/udp has no host port yet
+ *     "PortBindings":{"80/tcp":[{"HostPort":"8080"}],
+ *                     "90/tcp":[{"HostPort":""}]}
+ */
 
 /* The container's name for a task's: `web`, then `web-1a2b3c4d` when somebody
  * has that, then "", which lets the engine choose. Engines want two characters
@@ -20022,7 +20125,32 @@ static void cube_docker_spec(const struct cube_start *what,
     cube_buf_addc(out, '}');
 }
 
-/* ---- Images and credentials ---- */
+/* ---- Images and credentials ----
+ *
+ * An image's name holds three things: where it is, what it is called there,
+ * and which of its versions is meant. The engine wants them apart only as far
+ * as the version; the registry is what decides which login goes along.
+ *
+ *     localhost:5000/team/web:1.27
+ *     |-- registry --|-name--|tag-|       the registry ends at the first slash
+ *
+ *     image                  registry             why
+ *     nginx                  index.docker.io      no slash: no registry
+ *     team/web               index.docker.io      "team" is no host: no dot,
+ *                                                 no colon, not localhost
+ *     docker.io/team/web     index.docker.io      its own short name for it
+ *     r.example/web          r.example            a dot
+ *     localhost/web          localhost            by that name
+ *
+ * The login itself is one header of the pull, and nothing of it stays here:
+ *
+ *     ~/.docker/config.json   {"auths":{"r.example:5000":{"auth":
+ *                                       "dTpwOnE="}}}   which is  u:p:q
+ *     the header, decoded     {"username":"u","password":"p:q",
+ *                              "serveraddress":"r.example:5000"}
+ *
+ * A password may have colons, a user's name may not: the first one parts them.
+ */
 
 /* The query that pulls an image: "nginx" is its tag latest, a digest goes
  * where the tag goes.
@@ -20158,19 +20286,38 @@ static void cube_registry_auth(const struct cube_world *w, const char *image,
  *     "id":"a2abf6c4d29d"}
  *    {"status":"Pull complete","progressDetail":{},"id":"a2abf6c4d29d"}
  *    {"errorDetail":{"message":"..."},"error":"..."}
+ *
+ * What is made of a stream, line by line: a table of layers and a few words.
+ *
+ *    line                                   layers           words
+ *    Pulling from library/nginx  (latest)   -                pulling nginx
+ *    Already exists              a          a there          1 of 1 layer
+ *    Pulling fs layer            b          a there, b       1 of 2 layers
+ *    Downloading 12300000        b          a there, b 12.3  .., 12.3 MB
+ *    Pull complete               b          both there       2 of 2 layers,
+ *                                                            12.3 MB
+ *
+ * The id of the first line is the tag, and no layer. Podman's last word on a
+ * layer is "Download complete", which Docker says of one that it has yet to
+ * unpack. How it went is not in the words but in the end of the stream:
+ *
+ *    200, the end, no error among the lines    it is here
+ *    200, a line with "error"                  a no, in that line's words
+ *    404; 5xx of one that is otherwise well    a no, in the answer's words
+ *    cut, or silent for 300 s                  trouble
  */
 struct cube_layer {
-    char *id;
-    int64_t bytes; /* downloaded */
-    bool is_done;
+    char *id;      /* owned by the pull */
+    int64_t bytes; /* downloaded; those of the last line, not a sum */
+    bool is_done;  /* nothing more is to come of it */
 };
 
 /* A part of the start that pulls; zeros are a pull that has not begun. */
 struct cube_pull {
-    struct cube_objects objects;
-    struct cube_layer *layers;
+    struct cube_objects objects; /* the stream, on its way to be lines */
+    struct cube_layer *layers;   /* in the order in which they were heard of */
     size_t count;
-    char *error; /* NULL: none came */
+    char *error; /* the first; NULL: none came */
     bool is_podman; /* which says no more of a layer once it has come */
 };
 
@@ -20266,6 +20413,31 @@ static void cube_pull_words(const struct cube_pull *p, const char *image,
  *       ^             ^                             |                 |
  *       |             +---- 400: other version -----+                 |
  *       +---------------------- ask the next one <--------------------+
+ *
+ * How what can go wrong is told apart, from the outside in. Each row is what
+ * on_answer gets; the first four say nothing of the container that was asked
+ * about, and no op has to know one from the other:
+ *
+ *     no socket, refused, reset        trouble, CUBE_ECONN
+ *     no complete answer in its time   trouble, CUBE_ETIMEOUT: it hangs
+ *     the body is cut, or beyond 64 MB trouble, CUBE_ECONN
+ *     nobody greets us with a version  trouble, to all who wait for it
+ *     400 "too old", "too new"         nothing: it is asked again, with what
+ *                                      the engine is now; twice is a no
+ *     any other answer                 status and body, as they came
+ *
+ * and cube_docker_fail makes an error of it for those who wanted a success. A
+ * kept connection that died while it was idle is chapter 6's: it takes another
+ * one where that cannot do a thing twice, and else this is a reset.
+ *
+ * How the engine is, as the worker shows it and the log tells it:
+ *
+ *     answer         is_up    is_down    said in the log
+ *     below 500      true     false      once, if it was down: answers again
+ *     5xx            false    as before  nothing; the next may be better
+ *     none           false    true       once: does not answer; the version is
+ *                                        forgotten, since what comes back may
+ *                                        be another engine
  */
 struct cube_docker;
 struct cube_docker_op;
@@ -20274,11 +20446,11 @@ struct cube_docker_op;
  * all of it is gone when the callback returns. body is never NULL and ends
  * with a zero byte behind len. */
 struct cube_docker_answer {
-    int status;
-    const char *body;
+    int status;                        /* means nothing beside trouble */
+    const char *body;                  /* of a streamed 200: empty */
     size_t len;
-    const struct cube_http_head *head;
-    const struct cube_err *trouble;
+    const struct cube_http_head *head; /* borrowed from chapter 6; or NULL */
+    const struct cube_err *trouble;    /* NULL: an answer came, whole */
 };
 
 typedef void cube_docker_answer_fn(struct cube_docker_op *op,
@@ -20291,19 +20463,19 @@ typedef void cube_docker_piece_fn(struct cube_docker_op *op, const char *p,
  * the struct around it at its end. Strings that it asks with are its own;
  * method is borrowed from a literal. */
 struct cube_docker_op {
-    struct cube_list link;
+    struct cube_list link; /* in d->ops */
     struct cube_docker *d;
     void (*free)(struct cube_docker_op *op); /* of the whole struct */
-    cube_docker_answer_fn *on_answer;
+    cube_docker_answer_fn *on_answer; /* of the step that is being taken */
     cube_docker_piece_fn *on_piece; /* set: a 200's body comes in pieces */
     struct cube_http_call *call;    /* sent */
     bool is_waiting;                /* for the version */
     bool is_again;                  /* its version was refused once */
     unsigned round;                 /* of the waiting */
-    const char *method;
-    struct cube_buf target, body, auth;
+    const char *method;   /* "GET", "POST", "DELETE" */
+    struct cube_buf target, body, auth; /* without the version; "": none */
     struct cube_buf said; /* the body of a streamed answer that is no 200 */
-    int timeout_ms, idle_timeout_ms;
+    int timeout_ms, idle_timeout_ms; /* of all of it, of a silence; 0: none */
     int status;           /* of a streamed answer whose head has come */
 };
 
@@ -20312,11 +20484,11 @@ struct cube_docker_op {
  * like a quiet one. */
 struct cube_docker_watch {
     struct cube_docker_op op, ping;
-    struct cube_timer again, check;
-    int64_t cuts; /* since it was open */
+    struct cube_timer again, check; /* to open it; to ping */
+    int64_t cuts; /* since it was open: how long to wait before the next */
     bool is_open; /* its head has come */
     bool is_late; /* a ping was answered while it had not */
-    struct cube_objects objects;
+    struct cube_objects objects; /* the stream, on its way to be events */
     char *worker;       /* whose containers count; NULL: everybody's */
     cube_change_fn *fn; /* NULL: nobody watches */
     void *arg;
@@ -20341,10 +20513,10 @@ struct cube_docker_away {
 /* An object's, made by cube_docker_new and freed with all ops that are under
  * way, of which none is called back then. */
 struct cube_docker {
-    struct cube_runtime rt;
-    struct cube_http_client *client;
-    char *where;
-    struct cube_list ops;
+    struct cube_runtime rt;          /* what the worker sees */
+    struct cube_http_client *client; /* owned; it keeps the connections */
+    char *where;                     /* as it was given, for words */
+    struct cube_list ops;            /* all there are, hello and watch too */
     struct cube_docker_op hello; /* asks for version and name */
     int version;                 /* 1041 is 1.41; 0: not known */
     int least;                   /* the engine refused what is below */
@@ -20353,7 +20525,7 @@ struct cube_docker {
     bool is_keeping;             /* its containers outlive its restarts */
     struct cube_map killed;      /* IDs that somebody sent a signal to */
     struct cube_docker_away away[CUBE_DOCKER_AWAYS]; /* the last is newest */
-    unsigned round;
+    unsigned round;              /* of those who wait for the version */
     struct cube_docker_watch watch;
 };
 
@@ -20428,7 +20600,14 @@ static void cube_docker_note_away(struct cube_docker *d, bool is_back)
  * containers alone.
  * The worker then starts it again without counting a failure. An error in one
  * direction costs a start too many, in the other a task that the engine's
- * restart has ended for good. */
+ * restart has ended for good. Of an engine that is away from 12:00:10 to
+ * 12:00:25, as far as we could tell, so that from 12:00:07 to 12:00:27 counts:
+ *
+ *     ended 12:00:05   its own end      (before it went)
+ *     ended 12:00:08   interrupted      (it went before we noticed)
+ *     ended 12:00:26   interrupted      (found dead or ended by the new one)
+ *     ended 12:00:40   its own end
+ */
 static bool cube_docker_is_interrupted(const struct cube_docker *d,
                                        const struct cube_container *c)
 {
@@ -20645,7 +20824,19 @@ static void cube_docker_ask_id(struct cube_docker_op *op, const char *method,
     cube_docker_ask(op, timeout_ms, 0);
 }
 
-/* ---- The engine's words ---- */
+/* ---- The engine's words ----
+ *
+ * Whatever the engine says no with is shown to people as it stands, behind the
+ * name of what was asked: it knows best, and a search for its words finds its
+ * own documentation. They come in every form:
+ *
+ *     404 {"message":"No such container: c1"}       No such container: c1
+ *     404 {"cause":"..","message":"no container c1",
+ *          "response":404}              (Podman)    no container c1
+ *     404 Not Found\n                               Not Found
+ *     404 (no body); 404 {}; {"message":null}       the engine answered with
+ *                                                   status 404
+ */
 
 /* What an answer that is no success says: `message` of its JSON, else the text
  * itself, else its number. out is cleared and never empty: a message without
@@ -20700,7 +20891,24 @@ static int cube_docker_fail(const struct cube_docker_answer *a,
     return -1;
 }
 
-/* ---- Greeting: version and name ---- */
+/* ---- Greeting: version and name ----
+ *
+ * Nothing can be asked before it is known in which version, so whoever asks
+ * first makes `hello` ask for it, and waits; so do all who ask meanwhile:
+ *
+ *     op A, op B              hello                     engine
+ *     ask: waits, round 0 --> GET /_ping            --> 200, Api-Version: 1.41
+ *     ask: waits, round 0     GET /v1.41/info       --> 200 {"ID":..,"Name":..}
+ *     sent  <---------------- round 0 is over
+ *
+ * and when nobody answers, all of the round get the trouble in its place. An
+ * op that asks anew from its callback waits for round 1, with a greeting of
+ * its own; without the number it would be told of the old trouble again, and
+ * again, within one call.
+ *
+ * `hello` is no op of anybody's and never waits itself, so it is also what a
+ * refused version (a 400 to an op) starts again.
+ */
 
 /* Lets those go on that waited for the version; `a` set: there is none. Only
  * those that waited before this, since a callback may ask anew. A round is
@@ -20800,7 +21008,8 @@ static void cube_docker_on_hello(struct cube_docker_op *op,
     cube_docker_send(op);
 }
 
-/* Asks for the version, unless that is under way. */
+/* Asks for the version, unless that is under way. The one op that is sent
+ * without waiting, and whose 400 is not taken for a refused version. */
 static void cube_docker_greet(struct cube_docker *d)
 {
     struct cube_docker_op *op = &d->hello;
@@ -20815,12 +21024,32 @@ static void cube_docker_greet(struct cube_docker *d)
     cube_docker_send(op);
 }
 
-/* ---- Plain questions: stop, kill, remove, inspect ---- */
+/* ---- Plain questions: stop, kill, remove, inspect ----
+ *
+ * One request and its answer, except for a kill that failed. What is wished
+ * for is a state, not a deed: whoever stops what has stopped has got it.
+ *
+ *     wish      request                              it is so      else
+ *     stop      POST   /containers/{id}/stop?t=2     2xx 304 404   error
+ *     kill      POST   /containers/{id}/kill         2xx 409 404   inspect it
+ *     remove    DELETE /containers/{id}?force=1&v=1  2xx 404       error; 409
+ *                                                                  is trouble
+ *     inspect   GET    /containers/{id}/json         2xx           error
+ *
+ * The kill's second question, asked by nobody but it:
+ *
+ *     kill: 500    inspect: 404, or not running    it is so
+ *                  inspect: running                trouble: "it still runs"
+ *                  no answer, 5xx                  trouble
+ *
+ * An example: a grace of 1500 ms is ?t=2, as engines count whole seconds, and
+ * the answer may take 2 s and two minutes.
+ */
 
 /* What answers count as success beside 2xx, and what the words begin with. */
 struct cube_docker_verb {
     const char *name;
-    int fine[3];
+    int fine[3]; /* ends with a 0 */
 };
 
 static const struct cube_docker_verb cube_docker_stop_verb = {
@@ -20835,8 +21064,8 @@ static const struct cube_docker_verb cube_docker_inspect_verb = {
 /* One of the callbacks is set. An object's, from the question to its answer. */
 struct cube_docker_plain {
     struct cube_docker_op op;
-    const struct cube_docker_verb *verb;
-    char *id;
+    const struct cube_docker_verb *verb; /* a constant */
+    char *id;                            /* owned: a kill asks twice */
     cube_done_fn *on_done;
     cube_container_fn *on_container;
     cube_text_fn *on_text;
@@ -21041,15 +21270,53 @@ static void cube_docker_inspect_json(struct cube_runtime *rt, const char *id,
  *     POST   /containers/4e5f../start                204
  *     GET    /containers/4e5f../json                 200 -> fn(arg, c, NULL)
  *
+ * A name that somebody has. Once a part of the ID is added, then the engine is
+ * given none and chooses; a conflict even so is a no:
+ *
+ *     POST   /containers/create?name=web             409, Podman: 500
+ *     POST   /containers/create?name=web-efeadce0    409
+ *     POST   /containers/create                      201
+ *
+ * A port that somebody has. The container is there and may hold something, so
+ * it goes, and the no is told afterwards:
+ *
+ *     POST   /containers/c1/start                    500 .. port is already
+ *                                                        allocated
+ *     GET    /containers/c1/json                     200 created: it runs not,
+ *                                                    and the words are known
+ *     DELETE /containers/c1?force=1&v=1              204 -> fn(.., CUBE_EINVAL)
+ *
+ * A 500 that may be the last words of an engine:
+ *
+ *     POST   /containers/c1/start                    500 transport is closing
+ *     GET    /containers/c1/json                     200 created: words unknown
+ *            2 s                                     (it may be gone by then)
+ *     GET    /containers/json?all=1&filters=..       no answer: trouble, so
+ *                                                    fn(.., CUBE_ECONN)
+ *
+ * An engine that hangs, and what the next start of the same attempt finds:
+ *
+ *     POST   /containers/create?name=web             nothing in 120 s
+ *                                                    -> fn(.., CUBE_ETIMEOUT)
+ *     GET    /containers/json?all=1&filters=..       200 [c1, created, ours]
+ *     POST   /containers/c1/start                    204, as if nothing were
+ *
+ * What bounds it all, since each way back could go round for ever:
+ *
+ *     2 names, then none        name_try
+ *     2 pulls                   pulls; of each doubt anew
+ *     2 doubts, 2 s each        doubts
+ *     8 looks and creates       tries; then trouble, or that there is none
+ *
  * fn runs exactly once, unless the runtime is freed before. */
 struct cube_docker_start {
     struct cube_docker_op op;
-    struct cube_task *task;
-    char *cluster, *worker;
+    struct cube_task *task;  /* a copy, as all that was asked for: owned */
+    char *cluster, *worker;  /* UUIDs, or "" */
     int64_t attempt;
-    void (*progress)(void *arg, const char *words);
+    void (*progress)(void *arg, const char *words); /* or NULL */
     cube_container_fn *fn;
-    void *arg;
+    void *arg;               /* of both */
 
     char *id;               /* the container, once there is one; or NULL */
     bool is_found;          /* it was made by an earlier try */
@@ -21058,12 +21325,12 @@ struct cube_docker_start {
     int doubts;             /* how often a 5xx was not believed */
     struct cube_timer again; /* set: waits before it looks again */
     struct cube_err why;    /* what it will have failed of */
-    bool is_cancelled;
+    bool is_cancelled;      /* seen by the next answer, or by `defer` */
     bool can_cancel_now;    /* what is asked can be cut short */
-    struct cube_defer defer;
+    struct cube_defer defer; /* set: reports that it was cancelled */
     struct cube_pull pull;
     struct cube_buf words;  /* the last progress told */
-    int64_t told_ms;
+    int64_t told_ms;        /* when that was, by the loop's clock */
 };
 
 #define CUBE_DOCKER_PULLS_MAX 2 /* an image may go between pull and create */
@@ -21659,10 +21926,18 @@ static void cube_docker_start_give_up(void *arg)
     (void)cube_docker_is_over(arg);
 }
 
-/* A pull is cut short, which makes the engine drop it too; a create or start
- * on its way is waited for, since its container has to be removed. Unknown
- * tasks are fine: it ended a moment ago. The start reports CUBE_ECANCELED,
- * later, and what it has made by then is removed before. */
+/* What is under way when it is given up, and what becomes of it:
+ *
+ *     look, probe, pull, a pause    cut short; reported in the next turn
+ *     waiting for the version       the same: nothing was sent
+ *     create                        waited for: its answer has the ID, by which
+ *                                   the container is removed
+ *     start, inspect, check         waited for, then removed
+ *     clear, discard                waited for: it is being removed
+ *
+ * A pull that is cut short makes the engine drop it too. Unknown tasks are
+ * fine: it ended a moment ago. The start reports CUBE_ECANCELED, later, and
+ * what it has made by then is removed before. */
 static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
 {
     struct cube_docker *d = cube_docker_of(rt);
@@ -21685,15 +21960,26 @@ static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
     }
 }
 
-/* ---- List ---- */
-
-/* First the IDs, then an inspection of each: the engine's list lacks exit
- * codes, times and reasons. */
+/* ---- List ----
+ *
+ * First the IDs, then an inspection of each: the engine's list lacks exit
+ * codes, times and reasons. It is what a worker asks after everything that it
+ * does not understand, so it is all or nothing: one container too few in it
+ * would look like one that somebody has removed, and be started again.
+ *
+ *     GET /containers/json?all=1&filters={"label":["cube.task",
+ *                                                  "cube.worker=5f.."]}
+ *                                  200 [c1, c2, c3], null: none
+ *     GET /containers/c1/json      200: one
+ *     GET /containers/c2/json      404: gone since it was listed, so it is none
+ *     GET /containers/c3/json      200: one         -> fn(arg, [c1, c3], 2)
+ *                                  500, no answer   -> fn(arg, NULL, 0, err)
+ */
 struct cube_docker_list {
     struct cube_docker_op op;
-    char **ids;
+    char **ids;          /* owned, as each of them */
     size_t id_count, at; /* inspected so far */
-    struct cube_container *found;
+    struct cube_container *found; /* with room for all that were listed */
     size_t count;
     cube_containers_fn *fn;
     void *arg;
@@ -21827,13 +22113,22 @@ static void cube_docker_list(struct cube_runtime *rt, const char *worker,
  *     01 00 00 00 00 00 00 04 6f 75 | 74 0a 02 00 00 00 00 00 00 02 65 0a
  *     head: out, 4 bytes     "ou"  |  "t\n" head: errors, 2 bytes   "e\n"
  *
- * on_data is called with "ou", "t\n" and "e\n". */
+ * on_data is called with "ou", "t\n" and "e\n". What is kept from one chunk
+ * to the next is a place in the frame: so many bytes of its head, or so many
+ * still to come of its payload, never any of the payload itself.
+ *
+ * How a log ends, each of them once:
+ *
+ *     the stream's end, at a 200        on_end(NULL)
+ *     it is cut, or no answer           on_end(trouble)
+ *     404, 409, ...                     on_end(a no)
+ *     cancelled                         nothing */
 struct cube_docker_logs {
-    struct cube_logs logs;
+    struct cube_logs logs; /* first: what the receiver holds */
     struct cube_docker_op op;
-    struct cube_logs_options options;
+    struct cube_logs_options options; /* a copy */
     char *id;
-    bool is_raw;
+    bool is_raw;   /* of a terminal: no frames */
     unsigned char head[8];
     size_t have;   /* bytes of the head */
     uint32_t left; /* bytes of the payload still to come */
@@ -21997,6 +22292,26 @@ static void cube_docker_logs_cancel(struct cube_runtime *rt,
  *    (away) ------------> (open) ------------------> (away)
  *       ^    says NULL       | says the task            |
  *       +---- delay: 100 ms, doubled, at most 5 s ------+
+ *
+ * What an event does, by its Action; each of a task of ours also says the task,
+ * but for exec_..., of which a health check of the engine's own sends three:
+ *
+ *     kill                      its ID is remembered: somebody sent a signal
+ *     start, destroy, remove    forgotten
+ *     die, stop, oom, ...       nothing more
+ *
+ * A dead connection and a quiet engine look alike from here, so the ping is
+ * asked beside the stream. One that hangs at second 17, with its stream open:
+ *
+ *     0 s     the stream is asked for, and opens
+ *     15 s    ping: well
+ *     17 s    (it hangs; the stream says nothing, as before)
+ *     30 s    ping: no answer yet
+ *     40 s    ping: no answer in 10 s. The stream is given up, and opened
+ *             again after 0.1 s; whoever watches hears NULL once it is open
+ *
+ * and one whose pings are answered while the stream's head does not come is
+ * given up at the second of them: is_late after the first.
  */
 
 /* Mutual recursion: what was cut is opened again, and may be cut again. */
@@ -22151,7 +22466,16 @@ static void cube_docker_watch(struct cube_runtime *rt, const char *worker,
                    cube_docker_watch_check, d);
 }
 
-/* ---- Docker and Podman: the whole ---- */
+/* ---- Docker and Podman: the whole ----
+ *
+ * Who frees what, when a worker ends in the middle of everything:
+ *
+ *     ops under way      by their `free`; a call is cancelled first, so that
+ *                        chapter 6 does not call into what is gone
+ *     hello, watch, ping stand in the struct itself: only what they hold
+ *     the client         after the ops, since they cancel their calls at it
+ *     containers         never: they run on, and are adopted
+ */
 
 /* Gives up all that is under way, without a word, and closes the client. No
  * callback runs, in it or afterwards. Containers go on running, which is the
@@ -22253,6 +22577,13 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
  *        lock, log, log.N, exit, work/       as chapter 1 draws them
  *   DIR/run/<worker>/.gone-...               removed, its files not yet
  *
+ *   .../1a2b..-1-0/lock    started 1700000000123456789\n
+ *                          pid 4711\n                      the command's
+ *   .../1a2b..-1-0/exit    code 137\nsignal 9\noom 0\nerror 0\n
+ *                          started 1700000000123456789\n
+ *                          finished 1700000003123456789\n
+ *                          lost 1\n                        if we wrote it
+ *
  * The name of the directory is the container's ID. The directory is the
  * truth: what we keep in memory is a copy of `spec`, which never changes, and
  * a descriptor of the supervisor to see it end. After a restart of the worker
@@ -22270,7 +22601,26 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
  *   spec: {"Name":"web","Cluster":"...","Worker":"...","Attempt":1,
  *          "Restart":0,"Created":"2025-...Z","Limits":"memory by ...",
  *          "Ports":{"80/tcp":[{"HostIp":"0.0.0.0","HostPort":"8080"}]},
- *          "Task":{...}}
+ *          "Task":{...}}\n
+ *
+ * What is on the disk when, from one start to its end. Whoever dies between
+ * two lines leaves what stands above them, and the next worker takes it for
+ * what stands on the right, with its supervisor alive or without:
+ *
+ *     who         does                                 alive     dead
+ *     runtime     makes 1a2b..-1-0/work                -         none of ours
+ *     runtime     cgroups, spec.new, renamed to spec   -         created
+ *     supervisor  locks lock; "started N" in it        running   lost
+ *     supervisor  log; exit.new, 512 zeros             running   lost
+ *     supervisor  clones the command; "pid N" in lock  running   lost
+ *     command     joins its cgroups, execs             running   lost
+ *     supervisor  reports 0: the start is over         running   lost
+ *     command     ends                                 running   lost
+ *     supervisor  kills what is left; exit             running   exited
+ *     supervisor  cgroups removed; ends, lock free     -         exited
+ *
+ * A supervisor that fails before the command exists empties lock again, so
+ * that this is not lost, but created, and the start can be repeated.
  *
  * A process binds its ports by itself. It is told which: CUBE_PORT_80=8080
  * for container port 80/tcp, CUBE_PORT_53_UDP for 53/udp, PORT for the lowest
@@ -22308,23 +22658,23 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
 
 /* Where cgroups can be made; NULL: they cannot. In version 2 both are one. */
 struct cube_process_limits {
-    int version;
-    char *memory, *cpu;
+    int version;        /* of cgroups: 1 or 2 */
+    char *memory, *cpu; /* directories, owned; ours are made below them */
 };
 
 /* An object's. `boxes` is a copy of what the directories say, refreshed by
  * each call that needs it; nothing is lost with it. */
 struct cube_process {
     struct cube_runtime rt; /* first */
-    const struct cube_world *w;
+    const struct cube_world *w; /* the loop's */
     char *root;             /* DIR/run */
     struct cube_map boxes;  /* ID to struct cube_process_box */
-    struct cube_list ops, logs;
-    struct cube_process_limits limits;
+    struct cube_list ops, logs; /* not answered yet; not at their end */
+    struct cube_process_limits limits; /* what we may do; found out once */
     char *watcher;          /* whose ends are told; NULL: everybody's */
-    cube_change_fn *change;
+    cube_change_fn *change; /* NULL: nobody watches */
     void *change_arg;
-    struct cube_defer change_defer;
+    struct cube_defer change_defer; /* set: says NULL, "look at all" */
     bool has_spawned;       /* in this turn; the next one may again */
     struct cube_defer spawn_defer;
 };
@@ -22333,8 +22683,9 @@ struct cube_process {
  * c.spec and the other texts belong to it, and are lent to callbacks. */
 struct cube_process_box {
     struct cube_process *p;
-    struct cube_container c;
-    char *dir, *command, *limits;
+    struct cube_container c; /* as callbacks get it */
+    char *dir;               /* DIR/run/<worker>/<id> */
+    char *command, *limits;  /* Cmd's first word; in words, by what */
     struct cube_time created;
     int64_t pid;             /* of the command */
     int pid_fd;              /* of the supervisor; -1: not watched */
@@ -22352,15 +22703,15 @@ struct cube_process_box {
  *                                 +--------------> end <---------+
  */
 struct cube_process_op {
-    struct cube_list link;
+    struct cube_list link;   /* in p->ops */
     struct cube_process *p;
     char *id; /* of the container that it is about */
     void (*step)(struct cube_process_op *op);
-    struct cube_defer defer;
-    struct cube_timer timer;
+    struct cube_defer defer; /* set: the step runs in the next turn */
+    struct cube_timer timer; /* set: it waits no longer than that */
     bool is_waiting; /* for `id` to end, or the timer */
     bool is_late;    /* the timer came first */
-    int phase;
+    int phase;           /* stop: how far it went, 0 to 2 */
     struct cube_err err; /* code CUBE_OK: none */
     cube_container_fn *on_container; /* one of these, or none */
     cube_containers_fn *on_list;
@@ -22374,7 +22725,17 @@ struct cube_process_op {
     size_t path_len;        /* remove: of the part that is removed last */
 };
 
-/* ---- Processes: files ---- */
+/* ---- Processes: files ----
+ *
+ * All that there is of a task is small files, read whole each time; most of
+ * them are written by somebody else, a supervisor or the kernel. Of a file
+ * that is not there and one that cannot be read now the first says something
+ * about the task, and the second nothing: so they are told apart everywhere.
+ *
+ *     CUBE_OK        what it says
+ *     CUBE_ENOENT    an answer as well: no exit, no lock, no spec
+ *     any other      in doubt it runs, and nothing is killed or removed
+ */
 
 /* The caller frees it. */
 static char *cube_process_path(const char *dir, const char *name)
@@ -22442,7 +22803,38 @@ static bool cube_process_is_id(const char *id)
     return *id && *id != '.' && !strchr(id, '/') && strlen(id) < 200;
 }
 
-/* ---- Processes: limits ---- */
+/* ---- Processes: limits ----
+ *
+ * A cgroup is a directory, made by mkdir and removed by rmdir; its files are
+ * made by the kernel. Whoever writes "0" into its cgroup.procs is in it, and
+ * all that it starts. A task of 64 MiB and half a core, in both versions:
+ *
+ *     /sys/fs/cgroup/                           version 2
+ *         cgroup.controllers       cpuset cpu io memory pids
+ *         cgroup.subtree_control   <- "+memory", "+cpu"     passed down ..
+ *         cube/
+ *             cgroup.subtree_control  <- the same           .. and again
+ *             1a2b..-1-0/
+ *                 memory.max       <- 67108864
+ *                 memory.swap.max  <- 0
+ *                 cpu.max          <- 50000 100000
+ *                 cgroup.procs     <- 0, by the command before its exec
+ *                 memory.events    -> oom_kill 1, if that was its end
+ *
+ *     /sys/fs/cgroup/                           version 1
+ *         memory/cube/1a2b..-1-0/  memory.limit_in_bytes  <- 67108864
+ *                                  cgroup.procs           <- 0
+ *         cpu/cube/1a2b..-1-0/     cpu.cfs_period_us      <- 100000
+ *                                  cpu.cfs_quota_us       <- 50000
+ *                                  cgroup.procs           <- 0
+ *
+ * The runtime makes cube and each task's directory and writes the limits,
+ * before there is a process; the command joins; the supervisor removes the
+ * task's at its end, or the removal of the task, if it was killed. Where
+ * nothing may be made (no root, a container whose cgroups are read-only), the
+ * memory is limited for each process of the task by itself, so that a task of
+ * two processes can have twice as much; that is said, not hidden.
+ */
 
 /* Version 2: is that controller there for our tasks? It must be passed down at
  * each level before the one below can use it. One at a time, since the kernel
@@ -22486,7 +22878,8 @@ static void cube_process_probe_2(struct cube_process *p, const char *root)
     cube_free(own);
 }
 
-/* The path, the caller's, or NULL where we may make none. */
+/* Version 1: a tree for each controller, and nothing to pass down. The path,
+ * the caller's, or NULL where we may make none. */
 static char *cube_process_probe_1(struct cube_process *p, const char *root,
                                   const char *controller)
 {
@@ -22665,7 +23058,18 @@ static void cube_process_limit(struct cube_process *p, const char *id,
     spawn->cgroups[1] = cpu;
 }
 
-/* ---- Processes: what a directory says ---- */
+/* ---- Processes: what a directory says ----
+ *
+ * A directory below a worker's is one of three things:
+ *
+ *     spec is there and whole                       a container
+ *     no spec, or one that is no JSON of ours       half made, or somebody
+ *                                                   else's: left alone
+ *     spec cannot be read                           trouble: the list fails
+ *
+ * The middle row is why spec is renamed into its place: as long as it is
+ * written, it is not there.
+ */
 
 /* Of memory and the descriptor; its directory stays, and its process runs. */
 static void cube_process_box_free(struct cube_process_box *box)
@@ -22754,9 +23158,29 @@ static struct cube_process_box *cube_process_load(struct cube_process *p,
     return box;
 }
 
-/* ---- Processes: what became of it ---- */
+/* ---- Processes: what became of it ----
+ *
+ * Whether a task runs is asked of its lock and not of a PID: PIDs are used
+ * again, after a reboot by anybody, while a lock is held by its supervisor or
+ * by nobody. What is wanted besides is to hear when it ends, which takes a
+ * descriptor of that process, and that can be had only by its PID:
+ *
+ *     1. who holds the lock?       4711
+ *     2. pidfd_open(4711)          fd, of whoever has that PID by now
+ *     3. who holds the lock?       4711 still: fd means the supervisor, since
+ *                                  a lock is given back only at the end
+ *                                  another, or nobody: close, and from 1
+ *
+ * From then on the loop hears of the end by itself, fd being readable. What is
+ * known is never unlearned: exited stays exited, whatever the files say later.
+ */
 
-/* Why a command could not be executed, as Docker says it. */
+/* Why a command could not be executed, as Docker says it. A name without a
+ * slash was looked for in PATH, and that is what has failed then:
+ *
+ *     nginx, ENOENT        exec: "nginx": executable file not found in $PATH
+ *     /bin/nginx, ENOENT   exec: "/bin/nginx": No such file or directory
+ */
 static void cube_process_exec_words(const char *command, int64_t number,
                                     char *out, size_t size)
 {
@@ -22792,9 +23216,10 @@ static void cube_process_read_exit(struct cube_process_box *box,
     cube_text_set(&c->error, words);
 }
 
+/* The search for what a killed supervisor has left; a call's. */
 struct cube_process_sweep {
     struct cube_process *p;
-    const char *id;
+    const char *id; /* whose processes are meant */
 };
 
 /* The bytes are NAME=VALUE, each ended by a zero; a name that only begins like
@@ -22951,7 +23376,22 @@ static void cube_process_refresh(struct cube_process_box *box)
     cube_free(lock);
 }
 
-/* ---- Processes: calls that are answered later ---- */
+/* ---- Processes: calls that are answered later ----
+ *
+ * Nothing here takes long but waiting for a process to end. So a call is a
+ * function that looks at the directories, does what can be done now, and
+ * either answers or waits, to begin again from what the directories say then.
+ * It needs no memory of how far it was; `phase` of a stop is the one exception,
+ * since a signal that was sent stands in no file.
+ *
+ *     remove, of one that runs                    stop, with a grace of 10 s
+ *     step   SIGUSR1; waits for 1a2b..-1-0        step   SIGTERM; waits, 10 s
+ *     ..     its supervisor ends: resume          ..     the timer: is_late
+ *     step   not running: renamed, files removed  step   SIGUSR1; waits, 15 s
+ *     end    fn(arg, NULL)                        ..     it ends: resume
+ *                                                 step   not running
+ *                                                 end    fn(arg, NULL)
+ */
 
 /* Without a call: for the end of the runtime, and for those who have called
  * back by themselves. */
@@ -23054,7 +23494,18 @@ static void cube_process_resume(struct cube_process *p, const char *id)
     }
 }
 
-/* ---- Processes: all directories ---- */
+/* ---- Processes: all directories ----
+ *
+ * The map of boxes follows the directories, never the other way round:
+ *
+ *     directory     box        scan
+ *     new           none       read its spec, look at its state
+ *     known         there      look at its state; a spec never changes
+ *     gone          there      kill what still runs of it, forget it
+ *     unreadable    either     the scan fails; no box is forgotten
+ *
+ * The third row is what makes `rm -r` of a directory a way to remove a task.
+ */
 
 /* -1 leaves the map as it was, but for what was found before: half a list
  * would make running processes look removed. */
@@ -23195,14 +23646,27 @@ static void cube_process_signal(struct cube_process_box *box, int number)
         (void)box->p->w->pid_signal(box->p->w->ctx, box->pid_fd, number);
 }
 
-/* ---- Processes: removing ---- */
+/* ---- Processes: removing ----
+ *
+ * A task may have left a million files in its directory, and a worker that is
+ * removing them must still answer. So the directory is renamed at once, which
+ * is the removal as far as anybody can tell, and is emptied afterwards, for
+ * some milliseconds in each turn of the loop:
+ *
+ *     1a2b..-1-0  --rename-->  .gone-1a2b..-1-0-1700000003123456789
+ *                              (the time, so that a second removal of the
+ *                              same ID finds the name free)
+ *
+ * What is left of it when the worker ends is found by its name, and removed,
+ * when the next runtime opens.
+ */
 
 /* One pass over one directory of a tree that goes. */
 struct cube_process_pass {
     struct cube_process *p;
-    struct cube_buf *path;
+    struct cube_buf *path; /* the op's; grows and shrinks */
     int left;  /* entries that this pass may remove */
-    int error;
+    int error; /* the first, a negative errno value; or 0 */
     bool is_deeper; /* `path` is now a directory within */
 };
 
@@ -23375,7 +23839,22 @@ static void cube_process_clean_worker(void *arg, const char *name)
     cube_free(dir);
 }
 
-/* ---- Processes: ports ---- */
+/* ---- Processes: ports ----
+ *
+ * A port of the machine is taken if somebody listens there, or if a running
+ * process was told that it is its own, which it may only be about to bind. So
+ * a port is tried by listening on it, on both kinds of addresses, and looked
+ * up in what was promised. A task that binds 80/tcp to 8080 and exposes 81/tcp:
+ *
+ *     80/tcp   promised to another? no    listen 0.0.0.0:8080, [::]:8080
+ *     81/tcp   listen 0.0.0.0:0 -> 41234  promised? no    listen [::]:41234
+ *     close all of them; CUBE_PORT_80=8080, CUBE_PORT_81=41234, PORT=8080
+ *
+ * The listeners stay open until the last port is chosen, else two ports of one
+ * task could be given the same number. In the moment between their end and the
+ * process's own bind the port can be lost to a stranger; the process finds out
+ * by itself then, as it would without us.
+ */
 
 /* The ports of one start: what is chosen, and the listeners that keep others
  * from choosing the same until all are. A call's. As long as the listeners are
@@ -23383,8 +23862,8 @@ static void cube_process_clean_worker(void *arg, const char *name)
  * process is spawned, since that has to bind the ports itself. */
 struct cube_process_ports {
     struct cube_process *p;
-    struct cube_ports *chosen;
-    int *fds;
+    struct cube_ports *chosen; /* the caller's */
+    int *fds;                  /* listeners, owned */
     size_t count;
 };
 
@@ -23536,7 +24015,28 @@ static int cube_process_choose(struct cube_process *p,
     return r;
 }
 
-/* ---- Processes: starting ---- */
+/* ---- Processes: starting ----
+ *
+ * A start that went well, as the files and the kernel see it; what follows is
+ * drawn at the opening of processes and, of the supervisor, in chapter 1:
+ *
+ *     ports      chosen, and let go
+ *     mkdir      DIR/run/<worker>/1a2b..-1-0/work
+ *     cgroups    made, limits written, nobody in them
+ *     spec       whose it is, before it is: what is found can be named
+ *     spawn      waits for the supervisor's word, a few milliseconds
+ *     lock       its owner is opened and watched
+ *
+ * The word is a number, and what it stands for is what is reported:
+ *
+ *     0                      it runs, or has run: success, whatever it does now
+ *     ENOENT                 a no: .. not found (exit code 127)
+ *     EACCES, ENOEXEC, ..    a no: .. (exit code 126)
+ *     EAGAIN, ENOMEM, ..     trouble: the machine lacks something; again later
+ *     -EBUSY                 this very start has been made: success
+ *     -ETIMEDOUT, -EIO       trouble: not known what became of it
+ *     any other below 0      as its kind says: no room is a no, and so on
+ */
 
 /* Sets NAME=VALUE, in the place of an earlier one. */
 __attribute__((format(printf, 2, 3))) static void
@@ -24015,6 +24515,7 @@ static void cube_process_stop(struct cube_runtime *rt, const char *id,
     op->grace_ms = grace_ms;
 }
 
+/* A stop without grace: SIGUSR1 is its first word. */
 static void cube_process_kill(struct cube_runtime *rt, const char *id,
                               cube_done_fn *fn, void *arg)
 {
@@ -24718,7 +25219,21 @@ CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
 
 
 
-/* ---- Finding a runtime ---- */
+/* ---- Finding a runtime ----
+ *
+ * Asked once, when a worker starts, and answered in words that it logs: what
+ * was taken, and what is wrong with that which would have been better:
+ *
+ *     which     answers        taken      words
+ *     auto      Docker's       Docker     Docker Engine 20.10.24 at ...
+ *     auto      Podman's       Podman     Podman 4.3.1 at .., since (why not
+ *                                         Docker)
+ *     auto      none           processes  processes in .., since (why not
+ *                                         either)
+ *     docker    none           Docker     (its address), for which we wait: ..
+ *     process   not asked      processes  processes in ..
+ *     rkt       not asked      none       in err: rkt is no runtime: ..
+ */
 
 #define CUBE_SEARCH_MAX 4 /* places to look at */
 

@@ -558,6 +558,24 @@ TEST(a_version_refused_twice_is_an_error_and_no_loop)
     close_fake();
 }
 
+/* ---- Objects ---- */
+
+/* The rows that are drawn at the opening of streams. */
+TEST(a_brace_in_a_string_is_a_letter)
+{
+    static const char bytes[] = "{\"status\":\"}\"}";
+    static const char depth[] = "11111111111110";
+    static const char quoted[] = "-xxxxxxx--xx--";
+    struct cube_objects o = {.depth = 0};
+
+    for (size_t i = 0; bytes[i]; i++) {
+        test_row("byte %zu", i);
+        CHECK_INT(cube_objects_step(&o, bytes[i]), !bytes[i + 1]);
+        CHECK_INT(o.depth, depth[i] - '0');
+        CHECK_INT(o.is_string, quoted[i] == 'x');
+    }
+}
+
 /* ---- Errors ---- */
 
 TEST(errors_carry_the_engines_words_whatever_their_form)
@@ -823,6 +841,54 @@ TEST(a_start_asks_for_as_little_as_it_needs)
     close_fake();
 }
 
+static const char never_started[] =
+    "{\"Id\":\"c1\",\"State\":{\"Status\":\"created\",\"Running\":false,"
+    "\"ExitCode\":128,\"Error\":\"port is already allocated\"}}";
+
+#define LOOK "GET /v1.41/containers/json;"
+#define MAKE "POST /v1.41/containers/create;"
+#define RUN "POST /v1.41/containers/c1/start;GET /v1.41/containers/c1/json;"
+
+/* The exchanges that are drawn where a start begins, word for word. */
+TEST(a_start_takes_the_ways_that_are_drawn)
+{
+    static const struct {
+        const char *to;
+        int times, status;
+        const char *body, *trace, *targets;
+        enum cube_code code;
+    } rows[] = {
+        {"POST /containers/create", 1, 404, "{\"message\":\"no such image\"}",
+         LOOK MAKE "POST /v1.41/images/create;" MAKE RUN,
+         "web;pull nginx latest;web;", CUBE_OK},
+        {"POST /containers/create", 2, 409, "{\"message\":\"in use\"}",
+         LOOK MAKE MAKE MAKE RUN, "web;web-efeadce0;-;", CUBE_OK},
+        {"POST /containers/c1/start", 0, 500,
+         "{\"message\":\"port is already allocated\"}",
+         LOOK MAKE RUN "DELETE /v1.41/containers/c1;", "web;", CUBE_EINVAL},
+        {"POST /containers/create", 0, 200, NULL, LOOK MAKE, "web;",
+         CUBE_ETIMEOUT},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct heard h;
+
+        test_row("row %zu", i);
+        open_fake();
+        (void)inspect();
+        forget();
+        rule(rows[i].to, rows[i].times, rows[i].status, rows[i].body,
+             rows[i].body ? PLAIN : HANG);
+        if (rows[i].code == CUBE_EINVAL)
+            rule("GET /containers/c1/json", 0, 200, never_started, PLAIN);
+        h = start();
+        CHECK_INT(h.is_failed ? h.err.code : CUBE_OK, rows[i].code);
+        CHECK_STR(fake.target.data, rows[i].targets);
+        CHECK_STR(trace(), rows[i].trace);
+        close_fake();
+    }
+}
+
 TEST(one_that_runs_already_was_started)
 {
     struct heard h;
@@ -834,10 +900,6 @@ TEST(one_that_runs_already_was_started)
     CHECK_INT(h.state, CUBE_BOX_RUNNING);
     close_fake();
 }
-
-static const char never_started[] =
-    "{\"Id\":\"c1\",\"State\":{\"Status\":\"created\",\"Running\":false,"
-    "\"ExitCode\":128,\"Error\":\"port is already allocated\"}}";
 
 TEST(a_refused_start_removes_the_container)
 {
@@ -1585,6 +1647,26 @@ TEST(log_frames_may_be_cut_anywhere)
         cube_buf_free(&h.text);
         close_fake();
     }
+}
+
+static void on_piece(void *arg, const char *p, size_t len)
+{
+    cube_buf_printf(arg, "[%.*s]", (int)len, p);
+}
+
+/* The bytes that are drawn where logs begin, cut where they are cut there. */
+TEST(a_log_frame_is_as_it_is_drawn)
+{
+    static const char bytes[] = "\1\0\0\0\0\0\0\4out\n\2\0\0\0\0\0\0\2e\n";
+    struct cube_docker_logs l = {.logs = {.on_data = on_piece}};
+    struct cube_buf got = {0};
+
+    l.logs.arg = &got;
+    cube_docker_logs_piece(&l.op, bytes, 10);
+    cube_docker_logs_piece(&l.op, bytes + 10, sizeof bytes - 1 - 10);
+    CHECK_STR(got.data, "[ou][t\n][e\n]");
+    CHECK_INT(l.left + l.have, 0);
+    cube_buf_free(&got);
 }
 
 TEST(a_terminals_log_is_raw_and_a_cut_log_says_so)

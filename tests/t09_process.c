@@ -587,6 +587,48 @@ TEST(an_adopted_process_is_watched_as_well)
     tear_down();
 }
 
+/* The files that are drawn at the opening of processes. */
+TEST(the_files_of_a_process_are_as_they_are_drawn)
+{
+    struct cube_buf want = {0};
+    struct cube_task *t;
+    long long started, finished;
+    const char *text;
+    int pid;
+
+    set_up();
+    t = shell("exec sleep 1000");
+    cube_task_expose(t, "80");
+    start_task(t, 1);
+    CHECK_STR(b.err.text, "");
+    text = file_text(at(ID1, "spec"));
+    CHECK(cube_text_starts(text, "{\"Name\":\"web\",\"Cluster\":\"" OTHER
+                                 "\",\"Worker\":\"" WORKER "\",\"Attempt\":1,"
+                                 "\"Restart\":0,\"Created\":\"20"));
+    cube_buf_printf(&want, "Z\",\"Limits\":\"\",\"Ports\":{\"80/tcp\":[{"
+                           "\"HostIp\":\"0.0.0.0\",\"HostPort\":\"%s\"}]},"
+                           "\"Task\":%s}\n", b.host_port, b.spec);
+    CHECK_HAS(text, want.data);
+    text = file_text(at(ID1, "lock"));
+    REQUIRE(sscanf(text, "started %lld\npid %d", &started, &pid) == 2);
+    cube_buf_clear(&want);
+    cube_buf_printf(&want, "started %lld\npid %d\n", started, pid);
+    CHECK_STR(text, want.data);
+    CHECK_INT(kill(supervisor(ID1), SIGKILL), 0);
+    exits();
+    text = file_text(at(ID1, "exit"));
+    REQUIRE(strstr(text, "finished ") != NULL);
+    finished = atoll(strstr(text, "finished ") + 9);
+    CHECK(finished > started);
+    cube_buf_clear(&want);
+    cube_buf_printf(&want, "code 137\nsignal 9\noom 0\nerror 0\n"
+                           "started %lld\nfinished %lld\nlost 1\n", started,
+                    finished);
+    CHECK_STR(text, want.data);
+    cube_buf_free(&want);
+    tear_down();
+}
+
 TEST(a_killed_supervisor_takes_all_of_the_task_with_it)
 {
     int pid, daemon;
