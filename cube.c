@@ -31919,17 +31919,18 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m)
 #endif
 
 /* What comes from outside is capped. An answer of 256 MiB is half a million
- * tasks; an event holds one task, whose body the manager capped before. */
+ * tasks; an event holds one task, whose body the manager capped before. The
+ * time is for all of an answer, or for a stream's longest silence. */
 #define CUBE_CLIENT_TIMEOUT_MS 30000
 #define CUBE_CLIENT_ANSWER_MAX (256u << 20) /* bytes of a whole answer */
 #define CUBE_CLIENT_LINE_MAX (4u << 20)     /* bytes of one event */
 
 /* The object's lifetime; it borrows the loop and owns the rest. */
 struct cube_client {
-    struct cube_loop *loop;
+    struct cube_loop *loop;        /* the program's; turned by each call */
     struct cube_http_client *http; /* NULL: libcurl's */
-    char *base, *token;
-    int timeout_ms;
+    char *base, *token;            /* without a slash at the end; or NULL */
+    int timeout_ms;                /* of an answer, of a silence */
 };
 
 /*
@@ -31946,13 +31947,38 @@ struct cube_client_wait {
     struct cube_client *client;
     cube_client_data_fn *fn; /* NULL: collect all */
     void *arg;
-    int status;
-    bool is_done, is_enough;
+    int status;              /* 0: no head has come */
+    bool is_done, is_enough; /* on_done has run; `fn` has said false */
     struct cube_buf body; /* collected; of a stream only a refusal's */
     struct cube_err err;  /* why no answer came, or not all of it */
 };
 
-/* ---- One exchange ---- */
+/* ---- One exchange ----
+ *
+ * Everything that a client does is one of these. A list, and a stream that is
+ * left early, in the same five functions:
+ *
+ *     GET /tasks                            GET /events?task=5f..
+ *     call started                          call started
+ *     turn     on_head  200                 turn     on_head  200
+ *     turn     on_data  collected           turn     on_data  fn: go on
+ *     turn     on_data  collected           turn     on_data  fn: enough
+ *     turn     on_done  is_done                      cancelled; no on_done
+ *     0, and the text                       0
+ *
+ * What the caller hears of it. A status is looked at last: an answer that did
+ * not come whole is none, whatever it began with.
+ *
+ *     what happened                                 -1 with
+ *     `fn` had enough                               (0)
+ *     nothing came in its time                      CUBE_ETIMEOUT
+ *     beyond 256 MiB                                CUBE_ETOOBIG
+ *     a certificate that cannot be verified (TLS)   CUBE_EINVAL
+ *     nobody listens; cut off; what came is no HTTP CUBE_ECONN
+ *     400  401  403  404  409  413  503  507        one kind each, see below
+ *     any other that is no 2xx                      CUBE_EPROTO
+ *     2xx                                           (0)
+ */
 
 /*
  * Takes a piece of the answer; false: no more is wanted. Only a success is
@@ -32243,7 +32269,15 @@ static int cube_client_exchange(struct cube_client_wait *w,
     return result ? result : cube_client_outcome(w, err);
 }
 
-/* ---- A client ---- */
+/* ---- A client ----
+ *
+ * An address, and no connection: what a command line asks may take one request,
+ * and whether anybody is there is best found out by asking.
+ *
+ *     localhost:5555, http://a:5555/      chapter 6, on the program's loop
+ *     https://cube.example.org            libcurl, which waits by itself
+ *     https://.., built without libcurl   CUBE_EINVAL, and how to build it
+ */
 
 /* Whom to ask, by libcurl where it has to be. A wrong address is found now,
  * a host that is not there only by the first request. */
@@ -32282,6 +32316,8 @@ CUBE_API struct cube_client *cube_client_new(struct cube_loop *l,
     return NULL;
 }
 
+/* NULL is fine. Between two calls there is nothing under way; an idle
+ * connection is closed. */
 CUBE_API void cube_client_free(struct cube_client *c)
 {
     if (!c)
@@ -32292,12 +32328,24 @@ CUBE_API void cube_client_free(struct cube_client *c)
     cube_free(c);
 }
 
+/* From the next call on. */
 CUBE_API void cube_client_set_timeout(struct cube_client *c, int timeout_ms)
 {
     c->timeout_ms = timeout_ms;
 }
 
-/* ---- Lists ---- */
+/* ---- Lists ----
+ *
+ * A list is an answer that is read to its end and then believed as a whole, or
+ * not at all. By its shape is seen whether a manager answers there:
+ *
+ *     []   null          an empty list; null is the Go manager's word for it
+ *     [{..},{..}]        records, in the order of the manager
+ *     {..}   "x"   <p>   CUBE_EPROTO: somebody else has that port
+ *     [{..},{"State":9}] CUBE_EPROTO, and none of the records
+ *
+ * Of what was, the same with a time: GET /tasks?at=2025-03-01T10%3a11%3a12Z.
+ */
 
 /* Nothing is added to `answer` unless all of it has come. */
 CUBE_API int cube_client_call(struct cube_client *c, const char *method,
@@ -32364,6 +32412,8 @@ cube_client_get_at(struct cube_client *c, const char *target,
     return root;
 }
 
+/* Also of a list that was never filled, if it is zero. It is empty then, and
+ * can be filled again. */
 CUBE_API void cube_task_list_free(struct cube_task_list *l)
 {
     for (size_t i = 0; i < l->count; i++)
@@ -32428,7 +32478,14 @@ CUBE_API int cube_client_tasks(struct cube_client *c,
     return cube_client_tasks_at(c, NULL, out, err);
 }
 
-/* ---- Nodes ---- */
+/* ---- Nodes ----
+ *
+ * A node is read twice: by key, for what this version knows, and as the slice
+ * of the answer's text that it stood in, for what it does not. A program that
+ * prints nodes as JSON prints that slice: a manager that is newer than it loses
+ * nothing on the way, and the numbers are those that were sent, not those that
+ * were read and printed again.
+ */
 
 /* A copy of the text of a key; "" where there is none. */
 static void cube_client_text(char **out, struct json_value_s *object,
@@ -32572,7 +32629,22 @@ CUBE_API void cube_node_list_free(struct cube_node_list *l)
     memset(l, 0, sizeof *l);
 }
 
-/* ---- Requests about one thing ---- */
+/* ---- Requests about one thing ----
+ *
+ * The name goes into the path with what it needs to be encoded, since it is the
+ * user's: node "a/b?c" is /nodes/a%2fb%3fc, and nothing else of the server.
+ *
+ *     submit        POST   /tasks               201, the accepted task
+ *     stop          DELETE /tasks/{id}          204: it is wished
+ *     remove        DELETE /tasks/{id}?forget=1 204; 409: it is not over
+ *     node_remove   DELETE /nodes/{name}        204; 409: it is up, has tasks
+ *     inspect       GET    /tasks/{id}/inspect  200, the engine's own words
+ *
+ * Each can be asked twice. A program that got no answer does not know whether
+ * the request came through; it asks again, and gets what the first would have
+ * said, or 404 for what the first has removed. A submit needs an ID for that,
+ * chosen by whoever asks: without one, each would be a new task.
+ */
 
 /* A path or query, and in its middle a name with what it needs to be
  * encoded. */
@@ -32656,7 +32728,32 @@ CUBE_API int cube_client_inspect(struct cube_client *c, const char *task_id,
                              err);
 }
 
-/* ---- Streams ---- */
+/* ---- Streams ----
+ *
+ * Five of them, which differ in what ends them and in what a silence means:
+ *
+ *     logs               what there is of the log     an error after 30 s
+ *     logs, following    the task's end               nothing, for days
+ *     events             the reader; else it was cut  an error: no beat came
+ *     history            its last line                an error
+ *     backup             its last frame               an error
+ *
+ * Where to go on. A reader of events remembers the last cursor that was not
+ * NULL, and asks for what is behind it after a break. So a line has one only
+ * when everything up to it has been handed over:
+ *
+ *     line                                        cursor    known by then
+ *     {"Type":"hello","Stream":"s","Seq":7}       NULL      as before
+ *     {"Type":"task","Stream":"s","Seq":8,..}     s:8       all up to 8
+ *     {"Type":"gone","Stream":"s","Seq":9,..}     s:9       all up to 9
+ *     {"Type":"reset","Stream":"s","Seq":11}      NULL      forget all
+ *     {"Type":"task","Stream":"s","Seq":12,..}    NULL      a part of the list
+ *     {"Type":"listed","Stream":"s","Seq":11}     s:11      all up to 11
+ *
+ * A break after the second last line resumes at s:9, and is listed anew. The
+ * hello's 7 is where the manager is, not where the reader is: to believe it
+ * would be to skip what lies between.
+ */
 
 /* A GET whose answer goes to `fn` piece by piece. 0 when it has ended as it
  * should, or when `fn` had enough; the two can be told apart by what `fn`
@@ -32678,6 +32775,8 @@ static int cube_client_stream(struct cube_client *c, const char *target,
     return result;
 }
 
+/* Only a log that is followed may be silent: of one that is not, all there is
+ * comes at once. */
 CUBE_API int cube_client_logs(struct cube_client *c, const char *task_id,
                               bool is_following, long tail,
                               cube_client_data_fn *fn, void *arg,
@@ -32707,8 +32806,8 @@ struct cube_client_lines {
     void *arg;
     struct cube_buf rest; /* of a line that is not whole yet */
     bool is_listing;      /* between a reset and its listed */
-    bool is_enough;
-    struct cube_err err;
+    bool is_enough;       /* `fn` has said so */
+    struct cube_err err;  /* what is wrong with a line; CUBE_OK: nothing */
 };
 
 /* The names are in the order of the enum. What is not among them (the stats
@@ -32885,12 +32984,24 @@ CUBE_API int cube_client_history(struct cube_client *c, const char *task_id,
  *
  * The lock of FILE.part keeps a second backup to the same place away. What a
  * killed one left behind is begun anew.
+ *
+ *      when it ends             FILE              FILE.part
+ *      asked, refused           as it was         none
+ *      cut off, not whole       as it was         removed
+ *      our own death            as it was         left; removed by the next one
+ *      the disk is full         as it was         removed
+ *      the rename, on disk      the copy          none
+ *
+ * An end of the stream alone proves nothing: a manager that stops in peace ends
+ * its chunks well. That it was all is said by the last frame, which counts the
+ * records before it.
  */
 struct cube_client_copy {
-    struct cube_copy_reader reader;
-    struct cube_err err;
+    struct cube_copy_reader reader; /* frames on their way into the store */
+    struct cube_err err;            /* of the store, or of a frame */
 };
 
+/* A piece of the copy; false, and y->err set, at the first that is wrong. */
 static bool cube_client_on_copy(void *arg, const char *data, size_t len)
 {
     struct cube_client_copy *y = arg;
@@ -32922,7 +33033,9 @@ static int cube_client_may_write(const struct cube_world *w, const char *path,
     return 0;
 }
 
-/* An empty store at `part`; NULL: somebody else writes there. */
+/* An empty store at `part`; NULL: somebody else writes there, or it cannot be
+ * made. One with commits in it, or that is no store, was left by a backup that
+ * was killed: it is removed and made once more. The caller closes it. */
 static struct cube_store *cube_client_open_part(const struct cube_world *w,
                                                 const char *part,
                                                 struct cube_err *err)
