@@ -19022,7 +19022,17 @@ static int cube_machine_set(const struct cube_machine_field *f, void *base,
     return 0;
 }
 
-/* ---- /proc, parsed from buffers ---- */
+/* ---- /proc, parsed from buffers ----
+ *
+ * One way to read all of it: a text is what is left of it, and a word is taken
+ * off its front. Nothing is copied, and no NUL is needed at the end. A line of
+ * /proc/meminfo, taken apart:
+ *
+ *     left: "MemFree:   12 kB\nBuffers: ..."
+ *     take("\n")   line  "MemFree:   12 kB"     left: "Buffers: ..."
+ *     take(": ")   name  "MemFree"              line: "12 kB"
+ *     take(" ")    value "12"                   line: "kB"
+ */
 
 /* What is still to be read of a text. */
 struct cube_machine_text {
@@ -19134,7 +19144,17 @@ static void cube_machine_parse_load(const char *p, size_t len,
                            CUBE_COUNT(cube_machine_load), out);
 }
 
-/* ---- CPU use ---- */
+/* ---- CPU use ----
+ *
+ * A tick is a hundredth of a second of one CPU, as a rule; what it is does not
+ * matter, since only shares of ticks are told. Readings of a machine that is
+ * asked three times, the second too soon:
+ *
+ *     at         busy    idle           use
+ *     10.0 s     120     880    0.12    since it was started: 120 of 1000
+ *     10.2 s     130     890    0.12    as before: 200 ms are too few ticks
+ *     10.8 s     160     940    0.40    40 of the 100 since 10.0 s
+ */
 
 /* The essay's two sides of a reading. Old kernels have fewer columns; what is
  * missing is 0. */
@@ -19175,7 +19195,7 @@ static double cube_machine_use(const struct cube_cpu *before,
 /* An object; `_new` and `_free`. Between readings it holds what CPU use is the
  * difference to, and nothing else of them. */
 struct cube_machine {
-    const struct cube_world *w;
+    const struct cube_world *w; /* the caller's; files and clock come of it */
     char id[40];           /* the machine's, for `machine` */
     struct cube_cpu cpu;   /* the reading that CPU use is counted from */
     int64_t at_ms;         /* when that was */
