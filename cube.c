@@ -25634,7 +25634,20 @@ CUBE_API void cube_node_clear(struct cube_node *node)
     memset(&node->promised, 0, sizeof node->promised);
 }
 
-/* ---- Who shares a machine ---- */
+/* ---- Who shares a machine ----
+ *
+ * Nodes are workers, and what is placed on is machines. Two workers share one
+ * if they say so by what they measured; only where one of them does not say is
+ * the host in its name believed, which two machines can have in common
+ * (localhost, behind tunnels) and one can have several of:
+ *
+ *     engines        machines        names             one machine?
+ *     e1, e1         any             any               yes
+ *     else           m1, m1          any               yes
+ *     else           m1, m2          even a:1, a:2     no
+ *     else           one has none    a:1, a:2          yes
+ *     else           one has none    a:1, b:1          no
+ */
 
 /* An empty ID is nobody's. Most differ in their first byte. */
 static bool cube_sched_is_same_id(const char *a, const char *b)
@@ -25692,7 +25705,15 @@ static struct cube_promise cube_sched_promised(const struct cube_placement *p,
     return sum;
 }
 
-/* ---- Numbers in words ---- */
+/* ---- Numbers in words ----
+ *
+ * "needs 1.5 GiB of memory, 1.5 GiB left" would be read as a mistake of ours.
+ * So a number is rounded against the task: what it needs up, what is left down:
+ *
+ *     cores    0.101 needed    0.11         1.999 left     1.99
+ *     bytes    2^30 + 1        1.1 GiB      2^31 - 1       1.9 GiB
+ *              1536 KiB        1.5 MiB      either way
+ */
 
 /* `hundredths` of something, without zeros at the end: 1.5, 8 */
 static void cube_sched_put_hundredths(struct cube_buf *out, int64_t hundredths)
@@ -25742,15 +25763,29 @@ static void cube_sched_put_bytes(struct cube_buf *out, int64_t bytes,
  *
  * Each check is a function: true, or false and in `why` the reason. The first
  * that says no is the reason that is told; those behind the first may rely on
- * there being stats. */
+ * there being stats.
+ *
+ *     is_up       it answers, has stats, and the task has not failed there
+ *     runs_it     an engine for an Image, or processes for a Cmd
+ *     has_mem     needed <= the lesser of (total - promised), (available now)
+ *     has_cpu     the same of cores; what is busy now does not count
+ *     has_disk    the same as memory
+ *     has_ports   nobody who shares the machine has a port that it names
+ *
+ * A machine of 8 GiB of which 6 are promised and 1 could be had at this moment,
+ * since the database that somebody runs beside us takes so much:
+ *
+ *     promises leave 8 - 6 = 2 GiB, the moment 1 GiB: 1 GiB is left
+ *     a task for 1.5 GiB     "needs 1.5 GiB of memory, 1 GiB left"
+ */
 
 /* What a check is about: the decision, one node, and what is promised by all
  * who share with it. */
 struct cube_sched_case {
     const struct cube_placement *p;
     const struct cube_node *node;
-    struct cube_promise promised;
-    struct cube_buf *why;
+    struct cube_promise promised; /* of the machine, not of the node alone */
+    struct cube_buf *why;         /* the caller's; written by who says no */
 };
 
 /* The first check. `avoid` is not for good: the manager names it for a task
@@ -25930,7 +25965,17 @@ CUBE_API bool cube_schedule_fits(const struct cube_placement *p,
     return true;
 }
 
-/* ---- Load ---- */
+/* ---- Load ----
+ *
+ * A machine of 8 GiB and 4 cores, of which 2 GiB are in use and half of the
+ * cores are busy, and which has promised 4 GiB and 1 core to one task; it is
+ * asked to take one for 2 GiB and 1 core:
+ *
+ *               in use    promised    before    added
+ *     memory    2/8       4/8         0.5       0.25       the larger of both
+ *     CPU       0.5       1/4         0.5       0.25
+ *     jobs                            1
+ */
 
 /* Shares of a machine: 0 is idle, 1 is full, more is promised too much. */
 struct cube_sched_load {
@@ -26080,7 +26125,15 @@ static double cube_sched_marginal(double n, double before, double added)
  *    0.5      0.25     1.682 - 1.414 = 0.268      the fuller, the dearer
  *    0        0.5      1.414 - 1     = 0.414
  *
- * CPU and jobs are the same with their own loads, and the three are added.
+ * CPU and jobs are the same with their own loads, and the three are added. Of
+ * three nodes that are up, so n = 3, for a task of a quarter of each; one job
+ * is the most that any has, so jobs count in halves:
+ *
+ *    node                           memory    CPU       jobs      together
+ *    1/4 in use, half busy, no job  0.416     0.547     0.732     1.695
+ *    1/2 and 1/4 promised to a job  0.547     0.416     1.268     2.231
+ *
+ * It goes to the first: the second has as much to give, and a job already.
  */
 static double cube_sched_epvm(void *ctx, const struct cube_placement *p,
                               const struct cube_node *node)
@@ -26137,7 +26190,20 @@ static size_t cube_sched_next(void *ctx, const struct cube_placement *p,
     return next;
 }
 
-/* ---- The interface ---- */
+/* ---- The interface ----
+ *
+ * A decision walks through the table that is drawn at the opening: every node
+ * is asked whether it can, those that can are given a number, one of them is
+ * picked. What each of the built-in schedulers brings, the rest being the same:
+ *
+ *     name          candidate              score              pick
+ *     roundrobin    cube_schedule_fits     0                  next by name
+ *     greedy        cube_schedule_fits     the worse load     the lowest
+ *     epvm          cube_schedule_fits     the added cost     the lowest
+ *
+ * Nothing is assigned by a decision. The manager does that, and counts the
+ * promise, before it asks for the next task.
+ */
 
 /* A NULL in a row is the step that cube_schedule takes by itself. */
 CUBE_API struct cube_scheduler *cube_scheduler_new(const char *name,

@@ -404,6 +404,72 @@ TEST(a_task_that_fits_nowhere_is_told_why_for_each_node)
     cluster_free(c);
 }
 
+/* What is drawn where numbers are put into words. */
+TEST(numbers_are_rounded_against_the_task)
+{
+    static const struct {
+        double cores; /* below 0: bytes */
+        int64_t bytes;
+        bool is_need;
+        const char *want;
+    } rows[] = {
+        {0.101, 0, true, "0.11"},
+        {1.999, 0, false, "1.99"},
+        {-1, GIB + 1, true, "1.1 GiB"},
+        {-1, 2 * GIB - 1, false, "1.9 GiB"},
+        {-1, 1536 << 10, true, "1.5 MiB"},
+        {-1, 1536 << 10, false, "1.5 MiB"},
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct cube_buf got = {NULL, 0, 0};
+
+        test_row("%s", rows[i].want);
+        if (rows[i].cores >= 0)
+            cube_sched_put_cores(&got, rows[i].cores, rows[i].is_need);
+        else
+            cube_sched_put_bytes(&got, rows[i].bytes, rows[i].is_need);
+        CHECK_STR(got.data, rows[i].want);
+        cube_buf_free(&got);
+    }
+}
+
+/* What is drawn at the opening of candidates. */
+TEST(what_is_left_is_the_lesser_of_unpromised_and_available)
+{
+    struct cluster *c = cluster_new(1);
+
+    c->other->mem_bytes = 6 * GIB;
+    cube_node_promise(&c->nodes[0], c->other);
+    c->stats[0].mem.mem_available = KB_OF_GIB;
+    c->task->mem_bytes = 3 * GIB / 2;
+    check_fits(c, 0, "needs 1.5 GiB of memory, 1 GiB left");
+    cluster_free(c);
+}
+
+/* What is drawn at the opening of loads. */
+TEST(load_is_the_larger_of_what_is_used_and_what_is_promised)
+{
+    struct cluster *c = cluster_new(1);
+    struct cube_placement p = placement(c);
+    struct cube_sched_load load;
+
+    c->stats[0].mem.mem_available = 6 * KB_OF_GIB;
+    c->stats[0].cpu_use = 0.5;
+    c->other->mem_bytes = 4 * GIB;
+    c->other->cpu = 1;
+    cube_node_promise(&c->nodes[0], c->other);
+    c->task->mem_bytes = 2 * GIB;
+    c->task->cpu = 1;
+    load = cube_sched_load(&p, &c->nodes[0]);
+    CHECK_INT((int)(load.mem * 100), 50);
+    CHECK_INT((int)(load.mem_added * 100), 25);
+    CHECK_INT((int)(load.cpu * 100), 50);
+    CHECK_INT((int)(load.cpu_added * 100), 25);
+    CHECK_INT((int)load.jobs, 1);
+    cluster_free(c);
+}
+
 TEST(reasons_of_a_large_cluster_end_in_a_count)
 {
     static struct cube_node nodes[1000];
