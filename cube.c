@@ -21994,6 +21994,16 @@ static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
  *     GET /containers/c2/json      404: gone since it was listed, so it is none
  *     GET /containers/c3/json      200: one         -> fn(arg, [c1, c3], 2)
  *                                  500, no answer   -> fn(arg, NULL, 0, err)
+ *
+ * Adoption begins here. A worker whose file is gone is nobody's memory, but has
+ * the UUID that it had (chapter 11 derives it from machine, name and place), so
+ * this list is of its own containers, and each of them says what it is:
+ *
+ *     cube.task     1a2b..     the record that is made anew
+ *     cube.attempt  3          with these numbers, so that an order of the
+ *     cube.restart  0          manager for attempt 3 finds it done
+ *     cube.cluster  9c..       and whose it is
+ *     cube.spec     {"ID":..}  all the rest: what to check, when to restart
  */
 struct cube_docker_list {
     struct cube_docker_op op;
