@@ -28452,7 +28452,47 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    past     a task's ID, or              the last line on it that is not
  *             "node host:port", or "start" among the events any more
  *
- * Numbers are eight bytes, big-endian, so that they sort.
+ * Numbers are eight bytes, big-endian, so that they sort. All of a first start
+ * with one worker on the command line and one task that runs by now; each line
+ * of `events` with its Type, and why it was written:
+ *
+ *    tasks    00 00 00 00 00 00 00 01    {"Number":1,...,"Task":{...}}
+ *    meta     cluster, epoch, since      epoch is 1
+ *    nodes    (none has joined)
+ *    past     (none of the events is old)
+ *    events   00 00 00 00 00 00 00 01    start
+ *             00 00 00 00 00 00 00 02    node: the manager has started
+ *             00 00 00 00 00 00 00 03    node: it answers
+ *             00 00 00 00 00 00 00 04    node: it told of its machine
+ *             00 00 00 00 00 00 00 05    task: it was submitted, and placed
+ *             00 00 00 00 00 00 00 06    task: it was started
+ *
+ * Reports are not among them: a worker tells all it has to whoever asks, so
+ * what it said to a manager that is dead need not be kept.
+ */
+
+/*
+ * Who waits for what. The first column is a timer, or a time that is compared
+ * with the clock at the next look; all are of the loop's clock, which no hand
+ * can set, in milliseconds.
+ *
+ *    it is       set by                    ends after     and then
+ *    ---------   -----------------------   ------------   -------------------
+ *    tick        itself                    250 ms         who is lost, what
+ *                                                         is due
+ *    dial        cube_member_cut           0.2 .. 1 s     events are asked for
+ *                cube_member_polled        2 s            its list is
+ *    (silence)   cube_member_dial          5 s            the stream is cut
+ *    retry       cube_charge_later         0.5 .. 4 s     delivered again, if
+ *                                                         nothing is reported
+ *    next_ms     cube_report_stopped       0.5 .. 4 s     the stop may go out
+ *                                                         again
+ *    (answer)    the two orders            10 s           sent again later
+ *    queued_ms   cube_member_believe       1 min each     its list counts
+ *    explained   cube_charge_explain       30 s           the same reason may
+ *                                                         have new numbers
+ *    pause_ms    a commit that failed      4 s            all is looked at
+ *    paced_ms    cube_manager_count_lost   2 s, renewed   moves are free again
  */
 #define CUBE_TREE_NODES "nodes"
 #define CUBE_TREE_EVENTS "events"
@@ -28480,13 +28520,16 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_NODES_MAX 10000
 #define CUBE_SWEEP_EVENTS 1000  /* old events removed in one second */
 
+/* An object, from cube_manager_new to cube_manager_free. All of it but the
+ * store is memory that a new start builds again: tasks are read, nodes are
+ * dialled, reports are heard. */
 struct cube_manager {
-    struct cube_loop *loop;
+    struct cube_loop *loop;         /* borrowed, as the world is */
     const struct cube_world *world;
-    char *data_dir, *token;
+    char *data_dir, *token;         /* token: sent to workers; NULL: none */
     int64_t keep_ms, lost_after_ms;
-    char cluster[CUBE_UUID_TEXT];
-    int64_t epoch;
+    char cluster[CUBE_UUID_TEXT];   /* the store's, for good */
+    int64_t epoch;                  /* of this start, on disk */
     int64_t next_epoch;             /* staged, not on disk yet; else epoch */
     int64_t successor;              /* the epoch of who took over; 0: nobody */
 
@@ -28497,15 +28540,15 @@ struct cube_manager {
     uint64_t staged_seq;            /* the newest number given to an event */
     struct cube_list lines;         /* of struct cube_line, not on disk yet */
     struct cube_http_server *server;
-    const struct cube_scheduler *scheduler;
+    const struct cube_scheduler *scheduler; /* own_scheduler, or borrowed */
     struct cube_scheduler *own_scheduler; /* what is freed with it */
 
-    struct cube_list members;
+    struct cube_list members;       /* in the order in which they came */
     size_t member_count;
     struct cube_list dirty;         /* charges to reconcile */
-    struct cube_defer pass;
+    struct cube_defer pass;         /* set while there are any */
     struct cube_timer tick;
-    int64_t last_tick_ms, last_sweep_ms;
+    int64_t last_tick_ms, last_sweep_ms; /* when those were, to see a gap */
     int64_t last_leave_ms, last_arrive_ms; /* of tasks that are moved */
     int64_t paced_ms;               /* moves are paced until then */
     bool has_room;                  /* something changed for those who wait */
@@ -28533,8 +28576,8 @@ struct cube_report {
     int64_t next_ms;               /* not to be ordered again before */
     int64_t queued_ms;             /* polled: until then the order counts,
                                       though the worker does not show it */
-    int tries;
-    struct cube_member *member;
+    int tries;                     /* stops sent in vain; never set back */
+    struct cube_member *member;    /* who says so, and owns this */
 };
 
 /*
@@ -28560,7 +28603,7 @@ enum cube_member_state {
 struct cube_member {
     struct cube_manager *manager;
     struct cube_list link;
-    char *name, *api;
+    char *name, *api;              /* "a:5556", "http://a:5556" */
     char uuid[CUBE_UUID_TEXT];     /* "": it has not said hello */
     bool is_default;      /* nobody named it: shown once it has answered */
     bool is_polled;       /* a worker of the Go program */
@@ -28571,16 +28614,16 @@ struct cube_member {
     char *refusal;        /* why it takes no orders from us, or NULL */
     enum cube_member_state state;
     int64_t last_sign_ms;          /* the loop's clock, as all that ends so */
-    struct cube_http_client *client;
-    struct cube_http_call *call;   /* events, or a poll */
+    struct cube_http_client *client; /* orders go by it, too */
+    struct cube_http_call *call;   /* events, or a poll; NULL: `dial` is set */
     struct cube_timer dial;
     int64_t dial_ms;               /* before the next dial; doubles */
     struct cube_buf text;          /* of an event's line so far */
     char stream[CUBE_UUID_TEXT];   /* where its events were read up to: */
     uint64_t seq;                  /* there; 0: it is to list all anew */
-    struct cube_stats stats;
+    struct cube_stats stats;       /* of the newest beat that made sense */
     bool has_stats;
-    struct cube_map reports;       /* by task ID */
+    struct cube_map reports;       /* struct cube_report, by task ID; owned */
 };
 
 /*
@@ -28599,11 +28642,11 @@ struct cube_member {
  */
 struct cube_charge {
     struct cube_manager *manager;
-    struct cube_record *rec;
-    struct cube_list dirty;
+    struct cube_record *rec;       /* whose `owner` it is */
+    struct cube_list dirty;        /* in the manager's, while touched */
     struct cube_http_call *order;  /* a delivery; stops are of the report */
     struct cube_timer retry;
-    int tries;
+    int tries;                     /* deliveries in vain, since a placement */
     size_t promised;               /* by that node, from 1 on; 0: by none */
     int64_t explained_ms;          /* when it last said why it waits */
     struct cube_health health;     /* of a task on a polled worker */
@@ -28615,14 +28658,23 @@ struct cube_charge {
  * there are: a task that is placed is added, and whatever else changes has all
  * of it added up anew when it is needed next. */
 struct cube_promises {
-    struct cube_node *nodes;
-    struct cube_member **members; /* the same order */
-    size_t count;
+    struct cube_node *nodes;      /* what a scheduler is shown; owned */
+    struct cube_member **members; /* the same order; borrowed: a member that
+                                     goes forgets the promises first */
+    size_t count;                 /* of both */
 };
 
 static void cube_manager_pass(void *arg); /* mutual recursion */
 
 /* ---- Charges ---- */
+
+/*
+ * To touch a charge is all that anybody does to it: whoever notices that
+ * something may have changed (a report, a commit, a timer, a node that comes)
+ * puts it on the list, however often, and one pass later in the turn looks at
+ * each once. So a cause need not know what follows from it, and causes that
+ * come together cost one look.
+ */
 
 /* The charge of a record, made when it is first asked for. */
 static struct cube_charge *cube_charge_of(struct cube_manager *m,
@@ -28683,6 +28735,24 @@ static struct cube_time cube_manager_now(struct cube_manager *m)
 }
 
 /* ---- What is promised ---- */
+
+/*
+ * A scheduler is shown what each node has promised, not what it uses: twenty
+ * tasks that come in one turn must see each other before any of them runs. A
+ * sum over all tasks for each decision would be quadratic, so the sums are
+ * kept, and `promised` of each charge says where its task is in them:
+ *
+ *    the newest version                from    to    the sums
+ *    ------------------------------    ----    --    ---------------------
+ *    submitted, placed on a            0       a     a's goes up
+ *    it runs, without a port           a       a     stay
+ *    it has ports on its host          a       a     all forgotten
+ *    ended, or waits for another node  a       0     all forgotten
+ *
+ * There is no way down: taking a task off would need to know which of its
+ * ports another one names as well. Forgotten sums are added up when the next
+ * task is to be placed, once for all that ended until then.
+ */
 
 /* A task counts for a node from its placement to its end. */
 static bool cube_task_holds(const struct cube_task *t, const char *node)
@@ -28775,6 +28845,25 @@ static void cube_promises_follow(struct cube_manager *m,
 }
 
 /* ---- Events ---- */
+
+/*
+ * A change and the line that tells it are one commit: on disk both are, or
+ * neither is. The line's number is in its text, so it is given when the line
+ * is staged, ahead of the feed; a commit that fails takes its numbers back.
+ * With `last` the newest that the feed has shown, and `staged` the newest that
+ * was given:
+ *
+ *    turn   what happens                         last   staged   lines
+ *    ----   ----------------------------------   ----   ------   -----------
+ *    1      a is placed; 7 is written, syncs     41     42       42 (7)
+ *    2      b and c are placed, 8 fills          41     44       42 43 44 (8)
+ *    3      7 is on disk: 42 is shown            42     44       43 44
+ *           8 is written, syncs
+ *    4      the sync fails: b and c wait still   42     42       -
+ *    later  b is placed elsewhere, as 43         42     43       43 (10)
+ *
+ * Nobody has seen the 43 of turn 2, so nobody can tell that there were two.
+ */
 
 /* Stages a line for the feed in the commit that fills, under the number that
  * the line already holds: staged_seq + 1. Takes the text over. When the store
@@ -28891,6 +28980,31 @@ static void cube_manager_committed(void *arg, uint64_t commit,
 
 /* ---- Members ---- */
 
+/*
+ * A node has a name, the address at which this manager finds it, and behind
+ * that address is a worker with a UUID of its own. Records name the node,
+ * since that is what an order is sent to; who answers is a matter of its own:
+ *
+ *    what is heard                     what it means, and what follows
+ *    ------------------------------    --------------------------------------
+ *    the UUID that was there before    a worker that was started again: its
+ *                                      stream is new, so a reset follows
+ *    another UUID at this name         another worker: what the old one said
+ *                                      is forgotten, and what the records
+ *                                      want there is delivered to this one
+ *                                      once it has listed
+ *    a UUID that another name has      one worker under two names, such as
+ *                                      localhost:5556 and the one it joined
+ *                                      by: what it says under either is home
+ *                                      (cube_charge_is_home)
+ *    no UUID                           a worker of the Go program, the same
+ *                                      as itself only
+ *
+ * The flags say how far a line to it has come: is_told (events flow), then
+ * is_led (it knows our epoch), then is_listed (all it has is known), then
+ * has_stats (its room is). It is given tasks after the last one.
+ */
+
 /* Linear: a cluster has few nodes, next to what each of them says. */
 static struct cube_member *cube_manager_member(struct cube_manager *m,
                                                const char *name)
@@ -28989,7 +29103,8 @@ static void cube_member_free(struct cube_member *n)
     cube_free(n);
 }
 
-/* Why it takes no orders from us, or NULL. */
+/* Why it takes no orders from us, or NULL. Borrowed: the next line of its
+ * events may free it. */
 static const char *cube_member_refusal(const struct cube_member *n)
 {
     return n->manager->successor > 0
@@ -28997,7 +29112,14 @@ static const char *cube_member_refusal(const struct cube_member *n)
                  "later" : n->refusal;
 }
 
-/* As GET /nodes has it. */
+/* As GET /nodes has it:
+ *
+ *    unknown    it has never answered, and had no time to
+ *    up         it answers; whether tasks fit is the scheduler's matter
+ *    refuses    it answers, and takes no orders: Error says why
+ *    lost       it gives no sign of life
+ *    forgotten  in the last event about it
+ */
 static const char *cube_member_state_name(const struct cube_member *n)
 {
     if (n->state == CUBE_NODE_LOST)
@@ -29085,6 +29207,32 @@ static void cube_member_lives(struct cube_member *n)
 }
 
 /* ---- What workers say ---- */
+
+/*
+ * The feed of a worker (chapter 7) as its manager takes it in. A worker that
+ * has two tasks is dialled; then one of them ends, and the line breaks:
+ *
+ *    hello   Worker, Cluster, Epoch   who it is; may it be given orders?
+ *    reset   Seq 7                    nothing is concluded from now on
+ *    task    A, Running               a report of A
+ *    task    B, Running               a report of B
+ *    listed  Seq 7                    all is known: what was reported before
+ *                                     and is not in the list is gone
+ *    stats                            the beat: metrics, and its epoch
+ *    task    Seq 8, B, Completed      a report of B, instead of the old one
+ *      x
+ *    GET /events?after=S:8            hello, then 9, ...: no list
+ *
+ * Each line is a sign of life, whatever it says. A report is what was heard
+ * last and nothing more: reconciliation compares it with the record when that
+ * is not changing, so five lines about one task during one commit are one
+ * step. What a step in between said is in the worker's numbers (RestartCount).
+ *
+ * Why not conclude from a missing task at once? In the middle of a list, A is
+ * missing because it was not sent yet; acting on that would deliver a task
+ * that runs. So is_listed guards every row of the essay's table that begins
+ * with "none".
+ */
 
 static void cube_member_dial(void *arg); /* mutual recursion */
 
@@ -29358,6 +29506,8 @@ static void cube_member_on_stats(struct cube_member *n,
         cube_manager_log_node(n->manager, n, "it told of its machine");
 }
 
+/* What a line does, by its Type. One that is not here is a newer worker's, and
+ * no more than a sign of life. */
 static const struct cube_saying {
     const char *type;
     void (*fn)(struct cube_member *n, struct json_value_s *line);
@@ -29426,6 +29576,22 @@ static void cube_member_data(void *arg, const char *p, size_t len)
 }
 
 /* ---- Workers that are asked, not told by ---- */
+
+/*
+ * A worker of the Go program has no events, UUID, attempts, or epochs, and
+ * answers an order when it is in its queue. What a worker of ours says of
+ * itself is made up here, from two questions every two seconds, so that what
+ * stands behind this section sees reports like all others:
+ *
+ *    missing                  made up from
+ *    ----------------------   ----------------------------------------------
+ *    reset, tasks, listed     one GET /tasks
+ *    a beat                   that it was answered; GET /stats for metrics
+ *    the attempt              that of the record, or of the report before
+ *    when it started, ended   the moment at which this was seen first
+ *    CPU use                  the ticks of two rounds, subtracted
+ *    that an order is taken   the answer, until the list shows it: next
+ */
 
 /*
  * An order goes into its queue, of which it takes one each ten seconds; only
@@ -29576,6 +29742,27 @@ static void cube_member_poll_tasks(void *arg, const struct cube_http_answer *a)
 
 /* ---- The line to a worker ---- */
 
+/*
+ * One call is open to each worker, always: its event stream, for as long as
+ * that lasts. When it ends, a timer waits for the next dial, so there is
+ * either a call or a timer. What the answer says:
+ *
+ *    200            events; it is no worker of the Go program (any more)
+ *    404            no events there: it is polled, from now on and at once
+ *    401, 403       it refuses us, in words about the token
+ *    other          it refuses us, since it does not tell its events
+ *    none, or cut   nothing: the silence counts, and is judged by the tick
+ *
+ * A refusal stays until the next hello. Dials that fail come after 0.2, 0.4,
+ * 0.8, 1, 1 ... s; any line of events sets that back to 0.2 s. A worker that
+ * was restarted is so heard of a second after it listens at the latest, and
+ * one that is away for a week costs at most a connection attempt a second.
+ *
+ * The stream's own limit of silence is the time after which a node is lost. So
+ * a connection that died without a word is dialled anew, even when the tick
+ * gives its node a new grace, and the node is not blamed for it.
+ */
+
 /* A body comes: events, or the words of an error. */
 static void cube_member_head(void *arg, const struct cube_http_head *h)
 {
@@ -29675,6 +29862,35 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
 }
 
 /* ---- Orders ---- */
+
+/*
+ * There are two: run this (POST, an event with the task), and stop that
+ * (DELETE). Both are sent of what is on disk, carry cluster, epoch and
+ * attempt, and may be repeated at will, since a worker that has obeyed before
+ * answers the same:
+ *
+ *    POST /tasks    {...,"State":2,...,"Task":{"ID":"T",...,"State":1,...,
+ *                    "Attempt":3,...},"Cluster":"5f..","Epoch":9}
+ *    DELETE /tasks/T?attempt=3&cluster=5f..&epoch=9[&forget=1]
+ *
+ *    answer                     to run                   to stop
+ *    ------------------------   ----------------------   -------------------
+ *    201                        the body is a report     -
+ *    204                        -                        wait for the report
+ *    400                        Failed, in its words     asked again later
+ *    404                        asked again later        the report is dropped
+ *    409 with our cluster and   an older copy: go past   the same
+ *      an epoch, not ours       that epoch, or stand
+ *                               down
+ *    409 with another cluster   it refuses us            the same
+ *    409 without a cluster      asked again later,       asked again later
+ *                               unless a report says
+ *                               more
+ *    507, 503, 500, none        asked again later        asked again later
+ *
+ * Later is 0.5, 1, 2, 4, 4 ... s. None of these answers ends an order: what
+ * ends it is a report that agrees, or a record that wants something else.
+ */
 
 /* 0.5 s before the first repetition, doubled up to 4 s. */
 static int64_t cube_retry_ms(int tries)
@@ -29855,6 +30071,28 @@ static void cube_report_stop(struct cube_report *r, bool forget)
 }
 
 /* ---- Placing ---- */
+
+/*
+ * What a task goes through until it has a node:
+ *
+ *    cube_charge_schedule   may it move now? (paced)
+ *    cube_charge_place        cube_promises_look    who is up, with what stats
+ *                             cube_promises_add_up  what is promised, if that
+ *                                                   was forgotten
+ *                             cube_schedule         chapter 10: one node, or
+ *                                                   the reason of each
+ *    cube_charge_assign     node and attempt + 1, staged
+ *    cube_charge_explain    or the reasons, on the record, as its Error
+ *
+ * It is decided by the newest versions, on disk or not, since two tasks of one
+ * turn must not be promised the same room. Should their commit fail, both are
+ * Pending again and the sums are forgotten. Nobody was told before.
+ *
+ * A reason names numbers that change with every beat ("2.1 GiB left"). Each
+ * change of a record is a write, an event and a line for all who follow: 1000
+ * tasks that wait would be 1000 of them a second. So a reason that differs in
+ * its digits only is written anew after half a minute at the earliest.
+ */
 
 /* Is it among the nodes that can be chosen from, and shown? */
 static bool cube_member_is_shown(const struct cube_member *n)
@@ -30110,6 +30348,25 @@ static void cube_charge_schedule(struct cube_charge *c)
  *          | epoch 10, to disk
  *          | <---- "I run 5"   its record says 3, or nothing
  *          | attempt 5, to disk: it runs there already
+ *
+ * And what a crash of the manager leaves, at each step of a submission. Every
+ * line ends in the task running once:
+ *
+ *    the last that was done     its file      the worker   after the start
+ *    ------------------------   -----------   ----------   ----------------
+ *    POST is read, staged       nothing, or   -            the client had no
+ *                               as below                   answer: it asks
+ *                                                          again
+ *    synced, 201 not sent       Scheduled,    -            delivered; the
+ *                               a, attempt 1               client asks again
+ *                                                          and gets the 201
+ *    201 sent                   the same      -            delivered
+ *    order sent                 the same      perhaps      delivered, unless
+ *                                             on disk      it is reported
+ *    Running heard              the same      runs         heard again, with
+ *                                                          the list
+ *    Running on disk            Running       runs         the record says so
+ *                                                          already
  */
 
 /* Its node is gone: it waits for another one. The attempt stays what it is, so
@@ -30191,8 +30448,18 @@ static const char *cube_report_words(const struct cube_task *from,
                                       : "its worker starts it";
 }
 
-/* Copies a report to the record. Where the state machine knows no way from
- * one state to the other, a step was missed, and Scheduled lies between. */
+/*
+ * Copies a report to the record. Where the state machine knows no way from
+ * one state to the other, a step was missed, and Scheduled lies between. A
+ * restart that was quicker than the manager's disk:
+ *
+ *      the worker says                      the record becomes
+ *      Failed, restart at 12:00:01          Failed (staged; syncs)
+ *      Scheduled, RestartCount 1            (it is changing: left alone)
+ *      Running, RestartCount 1              Scheduled, then Running
+ *
+ * Two commits instead of one, and who follows sees no step that cannot be.
+ */
 static void cube_charge_copy(struct cube_charge *c, struct cube_report *report)
 {
     struct cube_manager *m = c->manager;
@@ -30215,9 +30482,21 @@ static void cube_charge_copy(struct cube_charge *c, struct cube_report *report)
     cube_manager_stage(m, c->rec, why);
 }
 
-/* A worker has given up on a task. Another one may try once, with one start
+/*
+ * A worker has given up on a task. Another one may try once, with one start
  * (budget 0); true when it was sent there. Only one that was started again in
- * vain, by a worker that restarts, and that has not been moved before. */
+ * vain, by a worker that restarts, and that has not been moved before. A task
+ * that exits with 1 at once, by the policy on-failure, in seconds:
+ *
+ *      0         started on a           attempt 1
+ *      1, 3, 7   started again there    RestartCount 1, 2, 3
+ *      7         a gives up             Failed, and no restart_time
+ *      7         placed on b            attempt 2, moves 1, budget 0, avoid a
+ *      7         started there once     Failed for good
+ *
+ * `moves` and `avoid` are on the record, so a restart of the manager grants no
+ * second move. When no other node has room, it has failed for good at once.
+ */
 static bool cube_charge_move(struct cube_charge *c, struct cube_member *n,
                              const struct cube_task *r)
 {
@@ -30296,7 +30575,8 @@ static void cube_charge_keep_running(struct cube_charge *c,
         cube_charge_copy(c, r);
 }
 
-/* Stages the end of a task that was stopped. */
+/* Stages the end of a task that was stopped, with `words` as its Error: "" for
+ * what was stopped well. */
 static void cube_charge_complete(struct cube_charge *c, const char *words)
 {
     struct cube_manager *m = c->manager;
@@ -30476,6 +30756,21 @@ static void cube_manager_dropped(void *arg, struct cube_record *rec)
 
 /* ---- Tasks on workers of the Go program ---- */
 
+/*
+ * There the manager is its worker's keeper too: it restarts and checks health,
+ * with the counts on its own record. A restart is the same order once more,
+ * with the attempt raised, as an assignment to the node that has it already:
+ *
+ *      report Failed, or sick   record: Scheduled, attempt 2, RestartCount 1
+ *      on disk                  the report is of attempt 1, so an older one:
+ *                               deliver, naming the container that is to go
+ *      201                      a report of attempt 2: Scheduled
+ *      the list shows it        Running
+ *
+ * So the essay's table needs no row for it. Without backoff: an order waits in
+ * that worker's queue for up to ten seconds anyhow.
+ */
+
 /* Starts it again there, if its policy lets us: the same task once more, with
  * the container that is to go. Else it has failed for good. */
 static void cube_charge_fail_polled(struct cube_charge *c,
@@ -30543,6 +30838,31 @@ static void cube_charge_follow_polled(struct cube_charge *c,
 }
 
 /* ---- Time ---- */
+
+/*
+ * A host dies. What happens until its tasks run elsewhere, with the defaults,
+ * in seconds since its last sign of life:
+ *
+ *      0.0    a beat
+ *      2.5    it counts for the question whether many vanish at once
+ *      5.0    its stream has been silent for too long: cut, dialled in vain
+ *      5.25   at the latest, a tick finds it LOST: its orders, reports' stops
+ *             and connections are given up; all tasks are touched
+ *             pass       those on it become Pending           (commit)
+ *             changed    they are placed, attempt + 1         (commit)
+ *             changed    they are delivered
+ *                        the other worker has them on disk, and starts them
+ *
+ * Two commits where one would do: a task whose node is lost and one that waits
+ * are the same afterwards, whether or not a node has room for it.
+ *
+ * When many vanish at once, each of the two steps is taken for one task a
+ * second. Of five nodes of 100 tasks each, three vanish: some sixty tasks have
+ * moved after a minute, the time that somebody needs to mend a switch. If the
+ * three come back by then, the other 240 run where they were and are kept. If
+ * not, that is how things are now: nodes that have been lost for a minute are
+ * no part of what happens, moves are free again, and the rest moves at once.
+ */
 
 /* Gives up the stops that are under way. */
 static void cube_member_unorder(struct cube_member *n)
@@ -30990,8 +31310,20 @@ static bool cube_charge_is_confirmed(struct cube_charge *c)
     return true;
 }
 
-/* What has ended is kept for a while; what its user has removed, until all
- * that know of it have removed it too. */
+/*
+ * What has ended is kept for a while; what its user has removed, until all
+ * that know of it have removed it too. The way out of a record:
+ *
+ *      shown, ended --- ?forget=1, or older than keep_ms ---> hidden
+ *      hidden   workers that report it are told to stop and remove it, again
+ *               and again (cube_charge_see_strays)
+ *      hidden --- nobody reports it, and its home has listed --> removed
+ *             `-- older than keep_ms, whoever may have it -----> removed
+ *
+ * Hidden and not removed at once, since a worker that is away would come back
+ * with the task, and an unknown task that runs is adopted. The record is also
+ * what remembers the attempt, for one that is submitted again by the same ID.
+ */
 static void cube_manager_sweep(struct cube_manager *m)
 {
     int64_t old = m->world->wall_ns(m->world->ctx) - m->keep_ms * 1000000;
@@ -31062,6 +31394,27 @@ static void cube_manager_tick(void *arg)
 }
 
 /* ---- Its API: tasks ---- */
+
+/*
+ * What a request changes is a record, by its newest version, and nothing else;
+ * the rest follows when that is on disk. POST /tasks, by what is known of the
+ * task's ID:
+ *
+ *    the ID is              to run it                    to stop it
+ *    --------------------   --------------------------   ----------------
+ *    missing, or new        201: placed, or waiting      404
+ *    known, the same spec   201: as it is now            201: stop wished
+ *    known, another spec    409                          201: stop wished
+ *    of one that ended      409: remove it, or leave     201: nothing changes
+ *                           the ID out
+ *    of one removed         201: as new, but attempts    404
+ *                           go on
+ *
+ * DELETE /tasks/{id}: 204 for all that are known, as a stop wished twice is
+ * wished; with ?forget=1 409 for what is not over. Whatever is answered 201 or
+ * 204 waits for the commit, even when nothing changes: the version that it
+ * speaks of may be on its way to the disk. If that fails, 507, 503 or 500.
+ */
 
 /* A new task, or one whose user removed it before. Takes `t` over, and stages
  * it, placed or waiting. `rec` NULL: the ID is new. Attempts go on from
@@ -31296,14 +31649,33 @@ static void cube_manager_backup(void *arg, struct cube_http_req *req)
 
 /* ---- Its API: what only the worker knows ---- */
 
+/*
+ * Logs and inspections are the engine's; the manager passes the question on
+ * and the answer back, and keeps neither. A log may be larger than any memory
+ * and its reader a pager that waits for a key, so whoever is slow holds up the
+ * one before, through three programs:
+ *
+ *    pager   <---   manager         <---   worker          <---   engine
+ *    waits          256 KiB wait: stops    256 KiB wait: stops    blocks in
+ *                   reading the worker     reading the engine     its write
+ *
+ *    the worker's answer            what the one who asked gets
+ *    ----------------------------   -------------------------------------
+ *    200, bytes, the end            200, the bytes, the end
+ *    200, bytes, a broken line      200, the bytes, and no end (chunked, so
+ *                                   that it is seen)
+ *    404, 502 and words             the same, up to 64 KiB of words
+ *    none                           502, and why
+ */
 #ifndef CUBE_RELAY_REFUSAL_MAX
 #define CUBE_RELAY_REFUSAL_MAX (64u << 10) /* bytes */
 #endif
 
-/* A request that is passed on to a worker, and its answer back. */
+/* A request that is passed on to a worker, and its answer back. Lives until the
+ * call is over or whoever asked has gone, whichever is first. */
 struct cube_relay {
-    struct cube_http_req *req;
-    struct cube_http_call *call;
+    struct cube_http_req *req;   /* the question here */
+    struct cube_http_call *call; /* and there */
     int status;              /* of the worker's answer, once its head is here */
     struct cube_buf refusal; /* what a worker says that has no stream to give */
     bool is_stream;
@@ -31449,6 +31821,23 @@ static void cube_manager_logs(void *arg, struct cube_http_req *req)
 
 /* ---- Its API: nodes ---- */
 
+/*
+ * A worker that joins says where it is found; from then on it is dialled like
+ * one of the command line, also by later starts of the manager:
+ *
+ *    worker                                   manager
+ *      | POST /nodes {"Name","Worker"} ------> the tree `nodes`, on disk
+ *      |                                       a member: NEW, dialled
+ *      | <---------------------------- 201
+ *      | <-------------------- GET /events
+ *      | hello, reset, task ..., listed -----> UP, and its tasks are known
+ *      | stats ------------------------------> its room is: tasks may come
+ *
+ * A crash before the commit leaves nothing, and the worker asks again in some
+ * seconds. After it, the next start finds the name in the tree. Removal is the
+ * same way back, and is refused while the worker would undo it.
+ */
+
 /* GET /nodes, in the order in which they came. Neither a default that has not
  * answered, nor one that has joined under another name. */
 static void cube_manager_nodes(void *arg, struct cube_http_req *req)
@@ -31493,7 +31882,7 @@ static int cube_node_name_check(const char *name, struct cube_err *err)
 struct cube_joining {
     struct cube_manager *manager;
     struct cube_commit_wait wait;
-    char *name;
+    char *name;                 /* owned; a member is looked up again by it */
     char uuid[CUBE_UUID_TEXT];
     bool is_removal;
 };
@@ -31621,6 +32010,26 @@ static const struct cube_http_route cube_manager_routes[] = {
 };
 
 /* ---- Beginning and end ---- */
+
+/*
+ * The order of a start, and why each step stands where it does:
+ *
+ *    1  the store is opened     one process has it; others are refused
+ *    2  identify                the epoch is raised and synced: no two starts
+ *                               have the same, even if this one dies at the
+ *                               next step
+ *    3  events, then records    what is known is read, before anybody can
+ *                               ask for it or say something that is newer
+ *    4  listen                  a port that is taken ends the start here
+ *    5  nodes                   dialled in the next turn
+ *    6  the first tick          no node is lost before 5 s have passed; only
+ *                               tasks of nodes that nobody names any more
+ *                               move before that
+ *
+ * There is no recovery: the records that were read differ from the reports
+ * that are not there yet, and is_listed keeps that from meaning anything until
+ * each worker has told what it has.
+ */
 
 /* One task of the full list that a reset is followed by. */
 static bool cube_manager_feed_list(void *arg, size_t *at, const char *only,

@@ -517,6 +517,77 @@ TEST(a_manager_in_memory_keeps_cluster_and_epoch_in_a_line)
     cluster_close(&k);
 }
 
+/* One tree, a line for each key: of a number's eight bytes the last two in
+ * hex (the others are 0), and what is told of the value: of an event Type and
+ * Why, of a record whose number it is, of others nothing. */
+static void tree_text(struct cube_store *s, const char *tree,
+                      struct cube_buf *out)
+{
+    struct cube_cursor *c = cube_cursor_open(s, tree, NULL);
+
+    cube_buf_clear(out);
+    for (int r = cube_cursor_first(c, NULL); r > 0;
+         r = cube_cursor_next(c, NULL)) {
+        size_t key_len, len;
+        const unsigned char *key = cube_cursor_key(c, &key_len);
+        const void *value;
+        struct json_value_s *root;
+        const char *type, *why;
+        int64_t number;
+
+        CHECK_INT(cube_cursor_value(c, &value, &len, NULL), 0);
+        root = cube_json_parse(value, len, NULL);
+        type = cube_json_str(cube_json_get(root, "Type"), NULL);
+        why = cube_json_str(cube_json_get(root, "Why"), NULL);
+        if (strcmp(tree, "meta") == 0) {
+            cube_buf_printf(out, "%.*s\n", (int)key_len, (const char *)key);
+        } else {
+            CHECK_INT(key_len, 8);
+            CHECK_INT(memcmp(key, "\0\0\0\0\0\0", 6), 0);
+            cube_buf_printf(out, "%02x %02x %s%s%s\n", key[6], key[7],
+                            type ? type : "", why ? ": " : "",
+                            why ? why : "");
+        }
+        if (strcmp(tree, "tasks") == 0 &&
+            !cube_json_i64(cube_json_get(root, "Number"), &number))
+            cube_buf_printf(out, "number %lld\n", (long long)number);
+        cube_json_free(root);
+    }
+    cube_cursor_close(c);
+}
+
+TEST(the_trees_of_a_first_start_are_as_drawn)
+{
+    static const struct {
+        const char *tree, *holds;
+    } rows[] = {
+        {"tasks", "00 01 \nnumber 1\n"},
+        {"meta", "cluster\nepoch\nsince\n"},
+        {"nodes", ""},
+        {"past", ""},
+        {"events", "00 01 start\n"
+                   "00 02 node: the manager has started\n"
+                   "00 03 node: it answers\n"
+                   "00 04 node: it told of its machine\n"
+                   "00 05 task: it was submitted, and placed\n"
+                   "00 06 task: it was started\n"},
+    };
+    struct cluster k;
+    struct cube_buf text = {0};
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    cluster_run(&k, 3000); /* a task that runs well is written no more */
+    for (size_t i = 0; i < CUBE_COUNT(rows); i++) {
+        test_row("%s", rows[i].tree);
+        tree_text(k.manager->store, rows[i].tree, &text);
+        CHECK_STR(text.data ? text.data : "", rows[i].holds);
+    }
+    cube_buf_free(&text);
+    cluster_close(&k);
+}
+
 TEST(an_older_copy_of_the_store_takes_a_higher_epoch_and_the_newer_attempt)
 {
     struct cluster k;
