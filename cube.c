@@ -26421,6 +26421,28 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
  * each; a worker with thousands of tasks would want them spread over time.
  */
 
+/*
+ * Its timers. All but one are of the loop's clock; `due` counts down to a time
+ * of the wall, which stands on the record and so outlives this process:
+ *
+ *    it is      set by                       ends after    and then
+ *    --------   --------------------------   -----------   ------------------
+ *    look       cube_worker_stirred          50 ms         the engine lists
+ *               cube_worker_doubt            0.1 .. 2 s    the same
+ *               cube_worker_seen             60 s          the same, in case
+ *                                                          a hint was lost
+ *               cube_worker_found            10 s          a runtime is sought
+ *    due        cube_unit_await_restart      1 s .. 5 min  the restart
+ *    rest       cube_unit_rest               2 s           a refused stop, or
+ *                                                          removal, again
+ *    progress   cube_unit_progressed         0.5 s         a pull's words go
+ *                                                          to the record
+ *    retry      a commit that failed         1 s           all is looked at
+ *    beat       itself; who follows, 20 ms   1 s           metrics are told
+ *    sweep      itself                       30 s          what is old goes
+ *    rejoin     itself                       5 s           it registers, if
+ *                                                          nobody follows
+ */
 #define CUBE_BACKOFF_MS 1000                /* before the first restart */
 #define CUBE_BACKOFF_MAX_MS (5 * 60 * 1000)
 #define CUBE_LONG_RUN_MS (10 * 60 * 1000)   /* earns a new budget */
@@ -26447,7 +26469,8 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 struct cube_worker {
     struct cube_loop *loop;
     const struct cube_world *world;
-    char *name, *listen, *data_dir, *join, *advertise, *token;
+    char *name, *listen, *data_dir, *join, *advertise, *token; /* owned; the
+                                     last three may be NULL */
     int64_t keep_ms;              /* what has ended is kept for so long */
     bool take_over;               /* by the next manager, whoever it is */
     char uuid[CUBE_UUID_TEXT];
@@ -26462,10 +26485,10 @@ struct cube_worker {
     struct cube_feed feed;
     struct cube_http_server *server;
     struct cube_machine *machine;
-    struct cube_stats stats;
+    struct cube_stats stats;      /* of the last beat */
 
-    char *runtime_name, *run_dir;
-    struct cube_runtime_search *finding;
+    char *runtime_name, *run_dir; /* as asked for; of processes' files */
+    struct cube_runtime_search *finding; /* NULL: nothing is sought */
     struct cube_runtime *runtime; /* NULL until one is found */
     bool is_listed;               /* what is observed can be believed */
     bool is_listing;
@@ -26537,6 +26560,26 @@ static void cube_worker_stirred(void *arg, const char *task_id);
 static void cube_worker_look(void *arg); /* mutual recursion */
 
 /* ---- Units ---- */
+
+/*
+ * A unit ties two things together that live apart: a record, which changes
+ * when a commit is on disk, and a container, which changes when it likes. To
+ * touch it is all that anybody does to it; the pass of the same turn looks at
+ * each that was touched, once.
+ *
+ * Which start a container is of is written on it in two labels, and which one
+ * is wanted in the record, so that a container left over by a crash, a lost
+ * answer or a network that was cut is told from the right one by numbers:
+ *
+ *    record: attempt 2, RestartCount 1
+ *
+ *    labels   attempt 1, restart 3    older: of an assignment before this one
+ *             attempt 2, restart 0    older: of before the last restart
+ *             attempt 2, restart 1    the one that is meant
+ *             attempt 2, restart 2    newer: this store is an older copy
+ *
+ * What is older is disposed of, and what is newer adopted.
+ */
 
 /* NULL is fine. */
 static void cube_box_free(struct cube_container *box)
@@ -26638,6 +26681,22 @@ static struct cube_time cube_worker_now(struct cube_worker *w)
 
 /* ---- The engine in trouble ---- */
 
+/*
+ * An engine that is restarted, or hangs, answers nothing about anybody, and
+ * what was observed of it before may be false after. So one bit is cleared
+ * (is_listed), by which every unit waits, and one timer asks for the list. An
+ * engine that is away for eight seconds, which a start is the first to notice:
+ *
+ *      0 s     start: connection refused; the task's Error says so, its state
+ *              stays Scheduled
+ *      0.1     list: refused, as at 0.3, 0.7, 1.5, 3.1, 5.1 and 7.1
+ *      9.1     list: works; all units compare, and take their next steps
+ *              (sooner, when its event stream is back before)
+ *
+ * No restart is counted and nothing fails. An order that comes meanwhile is
+ * taken, on disk and answered 201 as always.
+ */
+
 /* Nothing is known until the containers have been listed again: in 0.1 s, then
  * at growing intervals, up to 2 s, since stops wait for that. No unit takes a
  * step meanwhile. */
@@ -26650,6 +26709,26 @@ static void cube_worker_doubt(struct cube_worker *w)
 }
 
 /* ---- Restarts ---- */
+
+/*
+ * How often, and how soon. The limit is compared with keep.restarts, which
+ * counts since the last long run; a task's RestartCount counts for ever.
+ *
+ *    policy                   Budget of the order    restarts
+ *    ----------------------   -------------------    --------------------
+ *    no                       any                    none
+ *    "", on-failure           -1 (it has none)       3
+ *    always, unless-stopped   -1                     without end
+ *    any but no               0 (after a move)       none: one start here
+ *    (the Go manager's)       -                      none: it does that
+ *
+ *    restart       1   2   3   4    5    6    7    8     9     10
+ *    after         1   2   4   8   16   32   64  128   256   300 s, and so on
+ *
+ * So a task of policy on-failure that ends at once is given up after 7 s, and
+ * one of policy always is started some nine times in the first five minutes,
+ * then every five. One that has run for ten minutes begins with 1 s again.
+ */
 
 /* 1 s before the first restart, doubled for each one after, up to 5 min. */
 static int64_t cube_backoff_ms(int64_t restarts)
@@ -26722,6 +26801,27 @@ static void cube_unit_fail(struct cube_unit *u, const char *words)
 }
 
 /* ---- Steps: what is done with containers ---- */
+
+/*
+ * There are three, and each is one call of the runtime, which answers once:
+ *
+ *    step     of what                 when it worked, it is observed
+ *    ------   ---------------------   -----------------------------------
+ *    start    a record, Scheduled     a container: as it is by then, which
+ *                                     may be ended
+ *    stop     what runs               the same, ended
+ *    remove   what does not           nothing (or no stray)
+ *
+ *    it was refused    start: Failed, in the engine's words; it is Scheduled
+ *                      again when a restart is due, if it has one
+ *                      stop, remove: again, after a rest of two seconds
+ *    it was trouble    nothing is known; all units wait for the next list
+ *    it was called     start only: whatever has come of it is observed
+ *    off
+ *
+ * There is no restart among them: it is a removal, a change of the record, and
+ * a start, each of which may be the last that this process does.
+ */
 
 /* It may try again what the engine has refused. */
 static void cube_unit_rested(void *arg)
@@ -26889,6 +26989,31 @@ static void cube_unit_dispose(struct cube_unit *u, struct cube_container *box)
 }
 
 /* ---- Records: what is said about containers ---- */
+
+/*
+ * The other kind of step: the record follows what was observed.
+ *
+ *    observed                     State        Error
+ *    --------------------------   ----------   -----------------------------
+ *    runs                         Running      ""
+ *    exit 0                       Completed    ""
+ *    exit 0, always               Failed (*)   exited with code 0
+ *    exit 3                       Failed (*)   exited with code 3
+ *    exit 143                     Failed (*)   exited with code 143
+ *                                              (signal 15)
+ *    killed by the kernel         Failed (*)   killed: out of memory
+ *    the engine's own reason      Failed (*)   in its words
+ *    health checks failed         Failed (*)   health check GET / failed 3
+ *                                              times: status 500
+ *    gone, though Running         Failed (*)   its container was removed by
+ *                                              somebody else
+ *    ended by engine or hand      Scheduled    it was stopped by its engine,
+ *                                              or by hand
+ *    gone, and a stop is wished   Completed    ""
+ *
+ * (*) with a restart_time while restarts are left; without one it is for good,
+ * which is what a manager goes by (cube_task_is_finished).
+ */
 
 /* Copies where the engine has put the ports to the task. */
 static void cube_task_show_ports(struct cube_task *t,
@@ -27077,6 +27202,23 @@ static void cube_unit_sick(void *arg, const char *words)
  *        attempt 2, on disk                  busy: left alone
  *        cube_unit_started  <-------------- container of attempt 1
  *        stop it, remove it, start attempt 2
+ *
+ * A restart, step by step, and what a crash after each of them leaves. The
+ * next process reads the record, lists, and goes on in the next line:
+ *
+ *    the last that was done    record                      engine
+ *    -----------------------   -------------------------   ---------------
+ *    it exits with 1           Running                     exited
+ *    how, on disk              Failed, restart at 10:00    exited
+ *    10:00: removed            Failed, restart at 10:00    nothing
+ *    the count, on disk        Scheduled, RestartCount 1   nothing
+ *    created                   Scheduled, RestartCount 1   created, of 1
+ *    started                   Scheduled, RestartCount 1   runs, of 1
+ *    that it runs, on disk     Running, RestartCount 1     runs, of 1
+ *
+ * After "created" it is half a start: removed and made again, under the same
+ * count. Were the count raised after the start, a task whose start kills its
+ * worker would be started for ever, and never counted.
  */
 
 /* Its time to be started again has come. */
@@ -27256,6 +27398,36 @@ static void cube_worker_committed(void *arg, uint64_t commit,
 
 /* ---- Looking: what the engine has ---- */
 
+/*
+ * What is observed comes from the engine's answers only, in two sizes: the
+ * inspection of one container, and the list of all that carry this worker's
+ * label. Its events are hints where to look and never believed, since they can
+ * be missed, late, or twice:
+ *
+ *    event: T          T has a container     inspect that one
+ *                      T is in a step        after the step
+ *                      T has none            look, within 50 ms
+ *    event: anything   (events were missed)  look, within 50 ms
+ *    trouble                                 look, in 0.1 s and then later
+ *    nothing                                 look, once a minute
+ *
+ *    look --> list --> cube_worker_seen: forget what was observed,
+ *                          for each container: cube_worker_assign
+ *                          touch all units
+ *
+ * By its labels, where a container of the list belongs:
+ *
+ *    no such record, or newer than it     adopted: the record follows it
+ *    of the record's start, the first     the unit's box
+ *    of the record's start, the second    the box, if it alone runs; what is
+ *                                         left is a stray
+ *    older than the record                a stray: stopped and removed
+ *
+ * A hundred containers that an engine's restart has ended are a hundred events
+ * and one list, as a look that is asked for again before it began is one look;
+ * what stirs during a list is looked at 50 ms after it.
+ */
+
 /* A container that nobody here knows, with our label: the store was lost, or
  * is older than it. Its labels say what it is; one whose spec cannot be read is
  * left alone and named in the log. */
@@ -27378,12 +27550,13 @@ static void cube_worker_look(void *arg)
     w->runtime->ops->list(w->runtime, w->uuid, cube_worker_seen, w);
 }
 
-/* An inspection of a container that the engine said something about. */
+/* An inspection of a container that the engine said something about. Names and
+ * no pointers: task and container may be gone before the answer comes. */
 struct cube_peek {
     struct cube_worker *worker;
-    struct cube_list link;
-    char id[CUBE_UUID_TEXT];
-    char *box_id;
+    struct cube_list link;   /* in the worker's peeks */
+    char id[CUBE_UUID_TEXT]; /* of the task */
+    char *box_id;            /* of the container; owned */
 };
 
 /* Its inspection must be over, or its runtime freed before. */
@@ -27452,6 +27625,29 @@ static void cube_worker_stirred(void *arg, const char *task_id)
 }
 
 /* ---- Its API ---- */
+
+/*
+ * An order is judged by three numbers before it changes anything. A worker of
+ * cluster K that has obeyed epoch 9, and has task T in attempt 3, is told to
+ * run T:
+ *
+ *    cluster   epoch   attempt   answer
+ *    -------   -----   -------   --------------------------------------------
+ *    K         9       4         201: begins anew, what runs is older now
+ *    K         9       3         201: came twice, nothing changes
+ *    K         9       2         409: that attempt is over
+ *    K         10      3         201: and from now on epoch 9 is over
+ *    K         8       any       409, with K and 9: a manager that is over, or
+ *                                whose store is an older copy
+ *    L         any     any       409, with K and 9; with --take-over it is
+ *                                judged by its attempt alone
+ *    (none)    -       -         201: a Go manager's; it becomes attempt 4
+ *
+ * One that belongs to no cluster yet takes the first order of any, and is its
+ * from then on. What is compared is the newest, on disk or not; what is
+ * answered waits for the disk, the refusals that name an epoch included: the
+ * epoch that they name must not be one that a crash can undo.
+ */
 
 /* The record that a path names; answers 404 and returns NULL without one. */
 static struct cube_record *cube_ledger_of(struct cube_ledger *g,
@@ -27680,10 +27876,11 @@ static void cube_worker_delete(void *arg, struct cube_http_req *req)
     cube_reply_kept(w->commit, req, 204, NULL);
 }
 
-/* A caller who waits for the engine, and may go away meanwhile. */
+/* A caller who waits for the engine, and may go away meanwhile. Lives until the
+ * engine has answered, or its log has ended or is cancelled. */
 struct cube_asker {
     struct cube_worker *worker;
-    struct cube_list link;
+    struct cube_list link;     /* in the worker's askers */
     struct cube_http_req *req; /* NULL: gone */
     struct cube_logs *logs;    /* what it reads, if it reads logs */
     bool is_held;              /* and reads more slowly than they come */
@@ -27891,6 +28088,18 @@ static const struct cube_http_route cube_worker_routes[] = {
 
 /* ---- Signs of life ---- */
 
+/*
+ * Once a second a worker reads its machine and tells all who follow, whether
+ * or not anything has changed: silence has to mean something. A manager that
+ * takes a node for lost after five seconds has missed four beats at least.
+ *
+ *    {"Type":"stats","Cluster":"5f..","Epoch":9,"Stats":{"MemStats":...}}
+ *
+ * The epoch is in each, since there may be two managers: the one that was
+ * started earlier learns from the next beat that it is over. The beat has no
+ * number and is not kept, as an old one is of no use to anybody.
+ */
+
 /* One task of the full list that a reset is followed by. */
 static bool cube_worker_feed_list(void *arg, size_t *at, const char *only,
                                   struct cube_buf *out)
@@ -27976,6 +28185,20 @@ static void cube_worker_sweep(void *arg)
 }
 
 /* ---- Joining a manager ---- */
+
+/*
+ * Joining tells an address and nothing more; all that matters comes by the
+ * stream that the manager then opens. So it needs no state of its own, and can
+ * be repeated:
+ *
+ *    rejoin --> followed by somebody, and it was accepted once?
+ *                  yes: look again in 5 s
+ *                  no:  POST /nodes --> 201, or a reason for the log;
+ *                       look again in 5 s
+ *
+ * A manager that is not there yet, has lost its store, or has forgotten the
+ * node by hand, so has it back within some seconds.
+ */
 
 static void cube_worker_rejoin(void *arg); /* mutual recursion */
 
@@ -28075,6 +28298,20 @@ static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
 }
 
 /* ---- Beginning and end ---- */
+
+/*
+ * The order of a start, and why each step stands where it does:
+ *
+ *    1  the machine is read     its ID may be needed for the worker's UUID
+ *    2  store, identity         one process has the file; others are refused
+ *    3  records, units          what is wanted is known before anybody asks
+ *    4  listen, join            a port that is taken ends the start here
+ *    5  the runtime             may come minutes later: what is wanted can be
+ *                               changed meanwhile, and nothing is done
+ *    6  watch, then look        what changes during the list is told as well
+ *
+ * After the first list all units are looked at: that is the recovery.
+ */
 
 /* Its UUID. A worker whose file is gone is still the same to its containers,
  * so a new one is derived from what stays: machine, name, place. */
