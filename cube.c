@@ -15322,6 +15322,24 @@ CUBE_API const char *cube_state_name(enum cube_state state)
 
 /* ---- Ports and lists ---- */
 
+/*
+ * A task has three maps with a container's port as the key, as Docker has:
+ *
+ *    who says it     field           {"80/tcp": ...}    a value means
+ *    -------------   -------------   ----------------   --------------------
+ *    the user        ExposedPorts    {}                 it listens there
+ *    the user        PortBindings    "8080", ""         this port of the
+ *                                                       host, any port
+ *    its engine,     HostPorts       [{"HostIp":...,    reached at these
+ *      as it runs                      "HostPort":...}]
+ *                                    null, []           not from outside
+ *
+ * All three are sorted lists of structs that begin with the key; a search by
+ * halves and one insertion serve them all. In Go a map that was never made is
+ * null and an empty one {}: both say that there are no ports, and which of
+ * them it was is kept, since a task that only goes through us must not change.
+ */
+
 /* Reads "80", "80/tcp", "53/udp", "9/sctp": a number from 1 to 65535 and one
  * of three protocols, tcp when none is said, in lower case. `*protocol` is
  * static. -1 leaves both as they were. */
@@ -15450,6 +15468,30 @@ static void cube_port_clear(struct cube_port *p)
 }
 
 /* ---- Kinds of fields ---- */
+
+/*
+ * All there are. A field of Go's is printed when it is unset, too, as in the
+ * last column; one of our own is then left out.
+ *
+ *    kind        in C                      on the wire           unset
+ *    ---------   -----------------------   -------------------   ----------
+ *    text        char *, owned             "web"                 ""
+ *    id          char[37]                  "efeadce0-...ce1c"    zeros
+ *    i64         int64_t                   42                    0
+ *    budget      int64_t                   0                     (-1)
+ *    f64         double                    0.5                   0
+ *    time        struct cube_time          "2025-03-01T10:...Z"  year 1
+ *    state       enum cube_state           2                     0
+ *    wanted      enum cube_wanted          "run"                 (none)
+ *    exit        two members of a task     3                     (none)
+ *    words       struct cube_texts         ["sleep","60"]        (none)
+ *    exposed     struct cube_texts         {"80/tcp":{}}         null
+ *    publishes   struct cube_publishes     {"80/tcp":"8080"}     null
+ *    ports       struct cube_ports         {"80/tcp":[{...}]}    null
+ *
+ * A kind is a table of functions rather than a case in seven switches: what is
+ * to be known of times stands in one place, and a new kind changes no other.
+ */
 
 /*
  * What can be done with a field. `field` points at it. `read` gets a value
@@ -16410,6 +16452,23 @@ static int cube_record_read(const struct cube_field *fields, size_t count,
 
 /* ---- Tasks ---- */
 
+/*
+ * Who writes which field. Nobody else does: a manager sets what a user cannot
+ * ask for, and copies from a worker what only that can know.
+ *
+ *    ID                                   the user, or the manager; once
+ *    Name, Image, Cpu, ... (is_spec)      the user; once
+ *    CreatedTime                          the manager, when it accepts it
+ *    Node, Attempt                        the manager, with each placement
+ *    Wanted                               run; stop once a user says so, and
+ *                                         never back
+ *    State, Error                         the manager while no worker has it,
+ *                                         then the worker
+ *    ContainerID, HostPorts, StartTime,   the worker
+ *    FinishTime, ExitCode, Progress,
+ *    RestartCount, RestartTime
+ */
+
 /* Unset in every field: no ID, Pending, no resources. The caller frees it. */
 CUBE_API struct cube_task *cube_task_new(void)
 {
@@ -16574,6 +16633,21 @@ CUBE_API void cube_task_unbind(struct cube_task *t)
 
 /* ---- Events ---- */
 
+/*
+ * A wish about a task, in the form in which the Go program has it. Who sends
+ * which, and what it then asks for:
+ *
+ *    a user to a manager      State 2                 run this Task
+ *                             State 3                 stop the one of this ID
+ *    our manager to a worker  State 2, Cluster,       run this attempt of it
+ *                             Epoch, Budget           (it stops by DELETE)
+ *    Go's manager to one      Task.State 1            start it, or again
+ *                             Task.State 3            stop it
+ *
+ * Budget is how often the worker may start it again by itself: left out, which
+ * is -1, as often as its policy says; 0, not at all.
+ */
+
 /* The error that the task's own reading has written stays: it names the field
  * inside, "Task: Memory: expected an integer". */
 static int cube_event_task_read(void *field, struct json_value_s *v,
@@ -16724,6 +16798,23 @@ CUBE_API int cube_task_or_event_parse(const char *json, size_t len,
 }
 
 /* ---- Could it ever run? ---- */
+
+/*
+ * What is refused at the door with 400, and what is left to those who know:
+ *
+ *    never, on no engine             perhaps, at another time or place
+ *    -----------------------------   ------------------------------------------
+ *    Image "Nginx", "a:b:c"          an image that no registry has: Failed, in
+ *                                    the engine's words
+ *    a Name with a space             a Name that is taken: gets a suffix
+ *    port 0, 70000, one given twice  a host port that is taken: another node,
+ *                                    Pending, or Failed
+ *    Memory -1, or below 6 MiB       more than any node has: Pending, and why
+ *    Env without =, Cmd [""]         a Cmd that the image does not have: Failed
+ *
+ * The line is drawn so that nothing on the left can become right by waiting. A
+ * task on the left that were accepted would have an ID, and somebody who waits.
+ */
 
 /* A letter or a digit of ASCII. Not isalnum, which follows the program's
  * locale. */
@@ -17081,7 +17172,21 @@ CUBE_API int cube_task_check(const struct cube_task *t, struct cube_err *err)
  * On disk a record is one line of JSON under its number (eight bytes,
  * big-endian, so that keys come in the order of submission):
  *
- *    {"Number":7,"Cluster":"...","Epoch":3,...,"Task":{...}}
+ *    {"Number":7,"Epoch":3,...,"Cluster":"...","Avoid":"...","Task":{...}}
+ *
+ * POST of task A, the first of its store, in one turn after the other: what
+ * memory and disk have, what GET /tasks/A answers meanwhile, and what a crash
+ * leaves in that moment:
+ *
+ *                      now   pending   disk      GET    after a crash
+ *                      ---   -------   -------   ----   -----------------
+ *    staged            -     A         -         404    nothing
+ *    written           -     A         perhaps   404    nothing, or all of A
+ *    synced            -     A         A         404    A
+ *    on_change         A     -         A         200    A
+ *    201 leaves        A     -         A         200    A
+ *
+ * The client may hear less than is true, and never more.
  */
 
 /* What a keeper knows of a task beside the task. */
@@ -17796,6 +17901,27 @@ static struct cube_vow *cube_reply_kept(struct cube_commit *c,
 
 /* ---- Answers that both keepers give ---- */
 
+/*
+ * What a status means, from a manager and from a worker, and to whoever asked:
+ * may the same request be sent again?
+ *
+ *    200            a question's answer            as often as one likes
+ *    201, 204       it is on disk                  yes: the same answer
+ *    400            it can never be right          in vain
+ *    401, 403       not with this token, or from   when that was mended
+ *                   this page
+ *    404            unknown: never was, or has     in vain
+ *                   been removed
+ *    409            it is there and differs, is    when that has changed
+ *                   not over, or another leads
+ *    500, 507       nothing was changed: the       yes; 507 when there is room
+ *                   commit failed, the disk full
+ *    502            the one behind it (an engine,  later
+ *                   a worker) gives no answer
+ *    503            a sync failed: it may be on    yes, by the same ID: that
+ *                   disk or not                    is how one finds out
+ */
+
 /* With a newline at the end, for those who look with curl. */
 static void cube_reply_task(struct cube_http_req *req, int status,
                             const struct cube_task *t)
@@ -18110,8 +18236,8 @@ static void cube_copy_frame(struct cube_buf *out, char kind, const void *a,
 
 /* The sender; of its request's lifetime. */
 struct cube_copy {
-    struct cube_store *store;
-    struct cube_store_snap *snap;
+    struct cube_store *store;     /* borrowed, for the names of its trees */
+    struct cube_store_snap *snap; /* what was committed when it began; owned */
     struct cube_cursor *cursor; /* in tree number `tree`; NULL: to be opened */
     int tree, place;
     uint64_t count;
@@ -18271,6 +18397,24 @@ static int cube_copy_take(struct cube_copy_reader *r, const char *data,
  * A follower whose connection is full is left alone until it has drained; if
  * the ring has moved past its place by then, it gets a reset. Beats (the
  * newest statistics, say) are sent to whoever is up to date and are not kept.
+ *
+ * Which lines have a number, which are in the ring, and behind which of them
+ * one may resume:
+ *
+ *    Type                      Seq    ring    resume    told by
+ *    -----------------------   ----   -----   -------   ---------------
+ *    hello, reset              yes    -       -         both
+ *    task, of the list         yes    -       -         both
+ *    listed                    yes    -       yes       both
+ *    task, gone, of a change   yes    yes     yes       both
+ *    node, start               yes    yes     yes       a manager
+ *    stats, beat               -      -       -         a worker, a manager
+ *
+ * And what ?after= gets from stream S with the ring of the first drawing:
+ *
+ *    S:45    hello; 46 when there is one     S:39    reset: 40 is gone
+ *    S:43    hello, 44, 45                   S:46    reset: S was set back
+ *    S:40    hello, 41, 42, 43, 44, 45       T:43    reset: another stream
  */
 
 /* A follower that was away for fewer lines than the ring has goes on where it
@@ -18677,6 +18821,16 @@ static size_t cube_feed_task_line(const struct cube_feed *f, uint64_t seq,
  *
  *    start period          from the first success on
  *    |--x--x--x--ok-------|--ok---x---x---ok---x---x---x--> sick
+ *
+ * With the defaults, a task that is well after three seconds, and hangs from
+ * second 40 on (an interval begins when the answer has come, or has not):
+ *
+ *    asked at      1   2   3    13   23   33   43    58    73
+ *    answered at   1   2   3    13   23   33   -     -     -
+ *                  x   x   ok   ok   ok   ok   48 x  63 x  78 x: sick
+ *
+ * Sick is told once, to whoever watches: to a worker that is a task that
+ * Failed, and is stopped and started again like one that has ended.
  */
 
 #define CUBE_HEALTH_START_MS 30000
@@ -18699,12 +18853,12 @@ typedef void cube_sick_fn(void *arg, const char *words);
  */
 struct cube_health {
     struct cube_loop *loop;
-    struct cube_timer timer;
-    struct cube_http_client *client;
-    struct cube_http_call *call;
+    struct cube_timer timer;         /* until the next question */
+    struct cube_http_client *client; /* to the task's port; owned */
+    struct cube_http_call *call;     /* the question; NULL: it waits */
     char *path;
     int64_t start_ms, interval_ms, timeout_ms, retries; /* of the task */
-    int64_t since_ms, failures;
+    int64_t since_ms, failures;      /* when it began; in a row */
     bool has_succeeded, is_on;
     cube_sick_fn *on_sick;
     void *arg;

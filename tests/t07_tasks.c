@@ -661,7 +661,8 @@ TEST(a_record_lies_in_the_store_as_it_is_drawn)
     cube_task_print(v.task, &task);
     cube_version_print(&v, task.data, task.len, &value);
     CHECK(cube_text_starts(value.data, "{\"Number\":7,\"Epoch\":0,"));
-    CHECK_HAS(value.data, ",\"Hidden\":0,");
+    CHECK_HAS(value.data, ",\"Hidden\":0,\"Cluster\":\"\",\"Avoid\":\"\","
+                          "\"Task\":{");
     CHECK_STR(strstr(value.data, ",\"Task\":") + 8 + task.len, "}");
     cube_listing_add(&list, value.data, value.len, &out);
     CHECK_STR(out.data + 1, task.data);

@@ -175,6 +175,14 @@ TEST(how_a_task_ends_is_told_by_its_exit_code_and_policy)
     }
 }
 
+TEST(restarts_come_after_the_times_that_are_drawn)
+{
+    static const int after_s[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300};
+
+    for (int i = 0; i < (int)COUNT(after_s); i++)
+        CHECK_INT(cube_backoff_ms(i), after_s[i] * 1000);
+}
+
 TEST(restarts_back_off_and_are_counted_across_a_restart_of_the_worker)
 {
     struct cluster k;
