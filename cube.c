@@ -11468,6 +11468,26 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 
 #include <arpa/inet.h>
 
+/*
+ * All that comes from outside has a cap, and behind each cap an end that is
+ * known:
+ *
+ *    what grows                       at most        and then
+ *    ------------------------------   ------------   ------------------------
+ *    the first line                   8 KiB          414
+ *    a head, or its fields            32 KiB, 100    431
+ *    a line before a chunk            256 bytes      400
+ *    segments, query parameters       16, 32         400
+ *    a request's body                 1 MiB (*)      413
+ *    requests that wait for one       64 KiB         the socket is not read
+ *    answers that nobody reads        64 KiB         no request is taken
+ *    a stream that nobody reads       16 MiB         the connection is cut
+ *    connections of a server          1000 (*)       idle ones leave, or new
+ *                                                    ones wait in the kernel
+ *    an answer that a call gathers    16 MiB (*)     CUBE_ETOOBIG
+ *
+ *    (*) unless the options say otherwise
+ */
 #define CUBE_HTTP_MAX_LINE 8192    /* request line; beyond it is a 414 */
 #define CUBE_HTTP_MAX_HEAD 32768   /* a head; chunk extensions and trailers */
 #define CUBE_HTTP_MAX_FIELDS 100
@@ -12074,9 +12094,24 @@ static enum cube_http_event cube_http_frame(struct cube_http_parser *p)
     return CUBE_HTTP_HEAD;
 }
 
-/* The head is complete: what its fields say together. Some of these could be
+/*
+ * The head is complete: what its fields say together. Some of these could be
  * repaired, as RFC 9112 allows (a coding beats a length); a repair is what
- * smugglers count on. */
+ * smugglers count on:
+ *
+ *     POST / HTTP/1.1
+ *     Host: a
+ *     Content-Length: 6            by length the body is   0 CR LF CR LF G
+ *     Transfer-Encoding: chunked   by chunks it ends at    0 CR LF CR LF
+ *     (an empty line)
+ *     0
+ *     (an empty line)
+ *     G
+ *
+ * Where a proxy goes by the length and the server behind it by the chunks, the
+ * G is the beginning of the next request on that connection, which may be
+ * another user's. Here it is a 400, and the connection ends.
+ */
 static enum cube_http_event cube_http_judge(struct cube_http_parser *p)
 {
     if (!p->is_answer && p->head.minor > 0 && p->hosts == 0)
@@ -12529,6 +12564,24 @@ static int cube_http_decode(struct cube_buf *out, const char *p, size_t len,
 }
 
 /* ---- The server: its types ---- */
+
+/*
+ * Two requests come in one piece; the first is answered when its commit is on
+ * disk, some turns later. What each step leaves behind:
+ *
+ *                                          phase      ahead     sent
+ *    recv   GET /a... GET /b...            READING    -         -
+ *           parsed; the handler of a
+ *           stages, and returns            HANDLING   GET /b    -
+ *    ...    (other connections' turns)     HANDLING   GET /b    -
+ *    reply  to a, from the commit          READING    GET /b    200 of a
+ *    settle (later in that turn): parsed;
+ *           the handler of b replies       READING    -         200 of b
+ *    ...    nothing is owed                READING    -         -
+ *
+ * So a handler needs no queue of its own, and answers leave in the order of
+ * their questions without anybody sorting them.
+ */
 
 /*
  * A connection, as it is seen between two events:
@@ -13003,7 +13056,22 @@ static void cube_http_finish(struct cube_http_req *req)
 /* These run inside a handler, or minutes later from somewhere else, on a
  * connection that may be gone by then. Each one first brings its own state in
  * order and then, outside a handler, asks for a look (cube_http_touch);
- * inside one the look comes anyway when the handler returns. */
+ * inside one the look comes anyway when the handler returns.
+ *
+ *    call                           in phase     then it is
+ *    ----------------------------   ----------   -----------------------------
+ *    method, path, header, body     both         as before
+ *    on_gone                        both         as before; runs once, if the
+ *                                                peer goes first
+ *    reply_header                   HANDLING     as before; before the answer
+ *    reply, reply_error             HANDLING     not the handler's any more
+ *    stream                         HANDLING     STREAMING
+ *    stream_write, _patient         STREAMING    as before
+ *    stream_end, stream_abort       STREAMING    not the handler's any more
+ *
+ * What is not the handler's any more may be freed: it must not be touched. A
+ * handler that was told by on_gone has nothing to answer. One that did not
+ * ask answers as if somebody were there, and that is the end of it. */
 
 /* "" before a request line was read. */
 CUBE_API const char *cube_http_method(const struct cube_http_req *req)
@@ -13672,7 +13740,14 @@ static void cube_http_read(struct cube_http_req *req)
  *              patient with who reads it)
  *
  * HEAD and BODY are counted from their beginning, not from the last byte: a
- * peer that sends one byte a second would hold its connection for ever. */
+ * peer that sends one byte a second would hold its connection for ever. With
+ * the defaults such a one fares like this, in seconds:
+ *
+ *      0    connects                    IDLE, until 120
+ *      5    "G"                         HEAD, until 15
+ *      6    "E", and so on              HEAD, until 15
+ *     15    408, our side is shut       LINGER, until 17
+ *     17    closed */
 
 /* What the peer owes us, with the time that it has for it. */
 static enum cube_http_wait cube_http_waits_for(const struct cube_http_req *req)
@@ -13887,7 +13962,16 @@ static void cube_http_on_ready(void *arg, unsigned events)
  * Descriptors belong to the whole process: when accept fails for the lack of
  * them, the listener stays readable, and a loop that goes on asking takes all
  * of the CPU to learn the same again. In both cases the listeners are not
- * watched for a moment. */
+ * watched for a moment.
+ *
+ *    the others of that server                     the new connection
+ *    -------------------------------------------   -------------------------
+ *    one has been idle, or lingers, for a second   takes its place
+ *    one has sent a part of a head, and no end     takes its place
+ *      of it for a second
+ *    all have a body to come, a handler, or an     waits 0.1 s, or until one
+ *      answer to be sent, or have just come        of them ends
+ */
 
 /* The first look adds it to the loop and sets its deadline. */
 static void cube_http_add_conn(struct cube_http_server *s, int fd,
@@ -14280,7 +14364,26 @@ CUBE_API uint16_t cube_http_port(const struct cube_http_server *s)
  *    idle    link--socket, link--socket      at most CUBE_HTTP_MAX_IDLE
  *
  * How many connections are open is up to who calls: twenty calls at once are
- * twenty connections, of which eight are kept afterwards. */
+ * twenty connections, of which eight are kept afterwards.
+ *
+ * What limits a call, and who set it:
+ *
+ *    limit             by         counts from           ends with
+ *    ---------------   --------   -------------------   ---------------------
+ *    timeout_ms        caller     the call              CUBE_ETIMEOUT
+ *    idle_timeout_ms   caller     its start, and each   CUBE_ETIMEOUT, after a
+ *                                 piece that comes      last look at the
+ *                                                       socket
+ *    max_body          caller     -                     CUBE_ETOOBIG
+ *    3 s               here       each address but      the next address
+ *                                 the last
+ *    10 ms             here       a full queue of a     another try
+ *                                 unix socket
+ *    60 s              here       the end of a call     an idle connection is
+ *                                                       closed
+ *
+ * A caller that sets neither of the first two waits for ever: a log that is
+ * followed does. Each event stream has the second, since its server beats. */
 
 #define CUBE_HTTP_MAX_IDLE 8        /* kept connections of one client */
 #define CUBE_HTTP_IDLE_MS 60000     /* less than servers keep theirs */
@@ -14356,7 +14459,7 @@ struct cube_http_call {
     struct cube_http_head head;    /* of the answer, once it is done */
     struct cube_defer defer;
     struct cube_timer timer;       /* all of it */
-    struct cube_timer silence;     /* nothing comes, or goes */
+    struct cube_timer silence;     /* nothing comes */
     struct cube_timer again;       /* until a connect is tried again */
     struct cube_loop_job *job;     /* asks for the addresses */
     struct cube_addr addrs[CUBE_JOB_ADDRS];
@@ -14480,7 +14583,23 @@ static struct cube_http_link *cube_http_link_take(struct cube_http_client *c)
  *    client    freed with its calls open: each is done with CUBE_ECANCELED
  *
  * During on_done the call is in no list any more; by that it is known, and so
- * cancelling it there does nothing. */
+ * cancelling it there does nothing.
+ *
+ * What went wrong is told by a code (CUBE_...), for programs, and in words that
+ * begin with what was asked of whom, for people:
+ *
+ *    ECONN       connect to 127.0.0.1:1: Connection refused
+ *                find the address of a.example: no host has that name
+ *                the connection was closed without an answer
+ *    ENOENT      connect to /run/x.sock: No such file or directory
+ *    ETIMEOUT    no answer within 10000 ms; nothing came for 5000 ms
+ *    EPROTO      the answer is not HTTP: a line is too long
+ *    ETOOBIG     the answer has more than 16777216 bytes
+ *    EINVAL      that is no target
+ *    ECANCELED   given up
+ *
+ * whole: "GET http://127.0.0.1:1/x: connect to 127.0.0.1:1: Connection
+ * refused". Any status that a server answers, 500 as well, is none of these. */
 
 /* Ends what the call has going on, its connection included. */
 static void cube_http_call_stop(struct cube_http_call *call)
@@ -14794,7 +14913,15 @@ static void cube_http_link_begin(struct cube_http_link *k)
  *                                           the words of the last one
  *
  * Addresses are tried one after the other. RFC 8305 (Happy Eyeballs) would
- * race them; in a cluster a name has one address, or two of one machine. */
+ * race them; in a cluster a name has one address, or two of one machine. For
+ * http://localhost:5555 these are two:
+ *
+ *    listens on       127.0.0.1:5555     [::1]:5555      the call
+ *    -------------    ---------------    ------------    -------------------
+ *    both             connected          -               goes out
+ *    [::1] only       refused, at once   connected       goes out
+ *    neither          refused, at once   refused         connect to
+ *                                                        [::1]:5555: ... */
 
 /* That address did not work: its words are kept, as those of the last one are
  * told when none is left. The caller goes on to the next one. */

@@ -187,6 +187,9 @@ TEST(bad_requests_are_refused)
          "\r\n", "!400", "smuggling: a length and a coding"},
         {"", HEAD_OF "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n"
          "\r\n", "!400", "the same the other way round"},
+        {"", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n"
+         "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nG", "!400",
+         "smuggling: the G that is drawn at cube_http_judge"},
         {"", HEAD_OF "Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
          "!400", "smuggling: two lengths"},
         {"", HEAD_OF "Content-Length: 5, 6\r\n\r\n", "!400",
