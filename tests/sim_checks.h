@@ -159,26 +159,17 @@ static void sim_note_fine(struct sim *s)
     }
 }
 
-/* Can this node give a sign of life, for all that is known here? */
-static bool sim_is_heard(struct sim *s, int host)
-{
-    const struct room_proc *p = s->nodes[host - 1].worker.proc;
-
-    return p->is_up && !p->is_stopped && !s->room.links[host][0].barred;
-}
-
 /* A manager that is well gives up a node that nothing can have come from. */
 static void sim_watch_lost(struct sim *s)
 {
     int64_t now = s->room.now_us;
 
+    sim_note_heard(s);
     for (int i = 1; i <= SIM_NODES; i++) {
         char name[20];
         struct cube_member *n;
         int64_t since = s->fine_us[0];
 
-        if (sim_is_heard(s, i))
-            s->heard_us[i] = now;
         if (since < s->heard_us[i])
             since = s->heard_us[i];
         if (!s->manager.manager || now - since < SIM_SILENT_US)

@@ -396,11 +396,29 @@ static void sim_fault_switch(struct sim *s, struct sim_fault *f)
         sim_net_fault(s, f, by);
 }
 
+/* Can this node give a sign of life, for all that is known here? */
+static bool sim_is_heard(struct sim *s, int host)
+{
+    const struct room_proc *p = s->nodes[host - 1].worker.proc;
+
+    return p->is_up && !p->is_stopped && !s->room.links[host][0].barred;
+}
+
+/* Noted at each look, and before each fault: one that sleeps, is awake for a
+ * moment, and sleeps again has been heard. */
+static void sim_note_heard(struct sim *s)
+{
+    for (int i = 1; i <= SIM_NODES; i++)
+        if (sim_is_heard(s, i))
+            s->heard_us[i] = s->room.now_us;
+}
+
 static void sim_fault_event(struct room *r, void *arg, int64_t number)
 {
     struct sim *s = arg;
     struct sim_fault *f = &s->faults->list[number / 2];
 
+    sim_note_heard(s);
     f->is_on = number % 2 == 0;
     s->trouble[f->host] += f->is_on ? 1 : -1;
     /* A clock that jumped stays odd: a run that it hit may seem to have been
