@@ -18549,6 +18549,7 @@ static int cube_copy_take(struct cube_copy_reader *r, const char *data,
 #define CUBE_FEED_RING 4096             /* lines kept for those who come back */
 #define CUBE_FEED_BACKLOG (256 * 1024)  /* bytes waiting in one connection */
 #define CUBE_FEED_SLICE 64              /* records listed at once */
+#define CUBE_BEAT_MS 1000               /* between two signs of life */
 
 /* Adds the line of the record after `*at` to `out`; false at the end. With
  * `only` there is one record in the list, that of this ID, or none. */
@@ -26728,7 +26729,6 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
 #define CUBE_BACKOFF_MAX_MS (5 * 60 * 1000)
 #define CUBE_LONG_RUN_MS (10 * 60 * 1000)   /* earns a new budget */
 #define CUBE_GRACE_MS 10000                 /* from SIGTERM to SIGKILL */
-#define CUBE_BEAT_MS 1000
 #define CUBE_FIRST_BEAT_MS 20               /* to who begins to follow */
 #define CUBE_LOOK_MS 100                    /* before the next try to list, */
 #define CUBE_LOOK_MAX_MS 2000               /* doubled each time up to here */
