@@ -31056,6 +31056,16 @@ static void cube_charge_catch_up(struct cube_charge *c, struct cube_member *n,
     cube_manager_stage(m, c->rec, "it runs there already");
 }
 
+/* Is a list of what it has still to come: it is back, or this manager was
+ * started a moment ago and has not heard of it? Who never answers is lost
+ * soon, but not the default that nobody named. */
+static bool cube_member_owes_list(const struct cube_member *n)
+{
+    return !n->is_listed && !n->refusal &&
+           (n->state == CUBE_NODE_UP ||
+            (n->state == CUBE_NODE_NEW && !n->is_default));
+}
+
 /* mutual recursion */
 static void cube_charge_follow_polled(struct cube_charge *c,
                                       struct cube_member *n,
@@ -31069,9 +31079,8 @@ static void cube_charge_keep_running(struct cube_charge *c,
 {
     const struct cube_task *t = c->rec->now->task;
 
-    if (t->state == CUBE_PENDING && n && n->state == CUBE_NODE_UP &&
-        !n->is_listed && !n->refusal)
-        return; /* it is back, and about to say whether it runs there */
+    if (t->state == CUBE_PENDING && n && cube_member_owes_list(n))
+        return; /* it is about to say whether it runs there, or lost */
     if (n && n->is_listed && cube_member_still_runs(n, t))
         cube_charge_catch_up(c, n, r->task); /* back before it was moved */
     else if (t->state == CUBE_PENDING)
