@@ -632,6 +632,38 @@ TEST(a_manager_that_slept_blames_itself)
     cluster_close(&k);
 }
 
+/* How many tasks have been placed a second time. */
+static int moved(struct cluster *k)
+{
+    struct cube_record *rec;
+    int n = 0;
+
+    for (size_t at = 0; (rec = cube_ledger_next(k->manager->ledger, &at));)
+        n += rec->now->task->attempt > 1;
+    return n;
+}
+
+/* As drawn in chapter 12, under Time, with fewer tasks on each node. */
+TEST(of_many_lost_nodes_a_task_moves_each_second_and_the_rest_after_a_minute)
+{
+    struct cluster k;
+
+    cluster_open(&k, 5);
+    for (int i = 0; i < 200; i++)
+        CHECK_INT(ask(&k, "POST", "/tasks", "{\"Image\":\"nginx\"}"), 201);
+    cluster_run(&k, 5000);
+    CHECK_INT(cluster_running(&k), 200);
+    for (int i = 0; i < 3; i++)
+        cluster_worker_down(&k, i);
+    cluster_run(&k, 4000);
+    CHECK_INT(moved(&k), 0);
+    cluster_run(&k, 61000);
+    CHECK(moved(&k) >= 50 && moved(&k) <= 62);
+    cluster_run(&k, 5000);
+    CHECK_INT(moved(&k), 120);
+    cluster_close(&k);
+}
+
 /* All nodes vanished at once, and the fault was in between: the first that was
  * back, half a second before the others, was given the tasks of all of them,
  * which still ran. A manager that was started anew meanwhile knew of no pace,
