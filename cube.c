@@ -17369,7 +17369,7 @@ typedef void cube_ledger_fn(void *arg, struct cube_record *rec,
 typedef void cube_ledger_end_fn(void *arg, uint64_t commit,
                                 const struct cube_err *err);
 
-/* A record that never was on disk is dropped: its owner goes with it. */
+/* A record that is not on disk is dropped: its owner goes with it. */
 typedef void cube_ledger_drop_fn(void *arg, struct cube_record *rec);
 
 struct cube_ledger;
@@ -17639,7 +17639,8 @@ static void cube_record_promote(struct cube_ledger *g, struct cube_record *rec)
     }
 }
 
-/* Drops what is pending; a record that never was is no more. All versions,
+/* Drops what is pending; a record that never was is no more, nor is one whose
+ * end is on disk and only its return was pending. All versions,
  * though only one commit failed: the later one was made from it, and a store
  * whose commit failed drops what was staged since. */
 static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
@@ -17651,7 +17652,7 @@ static void cube_record_revert(struct cube_ledger *g, struct cube_record *rec)
         cube_version_free(v);
     }
     cube_list_remove(&rec->changed);
-    if (!rec->now) {
+    if (!rec->now || rec->now->is_gone) {
         g->on_drop(g->arg, rec);
         cube_map_remove(&g->records, rec->id);
         cube_record_drop(rec);

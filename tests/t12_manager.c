@@ -128,6 +128,35 @@ TEST(what_is_not_on_disk_is_neither_shown_nor_asked_for)
     cluster_close(&k);
 }
 
+/* Its end was on disk, its return was not: what was left of it in memory was
+ * neither there nor gone, and stayed until the manager ended. */
+TEST(a_task_that_could_not_return_after_its_removal_is_gone)
+{
+    struct cluster k;
+    struct cube_task *t = NULL;
+    struct cube_ledger *g;
+
+    cluster_open(&k, 1);
+    g = k.manager->ledger;
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    cluster_worker_down(&k, 0);
+    k.world.table.job_start = held_job_start;
+    cube_record_remove(g, cube_ledger_find(g, A));
+    cluster_turn(&k);
+    CHECK_INT(cube_task_parse(TASK_A, strlen(TASK_A), true, &t, NULL), 0);
+    cube_manager_accept(k.manager, cube_ledger_find(g, A), t);
+    k.world.full = ENOSPC;
+    let_go(&k);
+    cluster_run(&k, 1000);
+    CHECK(cube_ledger_find(g, A) == NULL);
+    k.world.full = 0;
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    cluster_close(&k);
+}
+
 TEST(the_same_id_is_the_same_task)
 {
     struct cluster k;
