@@ -14799,14 +14799,24 @@ static void cube_http_link_feed(struct cube_http_link *k,
     }
 }
 
+/* Closes the connections that are kept: calls to come dial anew. For one who
+ * has learned that the way to the server was cut, where TCP would take minutes
+ * to notice. */
+static void cube_http_client_renew(struct cube_http_client *c)
+{
+    while (!cube_list_is_empty(&c->idle))
+        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
+                                     link));
+}
+
 /* Mutual recursion: what is heard puts the silence off, which ends with a last
  * look at the socket. */
 static bool cube_http_link_read(struct cube_http_link *k);
 
 /* Nothing came for idle_timeout_ms: of a stream with a heartbeat that means
- * that its server, or the way to it, is gone. Unless it was we who were away,
- * stopped or in a callback that took its time: then what came meanwhile waits
- * in the socket. */
+ * that its server, or the way to it, is gone, on the connections that are kept
+ * too. Unless it was we who were away, stopped or in a callback that took its
+ * time: then what came meanwhile waits in the socket. */
 static void cube_http_call_on_silence(void *arg)
 {
     struct cube_http_call *call = arg;
@@ -14819,9 +14829,11 @@ static void cube_http_call_on_silence(void *arg)
         k->is_busy = false;
         cube_http_link_release(k);
     }
-    if (!has_come) /* else the call may be over by now */
-        cube_http_call_fail(call, CUBE_ETIMEOUT, "nothing came for %d ms",
-                            call->want.idle_timeout_ms);
+    if (has_come) /* the call may be over by now */
+        return;
+    cube_http_client_renew(call->client);
+    cube_http_call_fail(call, CUBE_ETIMEOUT, "nothing came for %d ms",
+                        call->want.idle_timeout_ms);
 }
 
 /* Something was heard, so the silence begins anew. It begins with the call
@@ -15076,11 +15088,13 @@ static void cube_http_call_connect(struct cube_http_call *call)
  * call that cannot be right fails in the same way as one that went wrong. */
 
 /* timeout_ms is over. What was wrong with the addresses tried so far is said
- * too, as it is usually the reason. */
+ * too, as it is usually the reason. Another call must not be sent into another
+ * connection that is as old as this one, and as dead. */
 static void cube_http_call_on_time(void *arg)
 {
     struct cube_http_call *call = arg;
 
+    cube_http_client_renew(call->client);
     cube_http_call_fail(call, CUBE_ETIMEOUT, "no %sanswer within %d ms%s%s",
                         call->has_head ? "complete " : "",
                         call->want.timeout_ms, *call->err.text ? "; " : "",
@@ -15290,16 +15304,6 @@ cube_http_client_new(struct cube_loop *l, const char *base,
     cube_list_init(&c->calls);
     cube_list_init(&c->idle);
     return c;
-}
-
-/* Closes the connections that are kept: calls to come dial anew. For one who
- * has learned that the way to the server was cut, where TCP would take minutes
- * to notice. */
-static void cube_http_client_renew(struct cube_http_client *c)
-{
-    while (!cube_list_is_empty(&c->idle))
-        cube_http_link_close(CUBE_OF(c->idle.next, struct cube_http_link,
-                                     link));
 }
 
 /* Calls first, with CUBE_ECANCELED: each leaves the list before its on_done
@@ -30407,13 +30411,16 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
  *                               more
  *    507, 503, 500, none        asked again later        asked again later
  *
- * Later is 0.5, 1, 2, 4, 4 ... s. None of these answers ends an order: what
+ * Later is 0.5, 1, 2, 4, 4 ... s; after 10 s without an answer, 0.5 s. None of these answers ends an order: what
  * ends it is a report that agrees, or a record that wants something else.
  */
 
-/* 0.5 s before the first repetition, doubled up to 4 s. */
-static int64_t cube_retry_ms(int tries)
+/* When an order is repeated: in 0.5 s, doubled each time up to 4 s; but one that
+ * was waited for in vain has cost its time already. */
+static int64_t cube_retry_ms(const struct cube_http_answer *a, int tries)
 {
+    if (a->err && a->err->code == CUBE_ETIMEOUT)
+        return CUBE_RETRY_MS;
     return cube_doubled(CUBE_RETRY_MS, tries - 1, CUBE_RETRY_MAX_MS);
 }
 
@@ -30449,9 +30456,10 @@ static void cube_charge_retry(void *arg)
 
 /* The order was not answered well: again, but later each time. The counter
  * begins anew with a placement, or with an order that was answered. */
-static void cube_charge_later(struct cube_charge *c)
+static void cube_charge_later(struct cube_charge *c,
+                              const struct cube_http_answer *a)
 {
-    cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(++c->tries),
+    cube_timer_set(c->manager->loop, &c->retry, cube_retry_ms(a, ++c->tries),
                    cube_charge_retry, c);
 }
 
@@ -30505,7 +30513,7 @@ static void cube_charge_delivered(void *arg, const struct cube_http_answer *a)
         cube_member_refused(n, a);
     if (n && !a->err && a->status == 400 && !c->rec->pending)
         cube_charge_reject(c, n, a);
-    cube_charge_later(c);
+    cube_charge_later(c, a);
 }
 
 /* Sends the task to its node, as the record on disk has it; nothing of it is
@@ -30558,7 +30566,7 @@ static void cube_report_stopped(void *arg, const struct cube_http_answer *a)
 
     r->order = NULL;
     memcpy(id, r->task->id, sizeof id);
-    r->next_ms = cube_loop_now_ms(m->loop) + cube_retry_ms(++r->tries);
+    r->next_ms = cube_loop_now_ms(m->loop) + cube_retry_ms(a, ++r->tries);
     if (!a->err && a->status == 404 &&
         r->queued_ms <= cube_loop_now_ms(m->loop)) /* else it is to come */
         cube_member_drop(n, id);

@@ -2563,6 +2563,40 @@ TEST(bytes_nobody_asked_for_end_a_connection)
     script_close();
 }
 
+/* A way was cut, silently: a stop was sent into one dead connection that was
+ * kept after the other, and each cost 10 s. */
+TEST(a_call_that_gets_no_answer_ends_the_connections_that_are_kept)
+{
+    const char *answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi";
+    struct outcome one, two;
+    struct peer p, q;
+
+    open_loop();
+    script_open();
+    call(&one, "GET", "/", NULL);
+    p = script_accept();
+    call(&two, "GET", "/", NULL);
+    q = script_accept();
+    peer_say(&p, answer);
+    peer_say(&q, answer);
+    CHECK(turn_until(&one.done, 1) && turn_until(&two.done, 1));
+    CHECK_INT(client->idle_count, 2);
+    call_like(&one, (struct cube_http_request){.timeout_ms = 1000});
+    pass_ms(1000);
+    CHECK_INT(one.code, CUBE_ETIMEOUT);
+    CHECK_INT(client->idle_count, 0);
+    CHECK(peer_ends(&p) && peer_ends(&q));
+    peer_close(&p);
+    peer_close(&q);
+    call(&two, "GET", "/", NULL);
+    p = script_accept();
+    peer_say(&p, answer);
+    CHECK(turn_until(&two.done, 1));
+    CHECK_STR(two.body, "hi");
+    peer_close(&p);
+    script_close();
+}
+
 TEST(time_limits_hold)
 {
     struct outcome o;
