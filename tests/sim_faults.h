@@ -114,9 +114,9 @@ static void sim_plan_make(struct sim *s, struct sim_plan *p)
     enum sim_fault_kind only;
     bool is_one_kind;
     int64_t begin = 10 * ROOM_SEC;
+    uint64_t from = s->seed;
 
-    s->plan = s->seed * UINT64_C(0x9e3779b97f4a7c15) + 99;
-    (void)room_mix(&s->plan);
+    s->plan = room_mix(&from); /* far from that of any other seed */
     p->count = 1 + (int)sim_plan_below(s, sim_plan_below(s, 3) ? 16 : 39);
     only = sim_plan_kind(s);
     is_one_kind = sim_plan_below(s, 4) == 0;
