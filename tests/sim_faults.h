@@ -171,6 +171,8 @@ static void sim_slow(struct sim *s, int host, int64_t extra_us, int64_t bytes)
         s->room.links[i][host].bytes_per_sec = bytes;
         s->room.links[host][i].bytes_per_sec = bytes;
     }
+    if (bytes == 0 && extra_us == 0)
+        room_hasten(&s->room, sim_fault_host(s, host));
 }
 
 /* Each connection of the host to others, with a chance of one half: reset, or

@@ -470,6 +470,38 @@ static void room_flight_clear(struct room_end *e)
 
 static void room_arrive(struct room *s, void *arg, int64_t number);
 
+/* Looks for the first segment when it is due; on a thin way soon in any case,
+ * since that may become a wide one meanwhile (room_hasten). */
+static void room_arrive_later(struct room *s, struct room_end *from)
+{
+    const struct room_link *link =
+        &s->links[from->host->number][from->peer->host->number];
+    int64_t at = from->first->at_us, soon = s->now_us + ROOM_SEC / 10;
+
+    at = at > s->now_us ? at : s->now_us + 1;
+    room_at(s, link->bytes_per_sec && at > soon ? soon : at, room_arrive, from,
+            0);
+}
+
+/* The ways from and to a host are wide again: what had queued up for them is
+ * through at once. What waits to be sent again waits on. */
+static void room_hasten(struct room *s, const struct room_host *host)
+{
+    for (struct room_conn *c = s->conns; c; c = c->next) {
+        for (int i = 0; i < 2 && !c->is_local; i++) {
+            struct room_end *e = &c->end[i];
+
+            if ((e->host != host && e->peer->host != host) || e->rto_us > 0)
+                continue;
+            if (e->free_us > s->now_us)
+                e->free_us = s->now_us;
+            for (struct room_segment *seg = e->first; seg; seg = seg->next)
+                if (seg->at_us > s->now_us + s->latency_us)
+                    seg->at_us = s->now_us + s->latency_us;
+        }
+    }
+}
+
 /* Sends a segment on its way. They arrive in order. */
 static void room_transmit(struct room *s, struct room_end *from,
                           enum room_segment_kind kind, const void *bytes,
@@ -506,7 +538,7 @@ static void room_transmit(struct room *s, struct room_end *from,
     from->in_flight += len;
     if (!from->is_moving) {
         from->is_moving = true;
-        room_at(s, at, room_arrive, from, 0);
+        room_arrive_later(s, from);
     }
 }
 
@@ -627,9 +659,7 @@ static void room_arrive(struct room *s, void *arg, int64_t number)
     }
     from->is_moving = from->first != NULL;
     if (from->is_moving)
-        room_at(s, from->first->at_us > s->now_us ? from->first->at_us
-                                                 : s->now_us + 1,
-               room_arrive, from, 0);
+        room_arrive_later(s, from);
     else
         room_conn_settle(from->conn);
 }
