@@ -30411,12 +30411,13 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
  *                               more
  *    507, 503, 500, none        asked again later        asked again later
  *
- * Later is 0.5, 1, 2, 4, 4 ... s; after 10 s without an answer, 0.5 s. None of these answers ends an order: what
- * ends it is a report that agrees, or a record that wants something else.
+ * Later is 0.5, 1, 2, 4, 4 ... s; after 10 s without an answer, 0.5 s. None of
+ * these answers ends an order: what ends it is a report that agrees, or a
+ * record that wants something else.
  */
 
-/* When an order is repeated: in 0.5 s, doubled each time up to 4 s; but one that
- * was waited for in vain has cost its time already. */
+/* When an order is repeated: in 0.5 s, doubled each time up to 4 s; but one
+ * that was waited for in vain has cost its time already. */
 static int64_t cube_retry_ms(const struct cube_http_answer *a, int tries)
 {
     if (a->err && a->err->code == CUBE_ETIMEOUT)
