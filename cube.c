@@ -663,17 +663,22 @@ static void cube_job_resolve(struct cube_job *job)
 }
 
 /* The stalling call itself, without the lock; the outcome is in
- * `job->result`. */
+ * `job->result`. fdatasync suffices for a file: the size of one that has grown
+ * is synced with it, times are not, and nobody needs those. Of a directory it
+ * may leave out a rename, which changes no size. */
 static void cube_job_do(struct cube_job *job)
 {
+    struct stat s;
+    bool is_dir;
     int r;
 
     if (job->kind == CUBE_JOB_RESOLVE) {
         cube_job_resolve(job);
         return;
     }
+    is_dir = fstat(job->fd, &s) == 0 && S_ISDIR(s.st_mode);
     do
-        r = fdatasync(job->fd);
+        r = is_dir ? fsync(job->fd) : fdatasync(job->fd);
     while (r < 0 && errno == EINTR);
     job->result = r < 0 ? -errno : 0;
 }
@@ -1073,9 +1078,7 @@ static int64_t cube_world_size(void *ctx, int fd)
 }
 
 /* The job's work, done here and now: for small files at the start of a
- * program, where there is no loop yet. fdatasync suffices for them: the size
- * of a file that has grown is synced with it, times are not, and nobody needs
- * those. */
+ * program, where there is no loop yet. */
 static int cube_world_sync(void *ctx, int fd)
 {
     struct cube_job job;
@@ -8213,14 +8216,14 @@ static int cube_store_walk_step(struct cube_store_walk *w,
 /* What a compaction does next. Each step that is not the last of its phase
  * stays in it; any failure drops all.
  *
- *     COPY --> CATCH --> TAIL --> SYNCING --> SWAP --> (done: the new file)
+ *     COPY --> CATCH --> TAIL --> SYNCING <--> SWAP --> (done: the new file)
  */
 enum cube_store_phase {
     CUBE_STORE_COPY,   /* the old trees, as of when it began */
     CUBE_STORE_CATCH,  /* what was committed since, merged in big bites */
     CUBE_STORE_TAIL,   /* the rest, record by record */
     CUBE_STORE_SYNCING, /* waits for the caller's sync */
-    CUBE_STORE_SWAP    /* the last records, rename */
+    CUBE_STORE_SWAP    /* the last records and their sync, or the rename */
 };
 
 /* A compaction on its way: a new file beside the old one. An object's, at most
@@ -8278,6 +8281,7 @@ struct cube_store {
     int64_t stuck_ms;  /* after this time; with damaged trees it never comes */
     bool is_broken;    /* a sync failed: only reads */
     bool is_dir_dirty; /* the rename to path is not known to be on disk */
+    int dir_fd;        /* that the caller syncs for it; -1: none */
     struct cube_err last;
     uint64_t checkpoints, compactions, dropped;
 };
@@ -8531,6 +8535,23 @@ static int cube_store_dir_sync(struct cube_store *s, struct cube_err *err)
     return r < 0 ? -1 : 0;
 }
 
+/* The same by the caller, who finds the directory in cube_store_slice_fd.
+ * Where it cannot be opened the sync fails as well, and says why. */
+static void cube_store_dir_ask(struct cube_store *s)
+{
+    struct cube_buf dir = {0};
+
+    if (!s->path)
+        return;
+    cube_path_dir(s->path, &dir);
+    s->dir_fd = s->world->open(s->world->ctx, dir.data, 0);
+    cube_buf_free(&dir);
+    if (s->dir_fd >= 0)
+        return;
+    s->dir_fd = -1;
+    (void)cube_store_dir_sync(s, &s->last);
+}
+
 /* Gives a new file, synced by now, the store's name. When the rename is done
  * but the directory not synced, no commit will be acknowledged before it. */
 static int cube_store_file_rename(struct cube_store *s, struct cube_err *err)
@@ -8717,14 +8738,22 @@ static void cube_store_freeze(struct cube_store *s)
  *              than that are left
  *     TAIL     roots, then the batches that are left, as records
  *     SYNCING  the new file is synced; commits may go on meanwhile
- *     SWAP     with no commit in flight: the last batches, a short sync,
- *              rename, sync of the directory; from here on it is the file
+ *     SWAP     with no commit in flight: the last batches, and back to
+ *              SYNCING for them; when it lacks none that is committed, and
+ *              all of it is on disk, rename; from here on it is the file
  *
  *     old file   [ trees ][ b1 b2 b3 ... b90 | b91 b92 ]  <- commits go on
  *                    |             |             |
  *                  COPY          CATCH       TAIL, SWAP
  *                    v             v             v
  *     new file   [ trees     +  merged ][ R ][ b91 b92 ]
+ *
+ * The rename leads to a whole file, wherever a crash falls; what it leads from
+ * has all that was acknowledged until then. So the directory is synced later,
+ * but before the first commit to the new file is acknowledged, which a crash
+ * would take away with the name. A loop has both syncs of the swap done beside
+ * it, and begins no commit meanwhile: one more, and the new file lacks it. Who
+ * commits nevertheless loses nothing, and has the last sync to do again.
  *
  * A failure at any point drops the new file and changes nothing. After a
  * failed sync of the old file the same way leads to a file that can be
@@ -9045,7 +9074,6 @@ static void cube_store_comp_swap(struct cube_store *s)
     s->view.roots = c->to;
     s->view.mem[0] = c->mem;
     s->file = c->out;
-    s->file->synced = s->file->end;
     s->done_end = s->file->end;
     c->to = NULL;
     c->mem = NULL;
@@ -9070,42 +9098,49 @@ static void cube_store_mark(struct cube_store *s)
     cube_buf_free(&b);
 }
 
-/* The last step: with nothing in flight. 0 while a commit is in flight: its
- * record may have to come along. When the sync of the directory fails the swap
- * stands nevertheless, and commits wait until that sync has worked. */
-static int cube_store_comp_finish(struct cube_store *s, struct cube_err *err)
+/* The new file's sync, here or by the caller. 0 with may_wait: a thread of the
+ * caller's syncs cube_store_slice_fd and tells cube_store_slice_synced, so that
+ * no loop stands still for it. */
+static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
+                                struct cube_err *err)
 {
     struct cube_store_comp *c = s->comp;
-    uint64_t end = c->out->end;
-    int r = s->is_broken ? 1 : 0;
+
+    c->phase = CUBE_STORE_SYNCING;
+    if (c->out->fd >= 0 && may_wait)
+        return 0;
+    if (cube_store_sync(c->out, err) < 0)
+        return -1;
+    c->out->synced = c->out->end;
+    c->phase = CUBE_STORE_SWAP;
+    return 1;
+}
+
+/* A step of the swap, with nothing in flight: a batch that the new file lacks,
+ * its sync, or the rename. 0 while a commit is in flight: its record may have
+ * to come along. When the sync of the directory fails the swap stands
+ * nevertheless, and commits wait until that sync has worked. */
+static int cube_store_comp_finish(struct cube_store *s, bool may_wait,
+                                  struct cube_err *err)
+{
+    struct cube_store_comp *c = s->comp;
+    int r;
 
     if (s->flight_commit > 0)
         return 0;
-    while (r == 0)
-        r = cube_store_comp_append_next(s, err);
-    if (r < 0)
-        return -1;
-    if (c->out->end > end && cube_store_sync(c->out, err) < 0)
-        return -1;
+    r = s->is_broken ? 1 : cube_store_comp_append_next(s, err);
+    if (r <= 0)
+        return r < 0 ? -1 : 1;
+    if (c->out->synced < c->out->end)
+        return cube_store_comp_sync(s, may_wait, err);
     if (cube_store_file_rename(s, err) < 0)
         return -1;
     cube_store_comp_swap(s);
     cube_store_mark(s);
-    (void)cube_store_dir_sync(s, &s->last);
-    return 1;
-}
-
-/* The new file's first sync, here or by the caller. 0 with may_wait: a thread
- * of the caller's syncs cube_store_slice_fd and tells cube_store_slice_synced,
- * so that no loop stands still for it. */
-static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
-                                struct cube_err *err)
-{
-    if (s->comp->out->fd >= 0 && may_wait)
-        return 0;
-    if (cube_store_sync(s->comp->out, err) < 0)
-        return -1;
-    s->comp->phase = CUBE_STORE_SWAP;
+    if (may_wait)
+        cube_store_dir_ask(s);
+    else
+        (void)cube_store_dir_sync(s, &s->last);
     return 1;
 }
 
@@ -9129,7 +9164,7 @@ static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
     case CUBE_STORE_SYNCING:
         return cube_store_comp_sync(s, may_wait, err);
     case CUBE_STORE_SWAP:
-        return cube_store_comp_finish(s, err);
+        return cube_store_comp_finish(s, may_wait, err);
     }
     return 0;
 }
@@ -9137,14 +9172,16 @@ static int cube_store_comp_phase(struct cube_store *s, bool may_wait,
 /* Is the garbage worth the copying? Yes, when the file is longer than one and
  * three quarters of what lives, plus what is normal for a tail and its
  * overlays. A store whose sync failed always wants one, as soon as the pause
- * since the last try is over. */
+ * since the last try is over. No second rename is made while the first one's
+ * directory is with the caller. */
 static bool cube_store_comp_is_due(const struct cube_store *s)
 {
     uint64_t count, live = cube_store_roots_sum(s->view.roots, &count);
     uint64_t slack = cube_store_is_memory(s) ? CUBE_STORE_SLACK_MEMORY
                                              : CUBE_STORE_SLACK;
 
-    if (s->retry_ms > 0 && s->world->now_ms(s->world->ctx) < s->retry_ms)
+    if (s->dir_fd >= 0 || (s->retry_ms > 0 &&
+                           s->world->now_ms(s->world->ctx) < s->retry_ms))
         return false;
     if (s->is_broken || s->retry_at > s->file->end)
         return s->is_broken;
@@ -9692,6 +9729,8 @@ static int cube_store_comp_is_late(const struct cube_store *s)
 
     if (!c)
         return cube_store_comp_is_due(s);
+    if (c->phase == CUBE_STORE_SYNCING && s->options.is_sync_split)
+        return 0;
     if (end >= limit)
         return 2;
     if (c->phase >= CUBE_STORE_SYNCING)
@@ -9715,7 +9754,8 @@ static bool cube_store_is_jammed(const struct cube_store *s)
  * commit and in proportion to its length, so that neither the overlay nor the
  * file grows without bound, and no single commit pays for all of it. A commit
  * never fails because of it. A sync that the caller has taken over stays his:
- * of two that run at once the system tells only one that something was lost. */
+ * of two that run at once the system tells only one that something was lost.
+ * But the swap of a file at its limit waits for no more of them. */
 static void cube_store_catch_up(struct cube_store *s)
 {
     size_t steps = CUBE_STORE_STEPS + s->batch.len / (CUBE_STORE_GROUP / 4);
@@ -9728,7 +9768,8 @@ static void cube_store_catch_up(struct cube_store *s)
     n = steps;
     while ((late = cube_store_comp_is_late(s)) > 0 &&
            (late > 1 || n-- > 0) &&
-           cube_store_comp_step(s, s->options.is_sync_split, &s->last) > 0) {}
+           cube_store_comp_step(s, s->options.is_sync_split && late < 2,
+                                &s->last) > 0) {}
     (void)cube_store_trim(s);
 }
 
@@ -9909,22 +9950,41 @@ CUBE_API const char *cube_store_last_error(const struct cube_store *s)
 
 CUBE_API int cube_store_slice_fd(const struct cube_store *s)
 {
+    if (s->dir_fd >= 0)
+        return s->dir_fd;
     if (!s->comp || s->comp->phase != CUBE_STORE_SYNCING)
         return -1;
     return s->comp->out->fd;
 }
 
+/* Is a new file about to take over? Its first sync is over, and the directory's
+ * is not: who begins no commit in that time gives it nothing more to catch up
+ * with. */
+static bool cube_store_is_swapping(const struct cube_store *s)
+{
+    return s->dir_fd >= 0 || (s->comp && s->comp->out->synced > 0);
+}
+
 CUBE_API void cube_store_slice_synced(struct cube_store *s, int sync_result)
 {
+    const char *why = strerror(sync_result < 0 ? -sync_result : sync_result);
+
     if (cube_store_slice_fd(s) < 0)
         return;
-    if (sync_result == 0) {
+    if (s->dir_fd >= 0) {
+        s->world->close(s->world->ctx, s->dir_fd);
+        s->dir_fd = -1;
+        s->is_dir_dirty = sync_result != 0;
+        if (sync_result != 0)
+            (void)cube_fail(&s->last, CUBE_EIO, "sync the directory of %s: %s",
+                            s->path, why);
+    } else if (sync_result == 0) {
+        s->comp->out->synced = s->comp->out->end;
         s->comp->phase = CUBE_STORE_SWAP;
-        return;
+    } else {
+        (void)cube_fail(&s->last, CUBE_ESYNC, "sync %s.new: %s", s->path, why);
+        cube_store_comp_abort(s);
     }
-    (void)cube_fail(&s->last, CUBE_ESYNC, "sync %s.new: %s", s->path,
-                    strerror(sync_result < 0 ? -sync_result : sync_result));
-    cube_store_comp_abort(s);
 }
 
 /* Brings all that is committed into the trees, and those to disk. Twice, since
@@ -9956,10 +10016,11 @@ CUBE_API int cube_store_compact(struct cube_store *s, struct cube_err *err)
 {
     int r = 1;
 
-    if (s->flight_commit > 0 || s->options.is_read_only)
+    if (s->flight_commit > 0 || s->dir_fd >= 0 || s->options.is_read_only)
         return cube_fail(err, CUBE_EBUSY, "compact %s: %s", s->file->path,
                          s->flight_commit > 0 ? "a commit is in flight"
-                                              : "it is open for reading");
+                         : s->dir_fd >= 0 ? "the last one is being synced"
+                                          : "it is open for reading");
     cube_store_rollback(s);
     if (!s->is_broken && cube_store_settle(s, err) < 0)
         return -1;
@@ -10005,6 +10066,8 @@ CUBE_API void cube_store_close(struct cube_store *s)
     cube_buf_free(&s->batch);
     if (s->lock_fd >= 0)
         s->world->close(s->world->ctx, s->lock_fd);
+    if (s->dir_fd >= 0)
+        s->world->close(s->world->ctx, s->dir_fd);
     cube_free(s->path);
     cube_free(s);
 }
@@ -10020,7 +10083,7 @@ CUBE_API struct cube_store *cube_store_open(
 
     s->world = world ? world : cube_world_real();
     s->path = cube_text_dup(path);
-    s->lock_fd = -1;
+    s->lock_fd = s->dir_fd = -1;
     s->view.mem[0] = cube_store_mem_new();
     cube_store_crc_init(&s->crc);
     cube_store_set_options(s, options);
@@ -11016,6 +11079,7 @@ static int cube_resolve_start(struct cube_loop *l, struct cube_loop_job *j,
  *                               |end: tell a and b
  *
  * Whoever waits while nothing is staged is told at the end of the same turn.
+ * A commit is held back while a compaction swaps files, for two short syncs.
  */
 
 /* Told with NULL when the changes are on disk, else with why they are not:
@@ -11200,15 +11264,19 @@ static void cube_commit_slice_synced(void *arg, struct cube_job *job)
 }
 
 /* A slice of the store's background work. Where that wants a sync, it is done
- * beside the loop like that of a commit, and the work waits for it. Returns
- * whether there is more to do at once. */
+ * beside the loop like that of a commit, and the work waits for it. While a
+ * commit is synced there is no slice, but such a sync is begun: where the next
+ * commit always follows at once, commits did the work. Returns whether there
+ * is more to do at once. */
 static bool cube_commit_slice(struct cube_commit *c)
 {
+    const struct cube_world *w = c->loop->world;
     bool has_more;
 
-    if (c->is_syncing || c->is_slice_syncing)
+    if (c->is_slice_syncing)
         return false;
-    has_more = cube_store_slice(c->store, CUBE_SLICE_MS);
+    has_more = !c->is_syncing && (cube_store_slice(c->store, CUBE_SLICE_MS) ||
+                                  cube_store_is_swapping(c->store));
     if (cube_store_slice_fd(c->store) < 0)
         return has_more;
     memset(&c->slice_job.job, 0, sizeof c->slice_job.job);
@@ -11217,7 +11285,10 @@ static bool cube_commit_slice(struct cube_commit *c)
     c->is_slice_syncing =
         cube_loop_job_start(c->loop, &c->slice_job, cube_commit_slice_synced,
                             c) >= 0;
-    return !c->is_slice_syncing; /* no thread to be had: try again */
+    if (c->is_slice_syncing)
+        return false;
+    cube_store_slice_synced(c->store, w->sync(w->ctx, c->slice_job.job.fd));
+    return true; /* no thread was to be had: synced here, slow but right */
 }
 
 /* Background work that failed is tried again by itself. The operator should
@@ -11239,6 +11310,13 @@ static void cube_commit_complain(struct cube_commit *c)
              "tried again: %s", why);
 }
 
+/* Must what is staged wait? For the commit before, or for a compaction that
+ * swaps files, which would have to bring this commit along. */
+static bool cube_commit_is_held(const struct cube_commit *c)
+{
+    return c->is_syncing || cube_store_is_swapping(c->store);
+}
+
 /*
  * One store at the end of a turn. While a sync is under way nothing new is
  * written: what is staged gathers, and becomes one commit. So a slow disk makes
@@ -11254,7 +11332,7 @@ static void cube_commit_turn(struct cube_commit *c)
     struct cube_err err;
     int r;
 
-    if (c->is_syncing)
+    if (cube_commit_is_held(c))
         return;
     if (c->is_refused) {
         c->is_refused = false;
@@ -11307,7 +11385,7 @@ static bool cube_loop_owes_commit(struct cube_loop *l)
     for (; link != &l->commits; link = link->next) {
         struct cube_commit *c = CUBE_OF(link, struct cube_commit, link);
 
-        if (!c->is_syncing && !cube_list_is_empty(&c->filling))
+        if (!cube_commit_is_held(c) && !cube_list_is_empty(&c->filling))
             return true;
     }
     return false;

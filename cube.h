@@ -123,7 +123,8 @@ struct cube_addr {
  * owns it and keeps it until it is reported by `poll_wait` or cancelled. */
 struct cube_job {
     enum { CUBE_JOB_SYNC, CUBE_JOB_RESOLVE } kind;
-    int fd;            /* SYNC: the file; its data are on disk after */
+    int fd;            /* SYNC: a file, its data are on disk after; or a
+                          directory, its names are */
     char host[256];    /* RESOLVE: the name */
     int result;        /* 0 or a negative errno value */
     int addr_count;
@@ -203,7 +204,7 @@ struct cube_world {
                       int64_t at);
     int (*truncate)(void *ctx, int fd, int64_t size);
     int64_t (*size)(void *ctx, int fd);
-    int (*sync)(void *ctx, int fd);                /* fdatasync */
+    int (*sync)(void *ctx, int fd); /* fdatasync; fsync of a directory */
     int (*sync_dir)(void *ctx, const char *path);  /* of a directory */
     int (*lock)(void *ctx, int fd); /* for this open file alone; -EBUSY */
     int (*rename)(void *ctx, const char *from, const char *to);
@@ -448,15 +449,17 @@ CUBE_API bool cube_store_slice(struct cube_store *store, int budget_ms);
 CUBE_API const char *cube_store_last_error(const struct cube_store *store);
 
 /* With options.is_sync_split: the descriptor that the background work wants
- * to have synced, or -1. Call cube_store_slice_synced with 0 or a negative
- * errno value once it is; cube_store_slice does nothing for compaction until
- * then. */
+ * to have synced, or -1: a file, or, after a rename, its directory, which
+ * needs fsync. Call cube_store_slice_synced with 0 or a negative errno value
+ * once it is; cube_store_slice does nothing for compaction until then. Commits
+ * may be made meanwhile: the new file gets them, and wants one more sync. */
 CUBE_API int cube_store_slice_fd(const struct cube_store *store);
 CUBE_API void cube_store_slice_synced(struct cube_store *store,
         int sync_result);
 
 /* Compacts now, all in one go; what is staged is dropped. CUBE_EBUSY while a
- * commit is in flight. After an error the file is as it was. */
+ * commit is in flight, or a directory is being synced by the caller. After an
+ * error the file is as it was. */
 CUBE_API int cube_store_compact(struct cube_store *store,
         struct cube_err *err);
 

@@ -74,6 +74,7 @@ struct room_file {
     struct room_write *first, **last;
     uint64_t seq;
     bool is_locked, is_socket;
+    char *dir;                /* it is this directory, opened to be synced */
 };
 
 /* A path and what it names; of the running system, or of the disk. */
@@ -88,6 +89,7 @@ struct room_naming {
     struct room_naming *next;
     char *path;
     struct room_file *file;
+    uint64_t seq;
     bool is_with_next;        /* both halves of a rename, or none */
 };
 
@@ -106,6 +108,7 @@ struct room_host {
     int64_t wall_ns;          /* its wall clock is so much ahead */
     struct room_name *names, *disk;
     struct room_naming *namings, **last_naming;
+    uint64_t naming_seq;
     int full, failing;        /* faults: no room; writes fail */
     int no_names;             /* names cannot be looked up */
     int sync_fails;           /* so many syncs from now on fail */
@@ -934,6 +937,7 @@ static void room_file_drop(struct room_file *f)
     }
     free(f->now.p);
     free(f->disk.p);
+    free(f->dir);
     free(f);
 }
 
@@ -976,6 +980,7 @@ static void room_rename_note(struct room_host *h, const char *path,
 
     n->path = strdup(path);
     n->file = file;
+    n->seq = ++h->naming_seq;
     n->is_with_next = is_with_next;
     if (file)
         file->refs++;
@@ -1032,6 +1037,31 @@ static char *room_text(struct room_proc *p, const char *path)
     return *text ? strdup(text) : NULL;
 }
 
+/* Is this path in that directory, and not deeper? */
+static bool room_is_in(const char *path, const char *dir)
+{
+    size_t len = strlen(dir);
+
+    return strncmp(path, dir, len) == 0 && path[len] == '/' &&
+           !strchr(path + len + 1, '/');
+}
+
+/* A directory is there when something is in it. */
+static struct room_file *room_dir_new(const struct room_host *h,
+                                      const char *path)
+{
+    for (const struct room_name *n = h->names; n; n = n->next) {
+        struct room_file *f;
+
+        if (!room_is_in(n->path, path))
+            continue;
+        f = room_file_new();
+        f->dir = strdup(path);
+        return f;
+    }
+    return NULL;
+}
+
 static int room_open(void *ctx, const char *path, unsigned flags)
 {
     struct room_proc *p = ctx;
@@ -1049,6 +1079,7 @@ static int room_open(void *ctx, const char *path, unsigned flags)
         return -ENXIO;
     if (f && (flags & CUBE_OPEN_EXCL))
         return -EEXIST;
+    f = f || flags != 0 ? f : room_dir_new(h, path);
     if (!f && !(flags & CUBE_OPEN_CREATE))
         return -ENOENT;
     if (!f && h->full)
@@ -1208,40 +1239,39 @@ static int room_sync(void *ctx, int fd)
     return room_file_sync(p->room, p->host, f, f->seq);
 }
 
-/* Is this path in that directory, and not deeper? */
-static bool room_is_in(const char *path, const char *dir)
+/* Names in that directory, up to the change `seq`, are on disk, or not. Linux
+ * keeps one journal for all directories: syncing one of them puts all that was
+ * before it there, too. Only the given one is promised. */
+static int room_names_sync(struct room_host *h, const char *dir, uint64_t seq)
 {
-    size_t len = strlen(dir);
-
-    return strncmp(path, dir, len) == 0 && path[len] == '/' &&
-           !strchr(path + len + 1, '/');
-}
-
-/* Linux keeps one journal for all directories: syncing one of them puts all
- * that was before it there, too. Only the given one is promised. */
-static int room_sync_dir(void *ctx, const char *path)
-{
-    struct room_proc *p = ctx;
     struct room_naming *last = NULL;
 
-    if (!p->is_up)
-        return -EIO;
-    if (p->host->sync_fails > 0) {
-        p->host->sync_fails--;
+    if (h->sync_fails > 0) {
+        h->sync_fails--;
         return -EIO;
     }
-    for (struct room_naming *n = p->host->namings; n; n = n->next)
-        if (room_is_in(n->path, path))
+    for (struct room_naming *n = h->namings; n && n->seq <= seq; n = n->next)
+        if (room_is_in(n->path, dir))
             last = n;
     while (last) {
-        bool is_last = p->host->namings == last;
+        bool is_last = h->namings == last;
 
-        room_naming_end(p->host, true);
+        room_naming_end(h, true);
         if (is_last)
             break;
     }
-    p->free_us += room_sync_time(p->room, p->host);
     return 0;
+}
+
+static int room_sync_dir(void *ctx, const char *path)
+{
+    struct room_proc *p = ctx;
+    int r = p->is_up ? room_names_sync(p->host, path, p->host->naming_seq)
+                     : -EIO;
+
+    if (r == 0)
+        p->free_us += room_sync_time(p->room, p->host);
+    return r;
 }
 
 static int room_lock(void *ctx, int fd)
@@ -1520,7 +1550,9 @@ static void room_work_done(struct room *s, void *arg, int64_t number)
     (void)number;
     room_work_unlink(&s->works, w);
     if (w->file) {
-        result = room_file_sync(s, w->host, w->file, w->seq);
+        result = w->file->dir
+                     ? room_names_sync(w->host, w->file->dir, w->seq)
+                     : room_file_sync(s, w->host, w->file, w->seq);
         room_file_drop(w->file);
     }
     if (!w->proc) {
@@ -1555,7 +1587,7 @@ static int room_job_start(void *ctx, struct cube_poll *poll,
         w->file = room_fd_get(p, job->fd, ROOM_FILE);
         if (w->file) {
             w->file->refs++;
-            w->seq = w->file->seq;
+            w->seq = w->file->dir ? p->host->naming_seq : w->file->seq;
         }
         p->syncs++;
     }

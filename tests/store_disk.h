@@ -12,7 +12,8 @@
  *     sync fails its items are lost causes: read back (or not, if the system
  *                drops the pages), never written by a later sync, and after
  *                a crash there or not
- *     sync_dir   the names as they are now are what surely survives
+ *     sync_dir   the names as they are now are what surely survives; the same
+ *                by a sync of the directory's descriptor
  */
 #ifndef STORE_DISK_H
 #define STORE_DISK_H
@@ -21,6 +22,7 @@
 #define DISK_INODES 64
 #define DISK_NAMES 6
 #define DISK_DIRS 12
+#define DISK_DIRECTORY (-1)
 
 struct inode {
     struct cube_buf now;     /* what a reader sees */
@@ -45,7 +47,7 @@ struct disk {
     int inode_count;
     struct dir dirs[DISK_DIRS]; /* [0] survives, the last is now */
     int dir_count;
-    int fds[64]; /* inode of each descriptor + 1 */
+    int fds[64]; /* inode of each descriptor + 1, or DISK_DIRECTORY */
     struct sector *items;
     int item_count, item_cap;
     /* Faults: call number fail_at, and all after it if is_fail_forever. */
@@ -176,13 +178,14 @@ static int disk_new_inode(struct disk *d)
 static int disk_open(void *ctx, const char *path, unsigned flags)
 {
     struct disk *d = ctx;
+    bool is_dir = strcmp(path, ".") == 0;
     int i = dir_find(disk_dir(d), path), r = disk_fault(d), fd = 3;
 
     if (r < 0)
         return r;
-    if (i < 0 && !(flags & CUBE_OPEN_CREATE))
+    if (!is_dir && i < 0 && !(flags & CUBE_OPEN_CREATE))
         return -ENOENT;
-    if (i < 0 || flags & CUBE_OPEN_TRUNC) {
+    if (!is_dir && (i < 0 || flags & CUBE_OPEN_TRUNC)) {
         int inode = disk_new_inode(d);
 
         if (d->before)
@@ -192,7 +195,7 @@ static int disk_open(void *ctx, const char *path, unsigned flags)
     }
     while (d->fds[fd])
         fd++;
-    d->fds[fd] = disk_dir(d)->e[i].inode + 1;
+    d->fds[fd] = is_dir ? DISK_DIRECTORY : disk_dir(d)->e[i].inode + 1;
     return fd;
 }
 
@@ -204,7 +207,7 @@ static int disk_close(void *ctx, int fd)
 
 static struct inode *disk_inode(struct disk *d, int fd)
 {
-    if (fd < 0 || fd >= 64 || d->fds[fd] == 0) {
+    if (fd < 0 || fd >= 64 || d->fds[fd] <= 0) {
         FAIL("descriptor %d is not open", fd);
         return &d->inodes[0];
     }
@@ -338,12 +341,34 @@ static void disk_lose(struct disk *d, int inode)
     }
 }
 
+static int disk_sync_dir(void *ctx, const char *path)
+{
+    struct disk *d = ctx;
+    int r = disk_change(d);
+
+    (void)path;
+    if (r == 0 && d->dir_sync_fails > 0) {
+        d->dir_sync_fails--;
+        r = -EIO;
+    }
+    if (r < 0)
+        return r;
+    d->dirs[0] = *disk_dir(d);
+    d->dir_count = 1;
+    return 0;
+}
+
 static int disk_sync(void *ctx, int fd)
 {
     struct disk *d = ctx;
-    int inode = (int)(disk_inode(d, fd) - d->inodes), r = disk_change(d);
-    struct cube_buf *safe = &d->inodes[inode].safe;
+    struct cube_buf *safe;
+    int inode, r;
 
+    if (fd >= 0 && fd < 64 && d->fds[fd] == DISK_DIRECTORY)
+        return disk_sync_dir(d, ".");
+    inode = (int)(disk_inode(d, fd) - d->inodes);
+    safe = &d->inodes[inode].safe;
+    r = disk_change(d);
     if (r == 0 && d->sync_fails > 0) {
         d->sync_fails--;
         r = -EIO;
@@ -361,23 +386,6 @@ static int disk_sync(void *ctx, int fd)
             buf_put(safe, s->bytes, s->len, s->at);
     }
     disk_forget(d, inode, false);
-    return 0;
-}
-
-static int disk_sync_dir(void *ctx, const char *path)
-{
-    struct disk *d = ctx;
-    int r = disk_change(d);
-
-    (void)path;
-    if (r == 0 && d->dir_sync_fails > 0) {
-        d->dir_sync_fails--;
-        r = -EIO;
-    }
-    if (r < 0)
-        return r;
-    d->dirs[0] = *disk_dir(d);
-    d->dir_count = 1;
     return 0;
 }
 

@@ -363,6 +363,9 @@ TEST(files_are_written_read_renamed_and_listed_in_order)
     CHECK_INT(w->sync(w->ctx, fd), 0);
     CHECK_INT(w->sync_dir(w->ctx, dir), 0);
     w->close(w->ctx, fd);
+    fd = w->open(w->ctx, dir, 0);       /* or by its descriptor */
+    CHECK_INT(w->sync(w->ctx, fd), 0);
+    w->close(w->ctx, fd);
     CHECK_INT(w->open(w->ctx, a, CUBE_OPEN_WRITE | CUBE_OPEN_CREATE |
                                      CUBE_OPEN_EXCL), -EEXIST);
     CHECK_INT(w->rename(w->ctx, a, b), 0);

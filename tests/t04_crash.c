@@ -44,7 +44,7 @@ static struct crash_run {
     struct model tried[TRIED];      /* what may be instead: commits that were */
     int tried_count;                /* begun, and not refused */
     long point, checked, compactions, checkpoints, failed_syncs, refused;
-    long split_syncs;
+    long split_syncs, split_dir_syncs;
     int subsets;
     long only_point;                /* -1: all */
     int only_variant;
@@ -337,8 +337,9 @@ static void run_slice(struct cube_store *s)
     if (cube_store_slice_fd(s) < 0 || test_below(3) == 0)
         return;
     run.split_syncs++;
+    run.split_dir_syncs += s->dir_fd >= 0;
     if (test_below(4) == 0)
-        d->sync_fails = 1;
+        *(s->dir_fd >= 0 ? &d->dir_sync_fails : &d->sync_fails) = 1;
     cube_store_slice_synced(s, disk_sync(d, cube_store_slice_fd(s)));
 }
 
@@ -479,16 +480,19 @@ TEST(every_crash_leaves_a_commit_not_older_than_the_last_acknowledged)
     do
         run_from(test_now.seed + (uint64_t)runs++);
     while ((run.checked < want ||
-            ((run.split_syncs < 4 || run.refused < 1) && runs < 8)) &&
+            ((run.split_syncs < 4 || run.split_dir_syncs < 1 ||
+              run.refused < 1) && runs < 8)) &&
            test_now.faults == 0 && run.only_point < 0);
     printf("crash: %ld states of %d runs; %ld checkpoints, %ld compactions, "
-           "%ld syncs of theirs by us, %ld failed syncs, %ld refused commits "
-           "among them\n", run.checked, runs, run.checkpoints,
-           run.compactions, run.split_syncs, run.failed_syncs, run.refused);
+           "%ld syncs of theirs by us, %ld of those of the directory, %ld "
+           "failed syncs, %ld refused commits among them\n", run.checked, runs,
+           run.checkpoints, run.compactions, run.split_syncs,
+           run.split_dir_syncs, run.failed_syncs, run.refused);
     if (run.only_point < 0 && test_now.faults == 0) {
         CHECK(run.checkpoints > TRANSACTIONS / 20);
         CHECK(run.compactions > TRANSACTIONS / 50);
         CHECK(run.split_syncs > 0);
+        CHECK(run.split_dir_syncs > 0);
         CHECK(run.failed_syncs > 0);
         CHECK(run.refused > 0);
     }

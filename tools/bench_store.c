@@ -1038,7 +1038,7 @@ static void bench_slice(uint64_t n)
         slices++;
         fd = cube_store_slice_fd(our);
         if (fd >= 0)
-            cube_store_slice_synced(our, -fdatasync(fd));
+            cube_store_slice_synced(our, cube_world_real()->sync(NULL, fd));
         cube_store_stats(our, &s);
     }
     note("%llu checkpoints, %llu compactions",
