@@ -112,6 +112,9 @@ static int sim_run_seed(uint64_t seed, const struct sim_keep *keep,
     s->check_counts = o->checks;
     room_open_world(&s->room, seed);
     s->room.is_loud = is_loud;
+    s->room.on_connect = sim_health_asked;
+    s->room.connect_arg = s;
+    s->is_crowded = seed % 4 == 0;
     sim_plan_make(s, &plan);
     for (int i = 0; i < plan.count; i++)
         plan.list[i].is_left_out = !keep->is_all && !keep->list[i];

@@ -121,6 +121,32 @@ static void sim_box_changed(void *arg, struct sim_box *b, bool is_gone)
         sim_note_free(b);
 }
 
+/* A worker asks a task for its health: only one that runs, as its record on
+ * disk says, since a watch that goes on beyond that finds somebody else there,
+ * or nobody, and calls the next start sick for it. */
+static void sim_health_asked(void *arg, struct room_proc *p,
+                             const struct cube_addr *addr)
+{
+    struct sim *s = arg;
+    int number = addr->kind == CUBE_ADDR_IP4 ? addr->port - SIM_HEALTH_PORT
+                                             : -1;
+    struct sim_daemon *d = NULL;
+    struct cube_record *rec;
+
+    for (int i = 0; i < SIM_NODES; i++) {
+        if (s->nodes[i].worker.proc == p)
+            d = &s->nodes[i].worker;
+    }
+    if (!d || !d->worker || number < 0 || number >= s->history->count)
+        return;
+    rec = cube_ledger_find(d->worker->ledger, s->history->tasks[number]->id);
+    sim_check(s, SIM_CHECK_ASKED);
+    if (!rec || !rec->now || rec->now->task->state != CUBE_RUNNING)
+        SIM_BREAK(s, SIM_CHECK_ASKED, "%s asks t%d for its health, which is "
+                  "%s", p->name, number, rec && rec->now
+                      ? cube_state_name(rec->now->task->state) : "nothing");
+}
+
 /* How many containers of a task run, and on which node one of them does. */
 static int sim_running(struct sim *s, const char *id, int *node,
                        struct sim_box **box)
@@ -506,6 +532,17 @@ static void sim_doubt(struct sim_look *l, int which, const char *format, ...)
     va_end(args);
 }
 
+/* Does a container keep its room? It does until its task has ended: one that
+ * has exited may be about to be started again. */
+static bool sim_box_holds(struct sim *s, const struct sim_box *b)
+{
+    struct cube_record *rec = cube_ledger_find(s->manager.manager->ledger,
+                                               sim_label(b, "cube.task"));
+
+    return b->state == SIM_RUNNING || !rec || !rec->now ||
+           !cube_task_is_finished(rec->now->task);
+}
+
 /* Is there a node that could take this waiting task? */
 static int sim_free_node(struct sim *s, const struct sim_task *t)
 {
@@ -519,7 +556,7 @@ static int sim_free_node(struct sim *s, const struct sim_task *t)
             struct sim_box *b = CUBE_OF(l, struct sim_box, link);
             struct sim_task *o = sim_box_task(s, b);
 
-            if (!o)
+            if (!o || !sim_box_holds(s, b))
                 continue;
             big += o->kind == SIM_BIG;
             has_port |= t->port > 0 && o->port == t->port;

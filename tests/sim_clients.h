@@ -10,6 +10,7 @@
 #define SIM_CLIENTS_H
 
 #define SIM_TASKS 48          /* of one run, at most */
+#define SIM_HEALTH_PORT 9000  /* and a task's number: where it is asked */
 #define SIM_CALL_MS 8000
 
 /* What kind of task it is. */
@@ -104,7 +105,7 @@ enum {
     SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
     SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
     SIM_CHECK_FIRST, SIM_CHECK_BACK, SIM_CHECK_EPOCH, SIM_CHECK_CAUSE,
-    SIM_CHECK_LOST,
+    SIM_CHECK_LOST, SIM_CHECK_ASKED,
     SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
     SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
     SIM_CHECK_STREAMS, SIM_CHECKS
@@ -127,6 +128,7 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "each start of a manager has a higher epoch",
     "no task leaves its node without a cause",
     "a node without a sign of life is lost",
+    "only what runs is asked for its health",
     "what should run runs exactly once",
     "it has the ports it asked for",
     "its node has room for it",
@@ -182,8 +184,9 @@ static const char *sim_command(struct sim *s, struct sim_task *t, char *out,
     case SIM_PORTED:
     case SIM_HEALTHY:
         t->port = t->kind == SIM_HEALTHY
-                      ? 9000 + t->number
-                      : 8000 + (int)room_below(&s->room, 4);
+                      ? SIM_HEALTH_PORT + t->number
+                      : 8000 + (int)room_below(&s->room,
+                                               s->is_crowded ? 1 : 4);
         (void)snprintf(out, size, ",\"ExposedPorts\":{\"80/tcp\":{}},"
                        "\"PortBindings\":{\"80/tcp\":\"%d\"}%s", t->port,
                        t->kind == SIM_HEALTHY ? ",\"HealthCheck\":\"/health\""
@@ -221,6 +224,8 @@ static struct sim_task *sim_task_new(struct sim_client *c)
     cube_uuid_new(&c->proc->table, t->id);
     *sim_task_place(h, t->id) = t;
     t->kind = kinds[room_below(&s->room, COUNT(kinds))];
+    if (s->is_crowded && room_one_in(&s->room, 2))
+        t->kind = room_one_in(&s->room, 2) ? SIM_BIG : SIM_PORTED;
     t->policy = policies[room_below(&s->room, COUNT(policies))];
     (void)snprintf(t->body, sizeof t->body,
                    "{\"ID\":\"%s\",\"Name\":\"t%d\",\"Image\":\"%s\","

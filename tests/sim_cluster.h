@@ -42,6 +42,7 @@ struct sim {
     uint64_t seed;
     uint64_t plan;            /* randomness of the fault plan alone */
     int64_t end_us;           /* when the faults and the clients end */
+    bool is_crowded;          /* there is less room than tasks want */
     struct sim_daemon manager;
     struct sim_node nodes[SIM_NODES];
     struct sim_client *clients[SIM_CLIENTS];

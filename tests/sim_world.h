@@ -227,6 +227,10 @@ struct room {
     int64_t bytes_per_sec;
     uint32_t short_of;        /* one in so many calls is short; 0: none */
     uint64_t steps, short_calls, resets, torn, unsynced_names;
+    /* told of each connection over the network that is asked for, or NULL */
+    void (*on_connect)(void *arg, struct room_proc *p,
+                       const struct cube_addr *addr);
+    void *connect_arg;
 };
 
 /* Whose memory is being used; see room_malloc. */
@@ -766,6 +770,8 @@ static int room_connect(void *ctx, const struct cube_addr *addr)
         return l ? -EAGAIN : n ? -ECONNREFUSED : -ENOENT;
     }
     p->connects++;
+    if (s->on_connect)
+        s->on_connect(s->connect_arg, p, addr);
     c = room_conn_new(p, to, addr);
     room_hash(s, (uint64_t)c->number);
     if (c->is_local) {
