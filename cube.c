@@ -13283,19 +13283,26 @@ static void cube_http_reply_text(struct cube_http_req *req, const char *type,
  *    {"HTTPStatusCode":404,"Message":"there is no /x here"}
  *
  * The words are cut at 1000 bytes, and escaped as task texts are. */
+static void cube_http_print_error(int status, const char *format, va_list args,
+                                  struct cube_buf *out)
+{
+    char words[1000];
+
+    (void)vsnprintf(words, sizeof words, format, args);
+    cube_buf_printf(out, "{\"HTTPStatusCode\":%d,\"Message\":", status);
+    cube_json_put_text(out, words);
+    cube_buf_puts(out, "}\n");
+}
+
 CUBE_API void cube_http_reply_error(struct cube_http_req *req, int status,
                                     const char *format, ...)
 {
     struct cube_buf body = {0};
-    char words[1000];
     va_list args;
 
     va_start(args, format);
-    (void)vsnprintf(words, sizeof words, format, args);
+    cube_http_print_error(status, format, args, &body);
     va_end(args);
-    cube_buf_printf(&body, "{\"HTTPStatusCode\":%d,\"Message\":", status);
-    cube_json_put_text(&body, words);
-    cube_buf_puts(&body, "}\n");
     cube_http_reply(req, status, "application/json", body.data, body.len);
     cube_buf_free(&body);
 }
@@ -18107,6 +18114,22 @@ static struct cube_vow *cube_reply_kept(struct cube_commit *c,
         cube_http_on_gone(req, cube_vow_gone, p);
     cube_commit_wait(c, &p->wait, cube_vow_keep, p);
     return p;
+}
+
+/* A refusal whose words speak of what is staged. Should that be lost, the
+ * reason of the loss is the answer: nobody is refused for what never was. */
+__attribute__((format(printf, 3, 4)))
+static void cube_reply_conflict(struct cube_commit *c,
+                                struct cube_http_req *req, const char *format,
+                                ...)
+{
+    struct cube_buf body = {0};
+    va_list args;
+
+    va_start(args, format);
+    cube_http_print_error(409, format, args, &body);
+    va_end(args);
+    cube_reply_kept(c, req, 409, &body);
 }
 
 /* ---- Answers that both keepers give ---- */
@@ -32079,16 +32102,16 @@ static void cube_manager_resubmit(struct cube_manager *m,
     struct cube_buf body = {0};
 
     if (cube_task_is_finished(v->task)) {
-        cube_http_reply_error(req, 409, "task %s has ended (%s): to run it "
-                              "again, remove it first (cube rm %s), or leave "
-                              "its ID out", t->id,
-                              cube_state_name(v->task->state), t->id);
+        cube_reply_conflict(m->commit, req, "task %s has ended (%s): to run "
+                            "it again, remove it first (cube rm %s), or leave "
+                            "its ID out", t->id,
+                            cube_state_name(v->task->state), t->id);
         return;
     }
     if (!cube_task_same_spec(v->task, t)) {
-        cube_http_reply_error(req, 409, "task %s exists with another "
-                              "specification: stop and remove it first, or "
-                              "leave the ID out", t->id);
+        cube_reply_conflict(m->commit, req, "task %s exists with another "
+                            "specification: stop and remove it first, or "
+                            "leave the ID out", t->id);
         return;
     }
     cube_task_print(v->task, &body);
@@ -32216,9 +32239,9 @@ static void cube_manager_delete(void *arg, struct cube_http_req *req)
     if (!cube_http_query(req, "forget")) {
         cube_manager_want_stop(m, rec);
     } else if (!cube_task_is_finished(v->task)) {
-        cube_http_reply_error(req, 409, "task %s is %s: stop it first "
-                              "(cube stop %s)", rec->id,
-                              cube_state_name(v->task->state), rec->id);
+        cube_reply_conflict(m->commit, req, "task %s is %s: stop it first "
+                            "(cube stop %s)", rec->id,
+                            cube_state_name(v->task->state), rec->id);
         return;
     } else {
         cube_record_edit(m->ledger, rec)->keep.is_hidden = true;

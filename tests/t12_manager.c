@@ -818,6 +818,51 @@ TEST(a_full_disk_answers_507_and_goes_on_when_there_is_room)
     cluster_close(&k);
 }
 
+static int told[2];
+
+static void on_told(void *arg, const struct cube_http_answer *a)
+{
+    *(int *)arg = a->status;
+}
+
+/* The second one was told that the first one's task was another, when that was
+ * not on disk, and never came there. */
+TEST(nobody_is_refused_for_a_task_that_is_lost_with_its_commit)
+{
+    static const char *const bodies[] = {
+        TASK_A, "{\"ID\":\"" A "\",\"Name\":\"b\",\"Image\":\"other\"}"};
+    struct cube_http_client *client;
+    struct cluster k;
+    char base[60];
+
+    cluster_open(&k, 1);
+    cluster_run(&k, 1000);
+    (void)snprintf(base, sizeof base, "http://127.0.0.1:%u", k.port);
+    client = cube_http_client_new(k.loop, base, NULL, NULL);
+    for (int row = 0; row < 2; row++) {
+        k.world.full = row == 0 ? ENOSPC : 0;
+        test_row(row == 0 ? "lost" : "kept");
+        for (int i = 0; i < 2; i++) {
+            struct cube_http_request r = {.method = "POST",
+                                          .target = "/tasks",
+                                          .body = bodies[i],
+                                          .body_len = strlen(bodies[i]),
+                                          .timeout_ms = 30000,
+                                          .on_done = on_told,
+                                          .arg = &told[i]};
+
+            told[i] = 0;
+            cube_http_call(client, &r);
+        }
+        while (!told[0] || !told[1])
+            cluster_turn(&k);
+        CHECK_INT(told[0], row == 0 ? 507 : 201);
+        CHECK_INT(told[1], row == 0 ? 507 : 409);
+    }
+    cube_http_client_free(client);
+    cluster_close(&k);
+}
+
 TEST(an_engine_that_is_away_costs_no_task)
 {
     struct cluster k;
