@@ -224,7 +224,7 @@ static struct sim_task *sim_task_new(struct sim_client *c)
     cube_uuid_new(&c->proc->table, t->id);
     *sim_task_place(h, t->id) = t;
     t->kind = kinds[room_below(&s->room, COUNT(kinds))];
-    if (s->is_crowded && room_one_in(&s->room, 2))
+    if (s->is_crowded && !room_one_in(&s->room, 5))
         t->kind = room_one_in(&s->room, 2) ? SIM_BIG : SIM_PORTED;
     t->policy = policies[room_below(&s->room, COUNT(policies))];
     (void)snprintf(t->body, sizeof t->body,
