@@ -662,23 +662,30 @@ static void cube_job_resolve(struct cube_job *job)
     job->result = job->addr_count > 0 ? 0 : -ENOENT;
 }
 
+/* Is it a directory's? */
+static bool cube_world_is_dir(int fd)
+{
+    struct stat s;
+
+    return fstat(fd, &s) == 0 && S_ISDIR(s.st_mode);
+}
+
 /* The stalling call itself, without the lock; the outcome is in
  * `job->result`. fdatasync suffices for a file: the size of one that has grown
  * is synced with it, times are not, and nobody needs those. Of a directory it
- * may leave out a rename, which changes no size. */
+ * may leave out a rename, which changes no size. Where the job was cancelled
+ * meanwhile the descriptor may be closed, or be another file's: that is synced
+ * then, which harms nobody, and the result is dropped. */
 static void cube_job_do(struct cube_job *job)
 {
-    struct stat s;
-    bool is_dir;
     int r;
 
     if (job->kind == CUBE_JOB_RESOLVE) {
         cube_job_resolve(job);
         return;
     }
-    is_dir = fstat(job->fd, &s) == 0 && S_ISDIR(s.st_mode);
     do
-        r = is_dir ? fsync(job->fd) : fdatasync(job->fd);
+        r = job->is_dir ? fsync(job->fd) : fdatasync(job->fd);
     while (r < 0 && errno == EINTR);
     job->result = r < 0 ? -errno : 0;
 }
@@ -762,6 +769,7 @@ static int cube_world_job_start(void *ctx, struct cube_poll *p,
     (void)ctx;
     job->next = NULL;
     job->result = 0;
+    job->is_dir = job->kind == CUBE_JOB_SYNC && cube_world_is_dir(job->fd);
     pthread_mutex_lock(&p->jobs->lock);
     if (!h->is_started)
         r = cube_helper_start(h);
@@ -1087,6 +1095,7 @@ static int cube_world_sync(void *ctx, int fd)
     memset(&job, 0, sizeof job);
     job.kind = CUBE_JOB_SYNC;
     job.fd = fd;
+    job.is_dir = cube_world_is_dir(fd);
     cube_job_do(&job);
     return job.result;
 }

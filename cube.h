@@ -130,6 +130,7 @@ struct cube_job {
     int addr_count;
     struct cube_addr addrs[CUBE_JOB_ADDRS]; /* RESOLVE: found, port 0 */
     struct cube_job *next;                  /* the world's, while it works */
+    bool is_dir;                            /* the world's: `fd` is one */
 };
 
 /* What `poll_wait` reports: a descriptor's readiness, or a job that is done

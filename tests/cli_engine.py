@@ -174,16 +174,21 @@ class OnEngine:
                              (state, code))
 
     def test_a_task_killed_for_its_memory_says_so(self):
+        """Podman on version 1 cgroups cannot tell; Docker hears of it beside
+        the end, at times too late, so it has three tries."""
         c = self.start()
-        self.ok(c, "run", "-d", "--name", "big", "--restart", "no",
-                "--memory", "8m", harness.IMAGE, "--", "sh", "-c",
-                "x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done")
-        t = c.wait_for("big", 4, 60)
-        self.assertEqual(t["ExitCode"], 137)
-        state = c.inspect(t["ContainerID"])["State"]
-        # Podman on version 1 cgroups cannot tell
-        self.assertEqual("emory" in t["Error"], state["OOMKilled"])
-        self.assertTrue(state["OOMKilled"] or self.runtime == "podman")
+        for i in range(3):
+            name = "big%d" % i
+            self.ok(c, "run", "-d", "--name", name, "--restart", "no",
+                    "--memory", "8m", harness.IMAGE, "--", "sh", "-c",
+                    "x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done")
+            t = c.wait_for(name, 4, 60)
+            self.assertEqual(t["ExitCode"], 137)
+            state = c.inspect(t["ContainerID"])["State"]
+            self.assertEqual("emory" in t["Error"], state["OOMKilled"])
+            if state["OOMKilled"] or self.runtime == "podman":
+                return
+        self.fail("it never said so")
 
     def test_a_killed_worker_adopts_its_containers(self):
         c = self.start()

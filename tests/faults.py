@@ -543,10 +543,11 @@ class Fault11(Case):
                    lambda: self.node(c, name)["Stats"]["TaskCount"] == 0)
 
     def test_epvm_takes_the_node_whose_cpu_is_idle(self):
-        """Two workers of the Go program that differ in nothing else; in both
-        orders, lest the first is taken for being the first."""
+        """Two workers of the Go program that differ in nothing else, on hosts
+        of their own, since those of one host share its CPUs; in both orders,
+        lest the first is taken for being the first."""
         for busy in (0, 1):
-            workers = [go.Worker(), go.Worker()]
+            workers = [go.Worker(host="127.0.0.%d" % i) for i in (1, 2)]
             for w in workers:
                 self.addCleanup(w.close)
             workers[busy].cpu = "user"

@@ -259,8 +259,8 @@ class Worker:
     one: that there is one for each task is up to the manager.
     """
 
-    def __init__(self, port=0, tick=0.1):
-        self.tick = tick
+    def __init__(self, port=0, tick=0.1, host="127.0.0.1"):
+        self.tick, self.host = tick, host
         self.lock = threading.RLock()
         self.db, self.queue = {}, []
         self.posts, self.deletes, self.polls = [], [], 0
@@ -284,10 +284,10 @@ class Worker:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
 
     def listen(self):
-        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server = Server((self.host, self.port), Handler)
         self.server.worker = self
         self.port = self.server.server_port
-        self.name = "127.0.0.1:%d" % self.port
+        self.name = "%s:%d" % (self.host, self.port)
         self.serve(self.server)
 
     def vanish(self):
