@@ -424,25 +424,29 @@ static void sim_watch_sleep(struct sim *s)
     s->is_asleep = is_asleep;
 }
 
-/* A task moves when its node is lost, or has failed with it; not because its
- * manager has slept, which is no fault of the node's. */
+/* A task leaves its node when that is lost, or when it has failed there; not
+ * because its manager has slept, which is no fault of the node's. It leaves it
+ * when it is to wait for another one, however long that takes, or else with
+ * its next attempt. */
 static void sim_watch_moves(struct sim *s, struct sim_task *t)
 {
     const struct cube_version *v = t->rec ? t->rec->now : NULL;
     int64_t long_ago = sim_long_ago(s);
+    bool waits;
 
     if (!v)
         return;
+    waits = v->task->state == CUBE_PENDING;
     sim_check(s, SIM_CHECK_CAUSE);
-    if (t->attempt > 0 && v->task->attempt > t->attempt && t->node >= 0 &&
-        v->keep.moves == t->moves && t->remove_us == 0 &&
+    if (t->attempt > 0 && (v->task->attempt > t->attempt || waits) &&
+        t->node >= 0 && v->keep.moves == t->moves && t->remove_us == 0 &&
         s->awake_us < long_ago && s->fine_us[t->node + 1] < long_ago)
         SIM_BREAK(s, SIM_CHECK_CAUSE, "t%d left w%d, which was fine for "
                   "%.1f s", t->number, t->node + 1,
                   (double)(s->room.now_us - s->fine_us[t->node + 1]) / 1e6);
     t->attempt = v->task->attempt;
     t->moves = v->keep.moves;
-    t->node = *v->task->node ? v->task->node[1] - '1' : -1;
+    t->node = *v->task->node && !waits ? v->task->node[1] - '1' : -1;
 }
 
 /* The manager says "node w1:5556 is lost: ...": was there a reason? */
