@@ -463,6 +463,38 @@ static void sim_node_lost(struct sim *s, const char *text)
                   (double)(s->room.now_us - s->fine_us[node + 1]) / 1e6);
 }
 
+/* What the manager keeps of promises from pass to pass, against its records:
+ * each task that has a node and has not ended counts there, once. One that
+ * waits may count as well, where it was found to run still. */
+static void sim_watch_promised(struct sim *s)
+{
+    const struct cube_manager *m = s->manager.manager;
+
+    for (size_t i = 0; m->promises && i < m->promises->count; i++) {
+        const struct cube_node *node = &m->promises->nodes[i];
+        int64_t least = 0, found = 0;
+        void *value;
+
+        for (size_t at = 0;
+             cube_map_next(&m->ledger->records, &at, NULL, &value);) {
+            const struct cube_task *t = cube_record_latest(value)->task;
+
+            if (strcmp(t->node, node->name) != 0)
+                continue;
+            least += t->state == CUBE_SCHEDULED || t->state == CUBE_RUNNING ||
+                     (t->state == CUBE_FAILED && !cube_task_is_finished(t));
+            found += t->state == CUBE_PENDING;
+        }
+        sim_check(s, SIM_CHECK_PROMISED);
+        if (node->promised.tasks < least ||
+            node->promised.tasks > least + found)
+            SIM_BREAK(s, SIM_CHECK_PROMISED, "node %s has promised room to "
+                      "%lld tasks; it has %lld, and %lld that wait",
+                      node->name, (long long)node->promised.tasks,
+                      (long long)least, (long long)found);
+    }
+}
+
 /* Of the manager: its epochs, and when it was hit by more than sleep. */
 static void sim_watch_manager(struct sim *s)
 {
@@ -491,8 +523,10 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
     sim_note_fine(s);
     sim_count_running(s);
     sim_watch_lost(s);
-    if (s->manager.manager)
+    if (s->manager.manager) {
         sim_watch_ledger(s);
+        sim_watch_promised(s);
+    }
     for (int i = 0; i < s->history->count; i++) {
         struct sim_task *t = s->history->tasks[i];
 

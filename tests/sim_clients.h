@@ -105,7 +105,7 @@ enum {
     SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
     SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
     SIM_CHECK_FIRST, SIM_CHECK_BACK, SIM_CHECK_EPOCH, SIM_CHECK_CAUSE,
-    SIM_CHECK_LOST, SIM_CHECK_ASKED,
+    SIM_CHECK_LOST, SIM_CHECK_ASKED, SIM_CHECK_PROMISED,
     SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
     SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
     SIM_CHECK_STREAMS, SIM_CHECKS
@@ -129,6 +129,7 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "no task leaves its node without a cause",
     "a node without a sign of life is lost",
     "only what runs is asked for its health",
+    "a node has promised what its tasks ask for",
     "what should run runs exactly once",
     "it has the ports it asked for",
     "its node has room for it",
