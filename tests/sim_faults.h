@@ -419,11 +419,8 @@ static void sim_fault_event(struct room *r, void *arg, int64_t number)
 {
     struct sim *s = arg;
     struct sim_fault *f = &s->faults->list[number / 2];
-    bool was_barred[SIM_NODES + 1];
 
     sim_note_heard(s);
-    for (int i = 1; i <= SIM_NODES; i++)
-        was_barred[i] = s->room.links[i][0].barred;
     f->is_on = number % 2 == 0;
     s->trouble[f->host] += f->is_on ? 1 : -1;
     /* A clock that jumped stays odd: a run that it hit may seem to have been
@@ -438,11 +435,10 @@ static void sim_fault_event(struct room *r, void *arg, int64_t number)
              sim_fault_rows[f->kind].name,
              f->kind == SIM_F_CLOCK && !f->is_on ? " (once)" : "");
     sim_fault_switch(s, f);
-    /* What it said into a way that was cut comes through now, from its
-     * kernel, even if it sleeps by then. */
-    for (int i = 1; i <= SIM_NODES; i++)
-        if (was_barred[i] && !s->room.links[i][0].barred)
-            s->heard_us[i] = r->now_us;
+    /* What was said into a way that is cut, or thin, comes through when that
+     * ends, from its kernel, even if the worker sleeps or is gone by then. */
+    if (!f->is_on && f->kind >= SIM_F_PART && f->kind <= SIM_F_THIN)
+        s->heard_us[f->host] = r->now_us;
 }
 
 static void sim_faults_start(struct sim *s)
