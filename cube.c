@@ -21857,8 +21857,6 @@ static bool cube_docker_is_over(struct cube_docker_start *s)
 {
     if (!s->is_cancelled)
         return false;
-    (void)cube_fail(&s->why, CUBE_ECANCELED, "start of %s: cancelled",
-                    s->task->id);
     if (s->id)
         cube_docker_discard(s);
     else
@@ -22354,7 +22352,9 @@ static void cube_docker_start_give_up(void *arg)
  *
  * A pull that is cut short makes the engine drop it too. Unknown tasks are
  * fine: it ended a moment ago. The start reports CUBE_ECANCELED, later, and
- * what it has made by then is removed before. */
+ * what it has made by then is removed before. That is its reason from here on,
+ * also where a refusal stood: each answer asks cube_docker_is_over before it
+ * writes one, and only a removal in trouble comes over it. */
 static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
 {
     struct cube_docker *d = cube_docker_of(rt);
@@ -22369,6 +22369,8 @@ static void cube_docker_start_cancel(struct cube_runtime *rt, const char *task)
         if (strcmp(s->task->id, task) || s->is_cancelled)
             continue;
         s->is_cancelled = true;
+        (void)cube_fail(&s->why, CUBE_ECANCELED, "start of %s: cancelled",
+                        task);
         if (!s->can_cancel_now && !op->is_waiting)
             continue;
         cube_docker_op_cancel(op);

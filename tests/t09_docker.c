@@ -1433,6 +1433,41 @@ TEST(a_start_cancelled_while_it_is_made_removes_what_was_made)
     }
 }
 
+TEST(a_start_cancelled_over_its_refusal_is_cancelled_all_the_same)
+{
+    static const struct {
+        int status;
+        const char *body;
+        enum cube_code code;
+    } rows[] = {
+        {200, "", CUBE_ECANCELED},
+        {404, "{\"message\":\"No such container: c1\"}", CUBE_ECANCELED},
+        {500, "{\"message\":\"it is busy\"}", CUBE_EIO}, /* it may be there */
+    };
+
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct heard h = {0};
+
+        test_row("removal: %d", rows[i].status);
+        open_fake();
+        rule("POST /containers/c1/start", 0, 500, "{\"message\":\"port is "
+             "already allocated\"}", PLAIN);
+        rule("GET /containers/c1/json", 0, 200, never_started, PLAIN);
+        rule("DELETE /containers/c1", 0, rows[i].status, rows[i].body, HANG);
+        call(START, &h);
+        settle();
+        CHECK_HAS(trace(), "DELETE /v1.41/containers/c1;");
+        REQUIRE(fake.open_count == 1);
+        fake.rt->ops->start_cancel(fake.rt, id_text);
+        settle();
+        CHECK(!h.is_done);
+        cube_http_stream_end(fake.open[0]);
+        (void)until(&h.is_done);
+        CHECK_INT(h.err.code, rows[i].code);
+        close_fake();
+    }
+}
+
 /* ---- Stop, kill, remove ---- */
 
 TEST(some_refusals_are_successes)
