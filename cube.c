@@ -21723,7 +21723,8 @@ static void cube_docker_inspect_json(struct cube_runtime *rt, const char *id,
  *     2 names, then none        name_try
  *     2 pulls                   pulls; of each doubt anew
  *     2 doubts, 2 s each        doubts
- *     8 looks and creates       tries; then trouble, or that there is none
+ *     8 looks and creates       tries; then nothing is cleared away, which is
+ *                               trouble, and none that is gone made anew
  *
  * fn runs exactly once, unless the runtime is freed before. */
 struct cube_docker_start {
@@ -22208,9 +22209,22 @@ static void cube_docker_cleared(struct cube_docker_op *op,
     cube_docker_look(s);
 }
 
-/* Removes the container in s->id, to look again afterwards. */
+/* Removes the container in s->id, which is in the way, to look again
+ * afterwards. One that is there again each time is somebody else's work, or an
+ * engine that says "removed" and does not: trouble, and told with the reason
+ * why it is not taken as it is. */
 static void cube_docker_clear(struct cube_docker_start *s)
 {
+    struct cube_err was = s->why;
+
+    if (s->tries >= CUBE_DOCKER_TRIES_MAX) {
+        (void)cube_fail(&s->why, CUBE_EIO, "start: container %.80s was removed "
+                        "and is there again, in each of %d tries, and cannot "
+                        "be used: %s", s->id, s->tries,
+                        s->is_found ? was.text : "it is of an older attempt");
+        cube_docker_start_end(s, NULL);
+        return;
+    }
     cube_docker_step(s, "DELETE", "?force=1&v=1", CUBE_DOCKER_DO_MS,
                      cube_docker_cleared);
 }
@@ -22242,9 +22256,9 @@ static int cube_docker_judge(const struct cube_docker_start *s,
     return 1;
 }
 
-/* look: GET /containers/json gives for each `Id`, `Labels`, `State`. More than
- * eight rounds mean that somebody else makes or removes what we do, and end
- * the start. */
+/* look: GET /containers/json gives for each `Id`, `Labels`, `State`. What it
+ * finds is started, inspected or cleared away, and the latter leads back here,
+ * as often as cube_docker_clear allows. */
 static void cube_docker_looked(struct cube_docker_op *op,
                                const struct cube_docker_answer *a)
 {
@@ -22255,7 +22269,8 @@ static void cube_docker_looked(struct cube_docker_op *op,
 
     if (cube_docker_is_over(s))
         return;
-    if (a->trouble || a->status != 200 || ++s->tries > CUBE_DOCKER_TRIES_MAX ||
+    s->tries++;
+    if (a->trouble || a->status != 200 ||
         !(root = cube_json_parse(a->body, a->len, NULL))) {
         cube_docker_start_fail(s, a, "list");
         return;

@@ -1130,6 +1130,21 @@ TEST(an_old_one_that_cannot_be_removed_does_not_hold_us_for_good)
     h = start();
     CHECK(h.is_failed);
     CHECK(cube_runtime_is_trouble(&h.err));
+    CHECK_STR(h.err.text, "start: container old was removed and is there "
+              "again, in each of 8 tries, and cannot be used: it is of an "
+              "older attempt");
+    close_fake();
+    open_fake();
+    rule("GET /containers/json", 0, 200, left_behind, PLAIN);
+    rule("POST /containers/c1/start", 0, 500,
+         "{\"message\":\"task 1a2b: already exists\"}", PLAIN);
+    rule("GET /containers/c1/json", 0, 200, never_started, PLAIN);
+    h = start();
+    CHECK(h.is_failed);
+    CHECK(cube_runtime_is_trouble(&h.err));
+    CHECK_STR(h.err.text, "start: container c1 was removed and is there "
+              "again, in each of 8 tries, and cannot be used: start: task "
+              "1a2b: already exists");
     close_fake();
 }
 
