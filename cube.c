@@ -2022,7 +2022,9 @@ static int cube_world_pid_signal(void *ctx, int pid_fd, int signal_number)
 
 /* Closes the descriptor of a process, and collects it if it ended as our
  * child. It can be one: an orphan's parent is the next subreaper, else process
- * 1, and in a container that can be us. */
+ * 1, and in a container that can be us. One that ended before it was opened
+ * has no descriptor: a program that is process 1 sets SA_NOCLDWAIT, as one
+ * that is anything else has a process 1 to do it. */
 static int cube_world_pid_close(void *ctx, int pid_fd)
 {
     siginfo_t info;

@@ -1268,7 +1268,9 @@ CUBE_API struct cube_runtime *cube_docker_new(struct cube_loop *l,
 
 /* Processes of this machine, each supervised by one of its own, their files
  * in `dir`, which is made. NULL: it cannot be, or this kernel cannot tell when
- * a process ends (Linux before 5.3). */
+ * a process ends (Linux before 5.3). Supervisors become children of process 1:
+ * a program that is it, in a container of its own, has them collected by
+ * SA_NOCLDWAIT for SIGCHLD, or stays with a zombie now and then. */
 CUBE_API struct cube_runtime *cube_process_new(struct cube_loop *l,
                                                const char *dir,
                                                struct cube_err *err);

@@ -1765,11 +1765,27 @@ static int start_failed(struct app *a)
     return code;
 }
 
+/* Process 1, as in a container of its own, is the parent of whatever loses
+ * one: of a supervisor that ended before the worker could watch it, say. The
+ * kernel collects them then, at no signal; the library waits for none but its
+ * own, which it asks for as such (chapter 1). */
+static void collect_orphans(void)
+{
+    struct sigaction action;
+
+    memset(&action, 0, sizeof action);
+    action.sa_handler = SIG_DFL;
+    action.sa_flags = SA_NOCLDWAIT;
+    sigaction(SIGCHLD, &action, NULL);
+}
+
 /* A server outlives whoever reads its log through a pipe. Its tasks get their
  * signals as they were. */
 static int open_loop(struct app *a, struct server *s)
 {
     (void)signal(SIGPIPE, SIG_IGN);
+    if (getpid() == 1)
+        collect_orphans();
     a->loop = cube_loop_new(cube_world_real(), &a->err);
     if (!a->loop)
         return server_failed(a);

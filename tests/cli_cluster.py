@@ -54,10 +54,11 @@ class Cluster:
     """A manager and workers with directories of their own. Fixed ports, so
     that each can be started again where it was."""
 
-    def __init__(self, workers=1, env=None, manager=(), worker=()):
+    def __init__(self, workers=1, env=None, manager=(), worker=(), under=()):
         self.dir = os.path.realpath(tempfile.mkdtemp(prefix="cube-cluster-"))
         self.env = dict({"CUBE_TOKEN": ""}, **(env or {}))
         self.more = {"manager": list(manager), "worker": list(worker)}
+        self.under = list(under)  # what a worker is started by
         self.port = harness.free_port()
         self.ports = [harness.free_port() for _ in range(workers)]
         self.where = "127.0.0.1:%d" % self.port
@@ -87,8 +88,8 @@ class Cluster:
 
     def start_worker(self, i=0, *more):
         self.workers[i] = harness.Process(
-            CUBE, "worker", "-p", self.ports[i], "-n", "w%d" % i, "-r",
-            "process", "--data", "%s/w%d" % (self.dir, i),
+            *self.under, CUBE, "worker", "-p", self.ports[i], "-n",
+            "w%d" % i, "-r", "process", "--data", "%s/w%d" % (self.dir, i),
             *self.more["worker"], *more, env=self.env)
         self.await_log(self.workers[i], "listens on")
         return self.workers[i]
@@ -676,6 +677,39 @@ class Refusals(Case):
             self.assertEqual(harness.http("GET", c.url + "/healthz")[0], 200)
             p.terminate()
             self.assertEqual(p.wait(10), 0)
+
+    def test_a_worker_that_is_process_1_leaves_no_zombie(self):
+        """`docker run ... cube worker`: whatever loses its parent in there
+        becomes its child, and a supervisor that has ended before it was
+        watched has nobody else. An orphan of the shell that was process 1
+        before stands for those, as it ends when the test says so."""
+        unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+        if not shutil.which("unshare") or harness.run(*unshare, "true")[0]:
+            self.skipTest("no PID namespace can be made here (unshare)")
+        c = self.cluster(under=unshare + [
+            "sh", "-c", '(sleep 1000 & sleep 1000 &); exec "$@"', "sh"])
+        worker = self.children(c.workers[0].pid)[0]
+        self.addCleanup(os.kill, worker, signal.SIGTERM)
+        orphans = self.children(worker)
+        self.assertEqual(len(orphans), 2)
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+        for i in range(20):
+            self.ok(c, "run", "-d", "--name", "t%d" % i, "--restart", "no",
+                    "--", "sh", "-c", "grep SigIgn /proc/self/status; "
+                    "exit 3")
+        for i in range(20):
+            self.assertEqual(c.wait_for("t%d" % i, 4)["ExitCode"], 3)
+        ignored = int(self.log_lines(c, "t0")[1], 16)
+        self.assertEqual(ignored & 1 << (signal.SIGCHLD - 1), 0)
+        wait_until("nobody is left", lambda: not self.children(worker))
+        self.assertTrue(c.workers[0].is_running())
+
+    @staticmethod
+    def children(pid):
+        """Those that have not been collected yet."""
+        with open("/proc/%d/task/%d/children" % (pid, pid)) as f:
+            return [int(word) for word in f.read().split()]
 
     def test_unknown_things_are_404_and_405(self):
         c = self.cluster()
