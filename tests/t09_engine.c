@@ -203,15 +203,35 @@ static int on_each_engine(void (*test)(struct engine *e))
     return count;
 }
 
-#define ENGINE_TEST(name)                         \
+/* Leaves the test, which has nothing open yet. */
+static void need(const char *variable)
+{
+    const char *value = getenv(variable);
+    char words[80];
+
+    if (value && *value)
+        return;
+    if (is_required())
+        FAIL("%s is not set, and CUBE_TEST_ENGINE=required", variable);
+    (void)snprintf(words, sizeof words, "no %s", variable);
+    SKIP(words);
+}
+
+/* A test that needs more than an engine names it here, and not in its body,
+ * which runs with an engine open. */
+#define ENGINE_TEST_WITH(name, variable)          \
     static void name##_on(struct engine *e);      \
     TEST(name)                                    \
     {                                             \
+        if (variable)                             \
+            need(variable);                       \
         if (on_each_engine(name##_on) == 0 &&     \
             !is_required())                       \
             SKIP("no engine: tools/engine use");  \
     }                                             \
     static void name##_on(struct engine *e)
+
+#define ENGINE_TEST(name) ENGINE_TEST_WITH(name, NULL)
 
 /* ---- Short ways ---- */
 
@@ -535,15 +555,14 @@ ENGINE_TEST(out_of_memory_is_said)
     cube_task_free(t);
 }
 
-ENGINE_TEST(a_missing_image_is_pulled_with_progress)
+ENGINE_TEST_WITH(a_missing_image_is_pulled_with_progress,
+                 "CUBE_TEST_REGISTRY")
 {
     struct cube_task *t = new_task("docker-pull", "exec sleep 100");
     const char *registry = getenv("CUBE_TEST_REGISTRY");
     struct cube_buf path = {0};
     struct heard h;
 
-    if (!registry)
-        SKIP("no CUBE_TEST_REGISTRY");
     cube_buf_printf(&path, "%s/cube-test/busybox:latest", registry);
     cube_task_set(&t->image, path.data);
     progress_count = 0;
@@ -556,7 +575,8 @@ ENGINE_TEST(a_missing_image_is_pulled_with_progress)
     cube_task_free(t);
 }
 
-ENGINE_TEST(an_image_that_nobody_has_is_a_no_in_the_engines_words)
+ENGINE_TEST_WITH(an_image_that_nobody_has_is_a_no_in_the_engines_words,
+                 "CUBE_TEST_REGISTRY")
 {
     static const struct {
         const char *image, *want;
@@ -565,8 +585,6 @@ ENGINE_TEST(an_image_that_nobody_has_is_a_no_in_the_engines_words)
         {"nosuchhost.invalid/x:1", "no such host"},
     };
 
-    if (!getenv("CUBE_TEST_REGISTRY"))
-        SKIP("no CUBE_TEST_REGISTRY");
     for (size_t i = 0; i < COUNT(rows); i++) {
         struct cube_task *t = new_task("docker-noimage", "true");
         struct heard h;
@@ -601,7 +619,8 @@ static void remove_image(struct engine *e, const char *name)
     cube_buf_free(&target);
 }
 
-ENGINE_TEST(a_private_registry_takes_what_docker_login_has_left)
+ENGINE_TEST_WITH(a_private_registry_takes_what_docker_login_has_left,
+                 "CUBE_TEST_PRIVATE")
 {
     static const char name[] = "127.0.0.1:5001/cube-test/busybox:latest";
     struct cube_task *t = new_task("docker-private", "exec sleep 100");
@@ -609,8 +628,6 @@ ENGINE_TEST(a_private_registry_takes_what_docker_login_has_left)
     FILE *f;
     struct heard h;
 
-    if (!getenv("CUBE_TEST_PRIVATE"))
-        SKIP("no CUBE_TEST_PRIVATE");
     remove_image(e, name);
     cube_task_set(&t->image, name);
     h = start(e, t, 1);
