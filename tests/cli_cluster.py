@@ -202,7 +202,7 @@ def is_alive(pid):
     try:
         with open("/proc/%d/stat" % pid, encoding="utf-8") as f:
             return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
