@@ -1534,19 +1534,25 @@ static int cube_sup_exec(const struct cube_spawn *spec)
     return best;
 }
 
-/* Moves the caller of this into a cgroup, and all that it will start: "0" in
- * cgroup.procs is whoever writes it. Returns a positive errno value or 0. */
-static int cube_sup_join(const char *cgroup)
+/* Writes into a file of a cgroup. Returns a positive errno value or 0. */
+static int cube_sup_tell(const char *cgroup, const char *file,
+                         const char *text)
 {
     int dir = open(cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int fd = dir < 0 ? -1 : openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+    int fd = dir < 0 ? -1 : openat(dir, file, O_WRONLY | O_CLOEXEC);
+    int e = fd < 0 || write(fd, text, strlen(text)) < 0 ? errno : 0;
 
-    return fd < 0 || write(fd, "0", 1) != 1 ? errno : 0;
+    if (fd >= 0)
+        close(fd);
+    if (dir >= 0)
+        close(dir);
+    return e;
 }
 
-/* Into its cgroups, of which there may be none, and under its limit of data.
- * Returns a positive errno value or 0. Done in the command's process before
- * the exec, so that it never runs a moment without limits. */
+/* Into its cgroups, of which there may be none, and under its limit of data:
+ * "0" in cgroup.procs is whoever writes it, and with it all that it will
+ * start. Returns a positive errno value or 0. Done in the command's process
+ * before the exec, so that it never runs a moment without limits. */
 static int cube_sup_limit(const struct cube_spawn *spec)
 {
     struct rlimit data;
@@ -1554,7 +1560,7 @@ static int cube_sup_limit(const struct cube_spawn *spec)
 
     for (size_t i = 0; i < 2 && e == 0; i++) {
         if (spec->cgroups[i])
-            e = cube_sup_join(spec->cgroups[i]);
+            e = cube_sup_tell(spec->cgroups[i], "cgroup.procs", "0");
     }
     if (e != 0 || spec->data_bytes == 0)
         return e;
@@ -1797,6 +1803,17 @@ static void cube_sup_attend(struct cube_sup *s)
     }
 }
 
+/* Kills all in its cgroups, at once and for certain: what is forked meanwhile
+ * is killed, too. Version 2 has a file for that since Linux 5.14; where there
+ * is none, nothing happens. */
+static void cube_sup_kill_cgroups(struct cube_sup *s)
+{
+    for (size_t i = 0; i < 2; i++) {
+        if (s->spec->cgroups[i])
+            (void)cube_sup_tell(s->spec->cgroups[i], "cgroup.kill", "1");
+    }
+}
+
 /* Kills our children. CONFIG_PROC_CHILDREN, which all distributions set. Pids
  * stand there in decimal with a space behind each. Those beyond a chunk are
  * left to the next sweep. */
@@ -1824,7 +1841,12 @@ static void cube_sup_kill_children(struct cube_sup *s)
  * system say. It is given up when nobody has died for CUBE_SUP_STUCK_MS; the
  * exit code of the command is worth more than waiting for it. Rounds are not
  * counted, only that: each may kill no more than one of a long line of
- * processes, and a death ends the poll at once. */
+ * processes, and a death ends the poll at once.
+ *
+ * Processes that fork without end, each in a group of its own, outrun this:
+ * only our children can be found, and whose parent is killed forks on. So it
+ * begins with the cgroups. Without version 2 of them, or without a limit to be
+ * kept by one, such a task is swept until it ends by itself. */
 static void cube_sup_sweep(struct cube_sup *s)
 {
     int64_t now_ms = cube_world_now_ms(NULL), death_ms = now_ms;
@@ -1836,6 +1858,7 @@ static void cube_sup_sweep(struct cube_sup *s)
         if (s->collected > collected)
             death_ms = now_ms;
         collected = s->collected;
+        cube_sup_kill_cgroups(s);
         cube_sup_kill_children(s);
         (void)poll(fds, 1, 10);
         cube_sup_take_signals(s);

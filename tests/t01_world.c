@@ -985,6 +985,73 @@ TEST(a_cgroup_is_joined_before_the_command_runs_and_then_removed)
     CHECK(access(group, F_OK) != 0);
 }
 
+/* This program as a task that forks without end, each in a session of its own;
+ * the first ends once there are as many as there may be. */
+__attribute__((constructor)) static void fork_without_end(void)
+{
+    int ends[2];
+    char byte;
+
+    if (!getenv("CUBE_TEST_FORKS") || pipe(ends) < 0)
+        return;
+    (void)fcntl(ends[1], F_SETFL, O_NONBLOCK);
+    if (fork() > 0)
+        _exit(read(ends[0], &byte, 1) == 1 ? 5 : 1);
+    (void)signal(SIGPIPE, SIG_IGN);
+    (void)setsid();
+    for (;;) {
+        pid_t pid = fork();
+
+        if (pid == 0)
+            (void)setsid();
+        else if (pid < 0)
+            (void)!write(ends[1], "", 1);
+    }
+}
+
+/* Makes a cgroup; false: it cannot be, or that file of it cannot be written. */
+static bool make_cgroup(char path[100], const char *base, const char *file,
+                        const char *text)
+{
+    snprintf(path, 100, "%s/cube-test-%d", base, (int)getpid());
+    if (mkdir(path, 0755) < 0 && errno != EEXIST)
+        return false;
+    if (cube_sup_tell(path, file, text) == 0)
+        return true;
+    (void)rmdir(path);
+    return false;
+}
+
+TEST(what_forks_without_end_dies_with_its_cgroup)
+{
+    static const char *const bases[] = {"/sys/fs/cgroup",
+                                        "/sys/fs/cgroup/unified"};
+    char own[100], pids[100] = "";
+    struct run r;
+    size_t i = 0;
+
+    while (i < COUNT(bases) && !make_cgroup(own, bases[i], "cgroup.kill", "1"))
+        i++;
+    if (i == COUNT(bases))
+        SKIP("no right to make a cgroup of version 2, or none can be killed");
+    if (cube_sup_tell(own, "pids.max", "60") != 0 &&
+        !make_cgroup(pids, "/sys/fs/cgroup/pids", "pids.max", "60")) {
+        (void)rmdir(own);
+        SKIP("no right to limit the number of processes by a cgroup");
+    }
+    prepare(&r, test_dir(), "");
+    r.argv[0] = "/proc/self/exe";
+    r.argv[1] = NULL;
+    r.env[1] = "CUBE_TEST_FORKS=1";
+    r.spec.cgroups[0] = own;
+    r.spec.cgroups[1] = *pids ? pids : NULL;
+    CHECK_INT(start(&r), 0);
+    ends(&r);
+    CHECK_INT(exit_field(&r, "code"), 5);
+    CHECK(access(own, F_OK) != 0); /* empty, so it could be removed */
+    (void)cube_sup_tell(own, "cgroup.kill", "1");
+}
+
 TEST(a_cgroup_that_cannot_be_joined_stops_the_start)
 {
     struct run r;
