@@ -11605,6 +11605,9 @@ CUBE_API int cube_loop_run(struct cube_loop *l, struct cube_err *err)
 #define CUBE_HTTP_MAX_FIELDS 100
 #define CUBE_HTTP_MAX_CHUNK_LINE 256
 #define CUBE_HTTP_MAX_BLANKS 4     /* empty lines before a request */
+/* A limit in the words that refuse what is beyond it. */
+#define CUBE_HTTP_TEXT_OF(limit) CUBE_HTTP_TEXT_OF_(limit)
+#define CUBE_HTTP_TEXT_OF_(limit) #limit
 #define CUBE_HTTP_MAX_SEGMENTS 16  /* of a path */
 #define CUBE_HTTP_MAX_QUERY 32     /* parameters */
 #define CUBE_HTTP_MAX_AHEAD 65536  /* bytes of requests that wait */
@@ -11878,6 +11881,26 @@ static enum cube_http_event cube_http_bad(struct cube_http_parser *p,
     return CUBE_HTTP_ERROR;
 }
 
+/* Refuses what is beyond the limit of the place where it stands. */
+static enum cube_http_event cube_http_too_long(struct cube_http_parser *p)
+{
+    if (p->state == CUBE_HTTP_START)
+        return cube_http_bad(p, 414, "the first line is longer than "
+                             CUBE_HTTP_TEXT_OF(CUBE_HTTP_MAX_LINE)
+                             " bytes: put what is long into the body");
+    if (p->state == CUBE_HTTP_FIELDS)
+        return cube_http_bad(p, 431, "the head is longer than "
+                             CUBE_HTTP_TEXT_OF(CUBE_HTTP_MAX_HEAD)
+                             " bytes: send fewer or shorter fields");
+    if (p->state == CUBE_HTTP_TRAILERS)
+        return cube_http_bad(p, 431, "the trailers are longer than "
+                             CUBE_HTTP_TEXT_OF(CUBE_HTTP_MAX_HEAD)
+                             " bytes: send fewer or shorter ones");
+    return cube_http_bad(p, 400, "the line before a chunk is longer than "
+                         CUBE_HTTP_TEXT_OF(CUBE_HTTP_MAX_CHUNK_LINE)
+                         " bytes");
+}
+
 /* Gathers a line. MORE: it is not whole yet. GO_ON: it stands at the
  * returned `line`, NUL-terminated, its end cut off, and the next line will
  * begin behind it. ERROR: longer than `max`, or it ends in a bare LF. */
@@ -11891,9 +11914,7 @@ static enum cube_http_event cube_http_line(struct cube_http_parser *p,
     size_t end;
 
     if (text->len - p->line + n > max)
-        return cube_http_bad(p, p->state == CUBE_HTTP_START ? 414
-                                : p->state == CUBE_HTTP_FIELDS ? 431 : 400,
-                             "a line is too long");
+        return cube_http_too_long(p);
     cube_buf_add(text, in->data, n);
     in->data += n;
     in->len -= n;
@@ -12161,7 +12182,9 @@ static enum cube_http_event cube_http_field(struct cube_http_parser *p,
     size_t len;
 
     if (h->field_count == CUBE_HTTP_MAX_FIELDS)
-        return cube_http_bad(p, 431, "there are too many fields");
+        return cube_http_bad(p, 431, "the head has more than "
+                             CUBE_HTTP_TEXT_OF(CUBE_HTTP_MAX_FIELDS)
+                             " fields: send fewer");
     words = cube_http_cut_field(line, p->line_len, &value);
     if (words)
         return cube_http_bad(p, 400, words);
@@ -12375,7 +12398,7 @@ static enum cube_http_event cube_http_step_trailers(struct cube_http_parser *p,
         return e;
     p->extra += p->line_len;
     if (p->extra > CUBE_HTTP_MAX_HEAD)
-        return cube_http_bad(p, 431, "the trailers are too long");
+        return cube_http_too_long(p);
     if (p->line_len == 0) {
         p->state = CUBE_HTTP_DONE;
         return CUBE_HTTP_GO_ON;
@@ -13716,6 +13739,14 @@ static const char *cube_http_origin(const char *target, char *host,
     return target[len] ? target + len : "/";
 }
 
+/* Refuses a body beyond the limit; false. */
+static bool cube_http_refuse_body(struct cube_http_req *req)
+{
+    return cube_http_refuse(req, 413, "the body is longer than %zu bytes: "
+                            "send less at once",
+                            req->server->options.max_body);
+}
+
 /* The head is here: refuses what can be refused before the body comes; false
  * then, with the answer given. The order is that of what a stranger may learn:
  * first whether the target is one, then access, then routes and limits. */
@@ -13723,7 +13754,6 @@ static bool cube_http_on_head(struct cube_http_req *req)
 {
     struct cube_http_parser *p = &req->parser;
     const char *target = p->head.text.data + p->head.target;
-    size_t max_body = req->server->options.max_body;
     char authority[300] = "";
 
     target = cube_http_origin(target, authority, sizeof authority);
@@ -13736,9 +13766,8 @@ static bool cube_http_on_head(struct cube_http_req *req)
         return false;
     if (p->says_other_expect)
         return cube_http_refuse(req, 417, "Expect: only 100-continue");
-    if (p->has_length && p->length > max_body)
-        return cube_http_refuse(req, 413, "a body has at most %zu bytes here",
-                                max_body);
+    if (p->has_length && p->length > req->server->options.max_body)
+        return cube_http_refuse_body(req);
     if (p->has_body && p->says_continue && p->head.minor > 0)
         cube_buf_puts(&req->out, "HTTP/1.1 100 Continue\r\n\r\n");
     return true;
@@ -13748,11 +13777,9 @@ static bool cube_http_on_head(struct cube_http_req *req)
  * is looked at with each piece. */
 static bool cube_http_on_data(struct cube_http_req *req)
 {
-    size_t max_body = req->server->options.max_body;
-
-    if (req->body.len + req->parser.piece_len > max_body)
-        return cube_http_refuse(req, 413, "a body has at most %zu bytes here",
-                                max_body);
+    if (req->body.len + req->parser.piece_len >
+        req->server->options.max_body)
+        return cube_http_refuse_body(req);
     cube_buf_add(&req->body, req->parser.piece, req->parser.piece_len);
     return true;
 }
@@ -13923,7 +13950,11 @@ static void cube_http_on_time(void *arg)
         return;
     }
     if (req->wait == CUBE_HTTP_WAIT_HEAD || req->wait == CUBE_HTTP_WAIT_BODY)
-        cube_http_refuse(req, 408, "the request took too long to come");
+        cube_http_refuse(req, 408, "the %s was not whole after %g s: send it "
+                         "again, and faster",
+                         req->wait == CUBE_HTTP_WAIT_HEAD ? "head" : "body",
+                         (double)cube_http_patience(&s->options, req->wait) /
+                             1000);
     else
         req->is_broken = true;
     cube_http_settle(req);
