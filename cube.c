@@ -28751,9 +28751,11 @@ static int cube_worker_plan_join(struct cube_worker *w, struct cube_err *err)
         place.port == 0)
         return cube_fail(err, CUBE_EINVAL, "advertise \"%s\": expected "
                          "host:port", w->advertise);
-    if (cube_http_place_is_here(&place) &&
-        cube_http_split_place(w->join, &manager) == 0 &&
-        !cube_http_place_is_here(&manager))
+    if (cube_http_split_place(w->join, &manager) < 0 || !manager.host[0] ||
+        manager.port == 0)
+        return cube_fail(err, CUBE_EINVAL, "join \"%s\": expected host:port",
+                         w->join);
+    if (cube_http_place_is_here(&place) && !cube_http_place_is_here(&manager))
         return cube_fail(err, CUBE_EINVAL, "join %s: the worker is at %s, "
                          "which no other machine can reach: let it listen "
                          "elsewhere with --host", w->join, w->advertise);
@@ -28939,10 +28941,16 @@ static int cube_worker_start(struct cube_worker *w,
     struct cube_record *rec;
 
     w->machine = cube_machine_new(w->world);
-    if (!w->name[0] || strchr(w->name, '/'))
+    if (!w->name[0] || strchr(w->name, '/') || strlen(w->name) > 200)
         return cube_fail(err, CUBE_EINVAL, "\"%.100s\" is no name for a "
-                         "worker: its files bear it, so it is not empty and "
-                         "has no /", w->name);
+                         "worker: its files bear it, so it is not empty, has "
+                         "no / and at most 200 bytes", w->name);
+    for (const char *p = w->name; *p; p++) {
+        if ((unsigned char)*p < ' ' || *p == 0x7f)
+            return cube_fail(err, CUBE_EINVAL, "the worker's name has a "
+                             "control character at byte %zu",
+                             (size_t)(p - w->name) + 1);
+    }
     if (cube_machine_read(w->machine, "/", &w->stats, err) < 0 ||
         cube_worker_open_store(w, o->store, err) < 0)
         return -1;
