@@ -1794,15 +1794,19 @@ static int open_loop(struct app *a, struct server *s)
     return DONE;
 }
 
-/* Turns the loop until SIGTERM or SIGINT. */
+/* Turns the loop until SIGTERM, SIGINT, or the terminal has gone: SIGHUP,
+ * unless that is ignored, as by nohup. */
 static int serve(struct app *a)
 {
-    struct sigaction action;
+    struct sigaction action, before;
 
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGINT, &action, NULL);
+    sigaction(SIGHUP, NULL, &before);
+    if (before.sa_handler != SIG_IGN)
+        sigaction(SIGHUP, &action, NULL);
     while (!asked_to_end) {
         if (cube_loop_turn(a->loop, -1, &a->err))
             return server_failed(a);
@@ -1892,7 +1896,6 @@ static int run_manager(struct app *a)
     if (code == DONE)
         code = open_loop(a, &s);
     if (code == DONE) {
-        warn_if_open(a, &s);
         manager_options(a, &s, &o);
         o.workers = workers_of(a, &workers);
         m = cube_manager_new(a->loop, &o, &a->err);
@@ -1901,6 +1904,7 @@ static int run_manager(struct app *a)
     if (m) {
         say(&s, CUBE_INFO, "manager listens on %s, port %d; state in %s",
             s.host, cube_manager_port(m), state_place(a, &s));
+        warn_if_open(a, &s);
         code = serve(a);
         say(&s, CUBE_INFO, "manager ends; its tasks go on");
     }
@@ -1971,7 +1975,6 @@ static int run_worker(struct app *a)
     if (code == DONE)
         code = open_loop(a, &s);
     if (code == DONE) {
-        warn_if_open(a, &s);
         worker_options(a, &s, &o);
         default_name(name, sizeof name, s.port);
         if (!o.name)
@@ -1982,6 +1985,7 @@ static int run_worker(struct app *a)
     if (w) {
         say(&s, CUBE_INFO, "worker %s listens on %s, port %d; state in %s",
             o.name, s.host, cube_worker_port(w), state_place(a, &s));
+        warn_if_open(a, &s);
         code = serve(a);
         say(&s, CUBE_INFO, "worker %s ends; its tasks go on", o.name);
     }

@@ -508,7 +508,9 @@ class Deaths(Case):
         c = self.cluster()
         pid = self.run_pid(c, "web")
         self.assertEqual(c.workers[0].kill(signal.SIGTERM), 0)
-        self.assertEqual(c.manager.kill(signal.SIGTERM), 0)
+        c.manager.kill(signal.SIGHUP) # its terminal was closed
+        self.assertEqual(c.manager.wait(), 0)
+        self.assertIn("manager ends", c.manager.output())
         self.assertTrue(is_alive(pid))
         c.start()
         wait_until("it is seen", lambda: c.task("web")["State"] == 2)

@@ -321,6 +321,13 @@ class Usage(Case):
                 self.assertIn(words, err)
                 self.assertIn("See: cube help", err)
 
+    def test_what_cannot_listen_does_not_say_that_it_does(self):
+        code, _, err = harness.run(CUBE, "manager", "-H", "no.invalid", "-p",
+                                   "0", "--data", self.dir, env=self.env)
+        self.assertEqual(code, 1)
+        self.assertIn("no.invalid", err)
+        self.assertNotIn("listens on", err)
+
     def test_version_is_one_line(self):
         for argv in (["version"], ["--version"]):
             code, out, _ = harness.run(CUBE, *argv)
