@@ -89,7 +89,8 @@ static const struct flag flags[] = {
     {F_PORT, 'p', "port", "dev", "PORT", NULL,
      "Port of the manager; the workers take the next ones (5555)"},
     {F_WORKERS, 'w', "workers", "manager", "HOST:PORT,...", NULL,
-     "Workers on which the manager will schedule tasks (localhost:5556)"},
+     "Workers on which the manager will schedule tasks (localhost:5556; "
+     "\"\": none but those that join)"},
     {F_NAME, 'n', "name", "worker", "NAME", NULL,
      "Name of the worker, and of its files (the host's, and the port)"},
     {F_COUNT, 'n', "nodes", "dev", "N", NULL, "Number of workers (2)"},
@@ -139,7 +140,7 @@ static const struct flag flags[] = {
      "no|on-failure|always|unless-stopped",
      "What happens when it ends by itself (on-failure)"},
     {F_HEALTH, 0, "health", "run", "PATH", NULL,
-     "Path that answers 200 while the task is well"},
+     "Path that answers a GET with 2xx or 3xx while the task is well"},
     {F_HEALTH_START, 0, "health-start", "run", "TIME", NULL,
      "Time a task has until it must be well (30s)"},
     {F_HEALTH_INTERVAL, 0, "health-interval", "run", "TIME", NULL,
@@ -446,14 +447,22 @@ static int distance(const char *a, const char *b)
     return row[n];
 }
 
+/* From how many changes on a word is no slip of another: three, or all of its
+ * letters. */
+static int nearest_of(const char *word)
+{
+    return strlen(word) < 3 ? (int)strlen(word) : 3;
+}
+
 static int unknown_flag(const struct command *c, const char *word)
 {
     const char *best = NULL;
     char name[32];
-    int least = 3;
+    int least;
 
     (void)snprintf(name, sizeof name, "%.*s", (int)strcspn(word + 2, "="),
                    word[1] == '-' ? word + 2 : "");
+    least = nearest_of(name);
     for (size_t i = 0; i < COUNT(flags) && *name; i++) {
         int d = has_flag(c, &flags[i]) ? distance(name, flags[i].name) : 99;
 
@@ -475,7 +484,7 @@ static int unknown_command(const char *word)
 {
     const char *best = NULL;
     size_t len = strlen(word);
-    int least = 3;
+    int least = nearest_of(word);
 
     for (size_t i = 0; i < COUNT(commands); i++) {
         if (strncmp(commands[i].name, word, len) == 0 &&
@@ -498,7 +507,7 @@ static int unknown_command(const char *word)
     if (best)
         return usage_error(NULL, "unknown command %s; did you mean %s?", word,
                            best);
-    return usage_error(NULL, "unknown command %s", word);
+    return usage_error(NULL, "unknown command \"%s\"", word);
 }
 
 /* Finds the command that the words begin with, the longest one; `*used` is
@@ -523,9 +532,14 @@ static const struct command *find_command(char **words, int count, int *used)
     return found;
 }
 
-/* Notes a flag, after a look whether it may have that value. */
+/* Notes a flag, after a look whether it may have that value. An empty one is
+ * what is left of a variable that is not set, as in --data "$DIR"; no workers
+ * at all are some that can be meant. */
 static int give(struct line *l, const struct flag *f, const char *value)
 {
+    if (f->value && !*value && f->id != F_WORKERS)
+        return usage_error(l->command, "--%s is empty: --%s %s", f->name,
+                           f->name, f->value);
     if (f->values && *f->values != '@' &&
         !in_list(f->values, '|', value, strlen(value)))
         return usage_error(l->command, "--%s cannot be \"%s\"; it is one of %s",
@@ -638,6 +652,10 @@ static int check_args(const struct line *l)
     if (c->max_args >= 0 && l->arg_count > c->max_args)
         return usage_error(c, "does not know what to do with \"%s\"",
                            l->args[c->max_args]);
+    for (int i = 0; i < l->own_args; i++) {
+        if (!*l->args[i])
+            return usage_error(c, "an argument is empty: %s", c->args);
+    }
     if (c->values && *c->values != '@' &&
         !in_list(c->values, '|', l->args[0], strlen(l->args[0])))
         return usage_error(c, "cannot be \"%s\"; it is one of %s", l->args[0],
@@ -1539,6 +1557,17 @@ static int read_tokens(struct app *a)
     return FAILED;
 }
 
+/* "cube run: --memory cannot be "5q"; WORDS". */
+static int wrong_value(struct app *a, enum flag_id id, const char *words)
+{
+    const struct given *g = &a->line.given[0];
+
+    while (g->flag->id != id || g->value != flag(&a->line, id))
+        g++;
+    return usage_error(a->line.command, "--%s cannot be \"%s\"; %s",
+                       g->flag->name, g->value, words);
+}
+
 /* The value of a flag as milliseconds; `*out` stays if it was not given. No
  * time at all is refused: to what is told it, 0 is the default. */
 static int flag_duration(struct app *a, enum flag_id id, int64_t *out_ms)
@@ -1548,12 +1577,9 @@ static int flag_duration(struct app *a, enum flag_id id, int64_t *out_ms)
 
     if (!text || (is_time && *out_ms > 0))
         return DONE;
-    if (is_time)
-        return usage_error(a->line.command,
-                           "\"%s\" is too short; the least is 1ms", text);
-    return usage_error(a->line.command,
-                       "\"%s\" is no time; it is written as 90s, 15m, 168h "
-                       "or 7d", text);
+    return wrong_value(a, id, is_time ? "it is too short, the least is 1ms"
+                                      : "a time is written as 90s, 15m, 168h "
+                                        "or 7d");
 }
 
 static int flag_size(struct app *a, enum flag_id id, int64_t *out)
@@ -1562,20 +1588,21 @@ static int flag_size(struct app *a, enum flag_id id, int64_t *out)
 
     if (!text || parse_size(text, out) == 0)
         return DONE;
-    return usage_error(a->line.command,
-                       "\"%s\" is no size; it is written as 512k, 64m, 1g or "
-                       "in bytes", text);
+    return wrong_value(a, id, "a size is written as 512k, 64m, 1g or in "
+                              "bytes");
 }
 
 static int flag_number(struct app *a, enum flag_id id, long min, long max,
                        long *out)
 {
     const char *text = flag(&a->line, id);
+    char words[80];
 
     if (!text || parse_number(text, min, max, out) == 0)
         return DONE;
-    return usage_error(a->line.command, "\"%s\" is not a number from %ld to "
-                       "%ld", text, min, max);
+    (void)snprintf(words, sizeof words, "it is a number from %ld to %ld", min,
+                   max);
+    return wrong_value(a, id, words);
 }
 
 /* "10:32", "10:32:07", "2006-01-02 10:32": local time; without a date the last
@@ -1625,12 +1652,10 @@ static int read_at(struct app *a, struct cube_time *time,
     else if (cube_time_parse(text, strlen(text), time) == 0)
         shown_at_ns = cube_time_to_ns(time);
     else if (parse_clock(text, &shown_at_ns))
-        return usage_error(a->line.command,
-                           "\"%s\" is no time; it is written as 10:32, -5m, "
-                           "\"2006-01-02 10:32\" or 2006-01-02T10:32:00Z",
-                           text);
+        return wrong_value(a, F_AT, "a time is written as 10:32, -5m, "
+                           "\"2006-01-02 10:32\" or 2006-01-02T10:32:00Z");
     if (shown_at_ns > wall_ns())
-        return usage_error(a->line.command, "%s is yet to come", text);
+        return wrong_value(a, F_AT, "that is yet to come");
     *time = cube_time_from_ns(shown_at_ns);
     *at = time;
     return DONE;
@@ -2109,8 +2134,8 @@ static int add_port(struct app *a, struct cube_task *t, const char *text)
         (colon && (colon - text > 5 ||
                    parse_number(host, 0, 65535, &host_port))))
         return usage_error(a->line.command,
-                           "\"%s\" is no port; it is written as 80, 8080:80 "
-                           "(host:task) or 5353:53/udp", text);
+                           "--publish cannot be \"%s\"; a port is written as "
+                           "80, 8080:80 (host:task) or 5353:53/udp", text);
     (void)snprintf(full, sizeof full, "%d/%s", number, protocol);
     for (size_t i = 0; colon && i < t->port_bindings.count; i++) {
         const struct cube_publish *p = &t->port_bindings.list[i];
@@ -2148,9 +2173,7 @@ static int set_cpu(struct app *a, struct cube_task *t)
     t->cpu = strtod(text, &end);
     if (end != text && !*end && t->cpu >= 0 && isfinite(t->cpu))
         return DONE;
-    return usage_error(a->line.command,
-                       "\"%s\" is no number of cores; it is written as 0.5 or "
-                       "2", text);
+    return wrong_value(a, F_CPU, "cores are written as 0.5 or 2");
 }
 
 /* The flags whose values are sizes, times and numbers. */
@@ -2325,7 +2348,7 @@ static int open_client(struct app *a)
                                 &a->err);
     if (a->client)
         return DONE;
-    return usage_error(a->line.command, "%s", a->err.text);
+    return usage_error(a->line.command, "--manager: %s", a->err.text);
 }
 
 static bool wants_json(struct app *a)
@@ -3025,7 +3048,9 @@ static int run_node_rm(struct app *a)
 {
     int code = open_client(a);
 
-    for (int i = 0; i < a->line.arg_count && code == DONE; i++) {
+    if (code != DONE)
+        return code;
+    for (int i = 0; i < a->line.arg_count && code != NO_MANAGER; i++) {
         const char *name = a->line.args[i];
 
         if (cube_client_node_remove(a->client, name, &a->err))

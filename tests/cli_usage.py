@@ -142,7 +142,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fake.tasks.append(dict(t, **fake.becomes))
             return self.answer(201, t)
         if self.command == "DELETE":
-            return self.answer(204)
+            return self.answer(404 if path in fake.absent else 204)
         if path.endswith("/logs"):
             if fake.cuts:
                 return self.cut_log()
@@ -158,7 +158,8 @@ class Fake(http.server.ThreadingHTTPServer):
     """A manager that notes requests. `tasks`, `nodes`: what it lists;
     `becomes`: fields of a task once it was submitted; `changes`: events
     behind the list; `cuts`: how many event streams end too early;
-    `refusal`: the answer to everything."""
+    `refusal`: the answer to everything; `absent`: paths without a thing to
+    remove."""
 
     daemon_threads = True
 
@@ -166,7 +167,7 @@ class Fake(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests, self.tasks, self.nodes = [], [], []
         self.becomes, self.changes, self.cuts = {"State": 2}, [], 0
-        self.refusal = None
+        self.refusal, self.absent = None, []
         self.hold = threading.Event()
         self.where = "127.0.0.1:%d" % self.server_address[1]
         self.thread = threading.Thread(target=self.serve_forever,
@@ -269,7 +270,7 @@ class Usage(Case):
     def test_wrong_usage_exits_2_and_says_why(self):
         rows = [
             (["stauts"], "did you mean status"),
-            (["frobnicate"], "unknown command frobnicate"),
+            (["frobnicate"], "unknown command \"frobnicate\""),
             (["-m", "host:1", "status"], "no command before the flag -m"),
             (["status", "--al"], "unknown flag --al; did you mean --all"),
             (["status", "-x"], "unknown flag -x"),
@@ -281,7 +282,7 @@ class Usage(Case):
             (["logs", "a", "b"], "\"b\""),
             (["logs", "-n", "many", "web"], "many"),
             (["completion", "tcsh"], "bash|zsh|fish|powershell"),
-            (["help", "nothing"], "unknown command nothing"),
+            (["help", "nothing"], "unknown command \"nothing\""),
             (["manager", "-p", "65536"], "0 to 65535"),
             (["manager", "-s", "best"], "epvm|greedy|roundrobin"),
             (["manager", "--keep", "5"], "168h"),
@@ -313,6 +314,28 @@ class Usage(Case):
             (["run", "-f", "x.json", "image"], "not from both"),
             (["run", "-f", "x.json", "--name", "n"], "--name"),
             (["run", "image", "-x"], "after --"),
+            # which of several flags is wrong
+            (["run", "--health-start", "1s", "--health-timeout", "5", "a"],
+             "--health-timeout cannot be \"5\""),
+            (["run", "--memory", "1g", "--disk", "5q", "a"],
+             "--disk cannot be \"5q\""),
+            (["logs", "-n", "-1", "web"], "--tail cannot be \"-1\""),
+            (["status", "--at", "24:00"], "--at cannot be \"24:00\""),
+            (["status", "-m", "ftp://here"], "--manager: "),
+            # what is left of a variable that is not set
+            (["manager", "--data", ""], "--data is empty"),
+            (["manager", "--host="], "--host is empty"),
+            (["worker", "--join", ""], "--join is empty"),
+            (["status", "--token-file", ""], "--token-file is empty"),
+            (["rm", "web", ""], "an argument is empty: TASK..."),
+            (["node", "rm", ""], "an argument is empty: NODE..."),
+            (["run", "", "--", "true"], "an argument is empty"),
+            ([""], "unknown command \"\"\n"),
+            (["x"], "unknown command \"x\"\n"),
+            (["worker", "-n", "a\033[31mb", "-p", "0"], "at byte 2"),
+            (["worker", "-n", "a" * 201, "-p", "0"], "at most 200 bytes"),
+            (["worker", "--join", "localhost", "-d", "memory", "-p", "0"],
+             "join \"localhost\": expected host:port"),
         ]
         for argv, words in rows:
             with self.subTest(argv=argv):
@@ -883,6 +906,12 @@ class Access(Case):
         self.assertEqual(code, 1)
         self.assertIn("a token is needed", err)
         self.assertIn("--token-file", err)
+
+    def test_node_rm_goes_on_behind_one_that_is_none(self):
+        self.fake.absent = ["/nodes/x:1"]
+        code, out, err = self.cube("node", "rm", "x:1", "a:5556")
+        self.assertEqual((code, out), (1, "removed a:5556\n"))
+        self.assertIn("x:1", err)
 
 
 def type_in(argv, keys, env, until, prompt):
