@@ -279,7 +279,9 @@ static const struct command commands[] = {
      "container; of a node its record with its metrics.",
      1, 1, "@any", run_inspect, false},
     {"events", "", "Print the state of all tasks; with -f, each change to come",
-     "Prints each task as it is; with --follow also each change to come.",
+     "Prints each task as it is, with the time at which it last started or\n"
+     "ended, or else was submitted; with --follow also each change to come,\n"
+     "and when it came.",
      0, 0, NULL, run_events, false},
     {"history", "TASK", "Print what became of a task, when, and why",
      "Prints each change of the task, as long as the manager's --keep reaches\n"
@@ -360,6 +362,60 @@ struct app {
     struct cube_buf token_text; /* tokens, one after another */
     const char *tokens[2];
 };
+
+/* What comes from elsewhere (an engine's error, a name) can hold line ends,
+ * terminal commands, and what turns the direction of writing. How many bytes
+ * of that stand at `text`? In UTF-8:
+ *
+ *      c2 80 .. c2 9f           U+0080 .. U+009F, terminal commands
+ *      e2 80 aa .. e2 80 ae     U+202A .. U+202E, directions
+ *      e2 81 a6 .. e2 81 a9     U+2066 .. U+2069, directions
+ */
+static size_t unprintable(const char *text)
+{
+    const unsigned char *p = (const unsigned char *)text;
+
+    if (iscntrl(p[0]))
+        return 1;
+    if (p[0] == 0xc2 && p[1] >= 0x80 && p[1] <= 0x9f)
+        return 2;
+    if (p[0] != 0xe2)
+        return 0;
+    return (p[1] == 0x80 && p[2] >= 0xaa && p[2] <= 0xae) ||
+                   (p[1] == 0x81 && p[2] >= 0xa6 && p[2] <= 0xa9)
+               ? 3 : 0;
+}
+
+/* All of that becomes spaces. */
+static void flatten(char *text)
+{
+    while (*text) {
+        size_t n = unprintable(text);
+
+        memset(text, ' ', n);
+        text += n ? n : 1;
+    }
+}
+
+/* Tells stderr what may hold words from elsewhere: its lines, flattened. */
+__attribute__((format(printf, 1, 2))) static void
+complain(const char *format, ...)
+{
+    char text[4096], *line = text, *end;
+    va_list args;
+
+    va_start(args, format);
+    (void)vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    while ((end = strchr(line, '\n'))) {
+        *end = 0;
+        flatten(line);
+        fprintf(stderr, "%s\n", line);
+        line = end + 1;
+    }
+    flatten(line);
+    fputs(line, stderr);
+}
 
 /* "cube run: WORDS", then how to get help. */
 __attribute__((format(printf, 2, 3))) static int
@@ -1287,16 +1343,6 @@ struct table {
     size_t count, cap;
 };
 
-/* What comes from elsewhere (an engine's error, a name) can hold line ends
- * and terminal commands: those become spaces. */
-static void flatten(char *text)
-{
-    for (; *text; text++) {
-        if (iscntrl((unsigned char)*text))
-            *text = ' ';
-    }
-}
-
 static void add_cell(struct table *t, enum color color, const char *text)
 {
     char *copy = strdup(text);
@@ -1688,8 +1734,12 @@ static void on_log(void *arg, enum cube_level level, const char *text)
     strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
     fprintf(stderr, "%s.%03d %-5s ", when, (int)(now.tv_nsec / 1000000),
             names[level]);
-    for (; *text; text++)
-        fputc(iscntrl((unsigned char)*text) ? ' ' : *text, stderr);
+    while (*text) {
+        size_t n = unprintable(text);
+
+        fputc(n ? ' ' : *text, stderr);
+        text += n ? n : 1;
+    }
     fputc('\n', stderr);
 }
 
@@ -1775,7 +1825,7 @@ static int server_failed(struct app *a)
 {
     if (a->err.code == CUBE_EINVAL)
         return usage_error(a->line.command, "%s", a->err.text);
-    fprintf(stderr, "cube %s: %s\n", a->line.command->name, a->err.text);
+    complain("cube %s: %s\n", a->line.command->name, a->err.text);
     return FAILED;
 }
 
@@ -2265,8 +2315,8 @@ static int event_from_file(struct app *a, const char *path,
     if (code == DONE &&
         cube_task_or_event_parse(text.data ? text.data : "", text.len, true,
                                  out, &a->err)) {
-        fprintf(stderr, "cube run: %s: %s\n",
-                strcmp(path, "-") ? path : "standard input", a->err.text);
+        complain("cube run: %s: %s\n",
+                 strcmp(path, "-") ? path : "standard input", a->err.text);
         code = FAILED;
     }
     cube_buf_free(&text);
@@ -2316,22 +2366,23 @@ __attribute__((format(printf, 2, 3))) static int
 client_failed(struct app *a, const char *format, ...)
 {
     bool is_away = a->err.code == CUBE_ECONN || a->err.code == CUBE_ETIMEOUT;
+    char what[400];
     va_list args;
 
-    fprintf(stderr, "cube %s: ", a->line.command->name);
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    (void)vsnprintf(what, sizeof what, format, args);
     va_end(args);
+    complain("cube %s: %s: ", a->line.command->name, what);
     if (!is_away) {
-        fprintf(stderr, ": %s\n", a->err.text);
+        complain("%s\n", a->err.text);
         if (strstr(a->err.text, "(401)") && !a->tokens[0])
             fprintf(stderr, "Give the cluster's token with --token-file or "
                             "CUBE_TOKEN.\n");
         return FAILED;
     }
-    fprintf(stderr, ": no manager answered at %s: %s\n"
-            "Start one with `cube manager`, or name another one with "
-            "--manager HOST:PORT.\n", manager_of(a), a->err.text);
+    complain("no manager answered at %s: %s\n"
+             "Start one with `cube manager`, or name another one with "
+             "--manager HOST:PORT.\n", manager_of(a), a->err.text);
     return NO_MANAGER;
 }
 
@@ -2365,6 +2416,7 @@ static const char *title_of(const struct cube_task *t, char out[160])
         (void)snprintf(out, 160, "%.128s (%.*s)", t->name, ID_SHOWN, t->id);
     else
         (void)snprintf(out, 160, "%.*s", ID_SHOWN, t->id);
+    flatten(out);
     return out;
 }
 
@@ -2395,8 +2447,8 @@ static int say_ambiguous(struct app *a, const struct cube_task_list *l,
             continue;
         print_ago(&t->created_time, created, sizeof created);
         created[0] = (char)tolower((unsigned char)created[0]);
-        fprintf(stderr, "  %s  %s%s%s, created %s\n", t->id, t->name,
-                *t->name ? ", " : "", cube_state_name(t->state), created);
+        complain("  %s  %s%s%s, created %s\n", t->id, t->name,
+                 *t->name ? ", " : "", cube_state_name(t->state), created);
     }
     return FAILED;
 }
@@ -2511,8 +2563,8 @@ static void say_failed(struct wait *w, const struct cube_task *t)
     char title[160];
 
     end_wait(w, FAILED);
-    fprintf(stderr, "cube run: task %s failed: %s\n", title_of(t, title),
-            *t->error ? t->error : "the worker gives no reason");
+    complain("cube run: task %s failed: %s\n", title_of(t, title),
+             *t->error ? t->error : "the worker gives no reason");
     if (!cube_task_is_finished(t))
         fprintf(stderr, "It will be started again; `cube stop %.*s` ends "
                 "that.\n", ID_SHOWN, t->id);
@@ -2526,9 +2578,8 @@ static void say_ended(struct wait *w, const struct cube_task *t)
 
     end_wait(w, DONE);
     if (*t->error)
-        fprintf(stderr, "cube %s: %s is %s: %s\n",
-                w->app->line.command->name, title_of(t, title),
-                cube_state_name(t->state), t->error);
+        complain("cube %s: %s is %s: %s\n", w->app->line.command->name,
+                 title_of(t, title), cube_state_name(t->state), t->error);
 }
 
 static void look_at_task(struct wait *w, const struct cube_task *t)
@@ -2684,12 +2735,14 @@ static int stop_one(struct app *a, const struct cube_task *t)
 static int stopped_one(struct app *a, const struct cube_task *t)
 {
     bool is_detached = flag(&a->line, F_DETACH) != NULL;
-    char title[160];
+    char title[160], reason[800];
     int code = DONE;
 
     if (cube_task_is_finished(t)) {
+        (void)snprintf(reason, sizeof reason, "%s", t->error);
+        flatten(reason);
         printf("%s is %s already%s%s\n", title_of(t, title),
-               cube_state_name(t->state), *t->error ? ": " : "", t->error);
+               cube_state_name(t->state), *reason ? ": " : "", reason);
         return DONE;
     }
     if (!is_detached)
@@ -3158,30 +3211,62 @@ static int run_inspect(struct app *a)
 
 struct watch {
     struct app *app;
-    bool follows, has_begun;
+    bool follows, has_begun, is_listing;
     char cursor[80]; /* of the last event; a broken stream goes on there */
 };
 
-static void print_notice(const struct cube_notice *n)
+/* "2006-01-02 10:32:00", local time, or "-". */
+static void print_clock(const struct cube_time *t, char out[32])
 {
-    char reason[800], title[160], when[32] = "-";
-    time_t sec = (time_t)(cube_time_to_ns(&n->time) / 1000000000);
+    time_t sec = (time_t)(cube_time_to_ns(t) / 1000000000);
     struct tm tm;
 
-    if (cube_time_is_set(&n->time) && localtime_r(&sec, &tm))
-        strftime(when, sizeof when, "%H:%M:%S", &tm);
+    (void)snprintf(out, 32, "-");
+    if (cube_time_is_set(t) && localtime_r(&sec, &tm))
+        strftime(out, 32, "%Y-%m-%d %H:%M:%S", &tm);
+}
+
+/* The last thing that befell a task, as far as its record tells: a list shows
+ * what is, and its lines bear the time at which it was asked for. */
+static struct cube_time last_time(const struct cube_task *t)
+{
+    const struct cube_time *times[] = {&t->start_time, &t->finish_time};
+    struct cube_time last = t->created_time;
+
+    for (size_t i = 0; i < COUNT(times); i++) {
+        if (cube_time_is_set(times[i]) &&
+            (!cube_time_is_set(&last) ||
+             cube_time_to_ns(times[i]) > cube_time_to_ns(&last)))
+            last = *times[i];
+    }
+    return last;
+}
+
+static void print_notice(const struct cube_notice *n, bool is_listing)
+{
+    struct cube_time time = is_listing && n->task ? last_time(n->task)
+                                                  : n->time;
+    char reason[800], title[160], when[32], text[1600] = "";
+
+    print_clock(&time, when);
     if (n->type == CUBE_NOTICE_GONE) {
-        printf("%-8s  task %.*s removed\n", when, ID_SHOWN, n->id);
+        (void)snprintf(text, sizeof text, "task %.*s removed", ID_SHOWN,
+                       n->id);
     } else if (n->type == CUBE_NOTICE_TASK) {
         print_reason(n->task, reason, sizeof reason);
-        printf("%-8s  task %s %s%s%s%s%s\n", when, title_of(n->task, title),
-               cube_state_name(n->task->state),
-               *n->task->node ? " on " : "", n->task->node,
-               *reason ? ": " : "", reason);
+        (void)snprintf(text, sizeof text, "task %s %s%s%s%s%s",
+                       title_of(n->task, title),
+                       cube_state_name(n->task->state),
+                       *n->task->node ? " on " : "", n->task->node,
+                       *reason ? ": " : "", reason);
     } else if (n->type == CUBE_NOTICE_NODE) {
-        printf("%-8s  node %s %s%s%s\n", when, n->node->name, n->node->state,
-               *n->node->error ? ": " : "", n->node->error);
+        (void)snprintf(text, sizeof text, "node %s %s%s%s", n->node->name,
+                       n->node->state, *n->node->error ? ": " : "",
+                       n->node->error);
     }
+    flatten(text);
+    if (*text)
+        printf("%-19s  %s\n", when, text);
 }
 
 static bool on_event(void *arg, const struct cube_notice *n)
@@ -3191,10 +3276,12 @@ static bool on_event(void *arg, const struct cube_notice *n)
     w->has_begun = true;
     if (n->cursor)
         (void)snprintf(w->cursor, sizeof w->cursor, "%s", n->cursor);
+    w->is_listing = n->type == CUBE_NOTICE_RESET ||
+                    (w->is_listing && n->type != CUBE_NOTICE_LISTED);
     if (wants_json(w->app) && n->type != CUBE_NOTICE_BEAT)
         printf("%.*s\n", (int)n->len, n->line);
     else
-        print_notice(n);
+        print_notice(n, w->is_listing);
     return fflush(stdout) == 0 &&
            (w->follows || n->type != CUBE_NOTICE_LISTED);
 }
@@ -3202,7 +3289,7 @@ static bool on_event(void *arg, const struct cube_notice *n)
 /* With --follow it outlives restarts of the manager. */
 static int run_events(struct app *a)
 {
-    struct watch w = {a, flag(&a->line, F_FOLLOW) != NULL, false, ""};
+    struct watch w = {.app = a, .follows = flag(&a->line, F_FOLLOW) != NULL};
     int code = open_client(a);
 
     while (code == DONE) {
@@ -3225,13 +3312,10 @@ static int run_events(struct app *a)
 /* One change: when, what it was then, where, and why. */
 static void print_change(const struct cube_notice *n)
 {
-    time_t sec = (time_t)(cube_time_to_ns(&n->time) / 1000000000);
     const char *state = "removed", *node = "-";
-    char reason[800] = "", when[32] = "-";
-    struct tm tm;
+    char reason[800] = "", when[32], text[1600];
 
-    if (localtime_r(&sec, &tm))
-        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    print_clock(&n->time, when);
     if (n->task) {
         print_reason(n->task, reason, sizeof reason);
         if (n->why && strcmp(reason, "stopping") == 0)
@@ -3239,8 +3323,11 @@ static void print_change(const struct cube_notice *n)
         state = cube_state_name(n->task->state);
         node = *n->task->node ? n->task->node : node;
     }
-    printf("%-19s   %-9s   %-21s   %s%s%s\n", when, state, node,
-           n->why ? n->why : "", n->why && *reason ? ": " : "", reason);
+    (void)snprintf(text, sizeof text, "%-19s   %-9s   %-21s   %s%s%s", when,
+                   state, node, n->why ? n->why : "",
+                   n->why && *reason ? ": " : "", reason);
+    flatten(text);
+    printf("%s\n", text);
 }
 
 struct story {
@@ -3312,7 +3399,7 @@ static int run_backup(struct app *a)
 /* Says what is wrong with the file at rest; returns the exit code. */
 static int store_failed(struct app *a)
 {
-    fprintf(stderr, "cube %s: %s\n", a->line.command->name, a->err.text);
+    complain("cube %s: %s\n", a->line.command->name, a->err.text);
     if (a->err.code == CUBE_EBUSY)
         fprintf(stderr, "End that process first; `cube backup` copies the "
                 "store of a manager that runs.\n");

@@ -814,12 +814,52 @@ class Tasks(Case):
     def test_events_end_with_the_list(self):
         out = self.ok("events")
         self.assertEqual(out.count("\n"), 4)
-        self.assertRegex(out, r"(?m)^\d\d:\d\d:\d\d  task web \(1111aaaa\) "
-                              r"Running on n1:5556: restarted 2 times$")
+        self.assertRegex(out, r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  task web "
+                              r"\(1111aaaa\) Running on n1:5556: restarted 2 "
+                              r"times$")
         lines = [json.loads(line)
                  for line in self.ok("events", "-o", "json").splitlines()]
         self.assertEqual([line["Type"] for line in lines],
                          ["hello", "reset"] + ["task"] * 4 + ["listed"])
+
+    def test_listed_events_tell_when_the_task_became_so(self):
+        """It was the time of the list, the same for all."""
+        at = {i: "2025-03-01T10:1%d:12.5Z" % i for i in range(3)}
+        self.fake.tasks = [
+            task(IDS[0], "a", 0, CreatedTime=at[0]),
+            task(IDS[1], "b", 2, CreatedTime=at[0], StartTime=at[1]),
+            task(IDS[2], "c", 3, CreatedTime=at[0], StartTime=at[1],
+                 FinishTime=at[2]),
+            task(IDS[3], "d", 2, CreatedTime=at[0], StartTime=at[2],
+                 FinishTime=at[1])]
+        self.fake.changes = [{"Type": "gone", "ID": IDS[0],
+                              "Time": "2025-03-02T01:02:03Z"}]
+        with harness.Process(CUBE, "events", "-f", "-m", self.fake.where,
+                             env=self.env) as p:
+            harness.wait_until("the change", lambda: "removed" in p.output())
+            times = [line[:19] for line in p.output().splitlines()]
+        self.assertEqual(times, [
+            "2025-03-01 10:10:12", "2025-03-01 10:11:12",
+            "2025-03-01 10:12:12", "2025-03-01 10:12:12",
+            "2025-03-02 01:02:03"])
+
+    def test_what_others_wrote_does_not_drive_the_terminal(self):
+        """A control character, one of U+0080 to U+009F, and what turns the
+        direction of writing."""
+        bad = "x\x1b[31m\u009b31m\u202egnp.\u2066y\nz"
+        self.fake.tasks = [task(IDS[3], "v" + bad, 4, Error=bad,
+                                FinishTime=ago(60), Node="n" + bad)]
+        self.fake.becomes = {"State": 4, "Error": bad}
+        for argv in (["status"], ["events"], ["stop", IDS[3]], ["rm", IDS[3]],
+                     ["run", "nginx"]):
+            _, out, err = self.cube(*argv)
+            self.assertTrue(out)
+            for c in "\x1b\u009b\u202e\u2066":
+                self.assertNotIn(c, out + err, argv)
+        self.fake.refusal = (500, bad)
+        _, _, err = self.cube("status")
+        self.assertIn("x [31m", err)
+        self.assertNotRegex(err, "[\x1b\u009b\u202e\u2066]")
 
     def test_events_resume_where_they_broke_off(self):
         self.fake.cuts = 1
@@ -873,6 +913,12 @@ class Nodes(Case):
         self.assertEqual(self.fake.requests[-1][:2],
                          ("DELETE", "/nodes/a:5556"))
 
+    def test_node_rm_goes_on_behind_one_that_is_none(self):
+        self.fake.absent = ["/nodes/x:1"]
+        code, out, err = self.cube("node", "rm", "x:1", "a:5556")
+        self.assertEqual((code, out), (1, "removed a:5556\n"))
+        self.assertIn("x:1", err)
+
 
 class Access(Case):
     def token(self):
@@ -906,12 +952,6 @@ class Access(Case):
         self.assertEqual(code, 1)
         self.assertIn("a token is needed", err)
         self.assertIn("--token-file", err)
-
-    def test_node_rm_goes_on_behind_one_that_is_none(self):
-        self.fake.absent = ["/nodes/x:1"]
-        code, out, err = self.cube("node", "rm", "x:1", "a:5556")
-        self.assertEqual((code, out), (1, "removed a:5556\n"))
-        self.assertIn("x:1", err)
 
 
 def type_in(argv, keys, env, until, prompt):
