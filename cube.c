@@ -11333,8 +11333,8 @@ static void cube_commit_complain(struct cube_commit *c)
     const char *why = cube_store_last_error(c->store);
     int64_t now;
 
-    if (strcmp(why, c->told.text) == 0)
-        return;
+    if (!*why || strcmp(why, c->told.text) == 0)
+        return; /* none has failed, or that was told */
     now = cube_loop_now_ms(c->loop);
     if (c->told_ms > 0 && now - c->told_ms < CUBE_COMPLAIN_MS)
         return;

@@ -76,6 +76,7 @@ class FullDisk(ClusterCase):
         self.assertLessEqual(self.complaints() - before, 1)
         self.assertEqual(c.task("short")["State"], RUNNING)
         self.assertTrue(is_alive(pid))
+        self.assertNotRegex(c.manager.output(), r"(?m): $") # no reason at all
         os.unlink(self.disk + "/filler")
         wait_until("what happened meanwhile is known",
                    lambda: c.task("short")["State"] != RUNNING, 30)
