@@ -29338,6 +29338,7 @@ struct cube_member {
     struct cube_stats stats;       /* of the newest beat that made sense */
     bool has_stats;
     struct cube_map reports;       /* struct cube_report, by task ID; owned */
+    struct cube_list charges;      /* those that cube_charge_settle put here */
 };
 
 /*
@@ -29358,6 +29359,7 @@ struct cube_charge {
     struct cube_manager *manager;
     struct cube_record *rec;       /* whose `owner` it is */
     struct cube_list dirty;        /* in the manager's, while touched */
+    struct cube_list home;         /* in its member's `charges`, or in none */
     struct cube_http_call *order;  /* a delivery; stops are of the report */
     struct cube_timer retry;
     int tries;                     /* deliveries in vain, since a placement */
@@ -29402,6 +29404,7 @@ static struct cube_charge *cube_charge_of(struct cube_manager *m,
     c->manager = m;
     c->rec = rec;
     cube_list_init(&c->dirty);
+    cube_list_init(&c->home);
     rec->owner = c;
     return c;
 }
@@ -29429,6 +29432,7 @@ static void cube_charge_free(struct cube_charge *c)
     if (c->order)
         cube_http_call_cancel(c->order);
     cube_list_remove(&c->dirty);
+    cube_list_remove(&c->home);
     cube_free(c);
 }
 
@@ -29734,6 +29738,34 @@ static struct cube_member *cube_manager_member(struct cube_manager *m,
     return NULL;
 }
 
+/* Puts a charge on the list of the node that its record on disk names, unless
+ * it has ended or there is no such node: what a node has is found without a
+ * look at all the tasks there are. */
+static void cube_charge_settle(struct cube_charge *c)
+{
+    const struct cube_task *t = c->rec->now->task;
+    struct cube_member *n = cube_manager_member(c->manager, t->node);
+
+    cube_list_remove(&c->home);
+    if (n && !cube_task_is_finished(t))
+        cube_list_add(&n->charges, &c->home);
+}
+
+/* The next task that counts for a node by what is on disk, or NULL. Begin with
+ * `*at` its list's head. */
+static const struct cube_task *cube_member_next(struct cube_member *n,
+                                                struct cube_list **at)
+{
+    for (*at = (*at)->next; *at != &n->charges; *at = (*at)->next) {
+        const struct cube_task *t =
+            CUBE_OF(*at, struct cube_charge, home)->rec->now->task;
+
+        if (cube_member_holds(n, t))
+            return t;
+    }
+    return NULL;
+}
+
 /* A stop that is under way is given up. */
 static void cube_report_free(struct cube_report *r)
 {
@@ -29808,6 +29840,8 @@ static void cube_member_free(struct cube_member *n)
     cube_member_forget(n, false);
     cube_map_free(&n->reports);
     cube_http_client_free(n->client);
+    while (!cube_list_is_empty(&n->charges))
+        cube_list_remove(n->charges.next);
     cube_list_remove(&n->link);
     m->member_count--;
     cube_buf_free(&n->text);
@@ -29871,15 +29905,11 @@ static bool cube_member_is_twin(struct cube_member *n)
  * allocated is what its tasks were promised, not what they use. */
 static void cube_member_print(struct cube_member *n, struct cube_buf *out)
 {
-    struct cube_manager *m = n->manager;
     int64_t mem = 0, disk = 0, tasks = 0;
-    struct cube_record *rec;
+    struct cube_list *at = &n->charges;
+    const struct cube_task *t;
 
-    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
-        const struct cube_task *t = rec->now->task;
-
-        if (!cube_member_holds(n, t))
-            continue;
+    while ((t = cube_member_next(n, &at))) {
         mem += t->mem_bytes / 1024;
         disk += t->disk_bytes;
         tasks++;
@@ -30555,6 +30585,7 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
     struct cube_member *n;
     struct cube_buf api = {0};
     struct cube_http_client *client;
+    struct cube_record *rec;
 
     cube_buf_printf(&api, "http://%s", name);
     client = cube_http_client_new(m->loop, api.data, m->token, err);
@@ -30569,8 +30600,13 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
     n->client = client;
     n->last_sign_ms = cube_loop_now_ms(m->loop);
     n->dial_ms = CUBE_DIAL_MS;
+    cube_list_init(&n->charges);
     cube_list_add(&m->members, &n->link);
     m->member_count++;
+    for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
+        if (strcmp(rec->now->task->node, name) == 0)
+            cube_charge_settle(cube_charge_of(m, rec));
+    }
     cube_timer_set(m->loop, &n->dial, 0, cube_member_dial, n);
     return n;
 }
@@ -31472,6 +31508,7 @@ static void cube_manager_changed(void *arg, struct cube_record *rec,
     }
     if (cube_task_is_finished(rec->now->task))
         m->has_room = true;
+    cube_charge_settle(c);
     cube_charge_touch(c);
 }
 
@@ -32695,19 +32732,18 @@ static void cube_manager_forget(void *arg, struct cube_http_req *req)
     struct cube_manager *m = arg;
     const char *name = cube_http_param(req, "name");
     struct cube_member *n = name ? cube_manager_member(m, name) : NULL;
-    struct cube_record *rec;
+    struct cube_list *at = n ? &n->charges : NULL;
+    const struct cube_task *t;
 
     if (!n) {
         cube_http_reply_error(req, 404, "there is no such node");
         return;
     }
-    for (size_t at = 0; n->state == CUBE_NODE_UP &&
-                        (rec = cube_ledger_next(m->ledger, &at));) {
-        if (!cube_member_holds(n, rec->now->task))
-            continue;
+    t = n->state == CUBE_NODE_UP ? cube_member_next(n, &at) : NULL;
+    if (t) {
         cube_http_reply_error(req, 409, "node %s is up and runs task %s: stop "
                               "its tasks, and then the worker, first", name,
-                              rec->id);
+                              t->id);
         return;
     }
     if (n->state == CUBE_NODE_UP && !n->refusal && n->call && n->is_told) {

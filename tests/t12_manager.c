@@ -970,6 +970,63 @@ TEST(a_node_joins_and_is_forgotten)
     cluster_close(&k);
 }
 
+/* What each member is said to have, against the records, one by one. */
+static void check_homes(const struct cube_manager *m)
+{
+    for (struct cube_list *p = m->members.next; p != &m->members;
+         p = p->next) {
+        struct cube_member *n = CUBE_OF(p, struct cube_member, link);
+        struct cube_list *at = &n->charges;
+        int64_t have = 0, want = 0;
+        struct cube_record *rec;
+
+        while (cube_member_next(n, &at))
+            have++;
+        for (size_t i = 0; (rec = cube_ledger_next(m->ledger, &i));)
+            want += cube_member_holds(n, rec->now->task);
+        CHECK_INT(have, want);
+    }
+}
+
+/* GET /nodes, and the event of each node, looked at all the tasks there are,
+ * once for each node: 30 ms in one turn for 20,000 tasks on 100 nodes. */
+TEST(a_node_is_printed_without_a_look_at_the_tasks_of_others)
+{
+    struct cluster k;
+    struct cube_member *n;
+    char target[100];
+
+    cluster_open(&k, 2);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_B), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK(cluster_await(&k, B, CUBE_RUNNING, 2000));
+    check_homes(k.manager);
+    ask(&k, "GET", "/nodes", NULL); /* the two were placed in turn */
+    CHECK(strstr(strstr(k.body.data, "\"TaskCount\":1") + 1,
+                 "\"TaskCount\":1"));
+    n = CUBE_OF(k.manager->members.next, struct cube_member, link);
+    CHECK(n->charges.next->next == &n->charges); /* one is all it looks at */
+    cluster_manager_down(&k);
+    cluster_manager_up(&k); /* from records that were read */
+    check_homes(k.manager);
+    cluster_worker_down(&k, 0);
+    cluster_run(&k, 8000); /* what it had is on the other one */
+    check_homes(k.manager);
+    ask(&k, "GET", "/nodes", NULL);
+    CHECK_HAS(k.body.data, "\"TaskCount\":0");
+    CHECK_HAS(k.body.data, "\"TaskCount\":2");
+    (void)snprintf(target, sizeof target, "/nodes/127.0.0.1:%u", k.ports[0]);
+    CHECK_INT(ask(&k, "DELETE", target, NULL), 204);
+    check_homes(k.manager);
+    ask(&k, "DELETE", "/tasks/" A, NULL);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    check_homes(k.manager);
+    ask(&k, "GET", "/nodes", NULL);
+    CHECK_HAS(k.body.data, "\"TaskCount\":1");
+    cluster_close(&k);
+}
+
 /* The number of the newest line that came, and the stream's name. */
 static uint64_t newest(const struct follower *f, char stream[CUBE_UUID_TEXT])
 {
