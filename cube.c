@@ -17344,40 +17344,54 @@ static int cube_port_of_host(const char *host_port)
     return (int)value;
 }
 
-/* Binding number i against those before it: one port of the host cannot be
- * given twice, and "80" and "80/tcp" are one of the task. All of them are
- * ports, this has been checked. */
-static int cube_task_check_twice(const struct cube_task *t, size_t i,
-                                 struct cube_err *err)
-{
-    const struct cube_publish *list = t->port_bindings.list;
-    const char *protocol, *other;
-    int number, host = cube_port_of_host(list[i].host_port), inner;
+/* The two ports of a binding, each as one number with its protocol, so that a
+ * thousand of them are compared with each other in well under a slice. */
+struct cube_bound {
+    int inner, host; /* host 0: any free one */
+};
 
-    (void)cube_port_parse(list[i].port, &number, &protocol);
+/* Binding number i, by itself and against those before it: one port of the
+ * host cannot be given twice, and "80" and "80/tcp" are one of the task. An
+ * empty host port is any free one, and 0 says the same. */
+static int cube_task_check_binding(const struct cube_publish *list, size_t i,
+                                   struct cube_bound *bound,
+                                   struct cube_err *err)
+{
+    const char *host = list[i].host_port, *protocol;
+    uint64_t value;
+    int number, port;
+
+    if (cube_port_parse(list[i].port, &number, &protocol))
+        return cube_fail(err, CUBE_EINVAL,
+                         "PortBindings: \"%.100s\" is no port, as in 80/tcp",
+                         list[i].port);
+    if (*host && cube_text_u64(host, strlen(host), 65535, &value))
+        return cube_fail(err, CUBE_EINVAL,
+                         "PortBindings: \"%.100s\" is no port of a host", host);
+    port = cube_port_of_host(host);
+    bound[i].inner = protocol[0] << 16 | number; /* tcp, udp, sctp */
+    bound[i].host = port ? protocol[0] << 16 | port : 0;
     for (size_t j = 0; j < i; j++) {
-        (void)cube_port_parse(list[j].port, &inner, &other);
-        if (strcmp(protocol, other))
-            continue;
-        if (number == inner)
+        if (bound[j].inner == bound[i].inner)
             return cube_fail(err, CUBE_EINVAL, "PortBindings: \"%.100s\" and "
                              "\"%.100s\" are the same port",
                              list[j].port, list[i].port);
-        if (host && host == cube_port_of_host(list[j].host_port))
+        if (port && bound[j].host == bound[i].host)
             return cube_fail(err, CUBE_EINVAL, "PortBindings: host port %d is "
-                             "given to both \"%.100s\" and \"%.100s\"", host,
+                             "given to both \"%.100s\" and \"%.100s\"", port,
                              list[j].port, list[i].port);
     }
     return 0;
 }
 
-/* An empty host port is any free one, and 0 says the same. */
+/* The exposed ones, then those with a port of the host. */
 static int cube_task_check_ports(const struct cube_task *t,
                                  struct cube_err *err)
 {
+    const struct cube_publishes *p = &t->port_bindings;
+    struct cube_bound *bound;
     const char *protocol;
-    uint64_t value;
-    int number;
+    int number, r = 0;
 
     for (size_t i = 0; i < t->exposed_ports.count; i++) {
         if (cube_port_parse(t->exposed_ports.list[i], &number, &protocol))
@@ -17386,24 +17400,11 @@ static int cube_task_check_ports(const struct cube_task *t,
                              "80/tcp",
                              t->exposed_ports.list[i]);
     }
-    for (size_t i = 0; i < t->port_bindings.count; i++) {
-        const struct cube_publish *p = &t->port_bindings.list[i];
-
-        if (cube_port_parse(p->port, &number, &protocol))
-            return cube_fail(err, CUBE_EINVAL,
-                             "PortBindings: \"%.100s\" is no port, as in "
-                             "80/tcp",
-                             p->port);
-        if (p->host_port[0] && cube_text_u64(p->host_port,
-                                             strlen(p->host_port), 65535,
-                                             &value))
-            return cube_fail(err, CUBE_EINVAL,
-                             "PortBindings: \"%.100s\" is no port of a host",
-                             p->host_port);
-        if (cube_task_check_twice(t, i, err))
-            return -1;
-    }
-    return 0;
+    bound = cube_alloc((p->count + 1) * sizeof *bound);
+    for (size_t i = 0; i < p->count && r == 0; i++)
+        r = cube_task_check_binding(p->list, i, bound, err);
+    cube_free(bound);
+    return r;
 }
 
 /* An empty Cmd is the image's own; one that begins with "" could never
