@@ -26620,17 +26620,13 @@ static double cube_sched_epvm(void *ctx, const struct cube_placement *p,
                               const struct cube_node *node)
 {
     struct cube_sched_load load = cube_sched_load(p, node);
-    int64_t most = 0;
     double n = 0, jobs_max = 1;
 
     (void)ctx;
-    for (size_t i = 0; i < p->node_count; i++) {
+    for (size_t i = 0; i < p->node_count; i++)
         n += p->nodes[i].is_up ? 1 : 0;
-        if (p->nodes[i].is_up && p->nodes[i].promised.tasks > most)
-            most = p->nodes[i].promised.tasks;
-    }
     n = cube_sched_max(n, 2); /* 1 to any power is 1 */
-    while (jobs_max <= (double)most)
+    while (jobs_max <= (double)p->most_tasks)
         jobs_max *= 2;
     return cube_sched_marginal(n, load.mem, load.mem_added) +
            cube_sched_marginal(n, load.cpu, load.cpu_added) +
@@ -26789,6 +26785,26 @@ static size_t cube_sched_candidates(const struct cube_scheduler *s,
     return count;
 }
 
+/* Step two. The most tasks of a machine are found once for all scores: each of
+ * them looks at every node, so that a search in each would be cubic. */
+static void cube_sched_scores(const struct cube_scheduler *s,
+                              const struct cube_placement *p,
+                              struct cube_choice *choices, size_t count)
+{
+    struct cube_placement full = *p;
+
+    full.most_tasks = 0;
+    for (size_t i = 0; s->score && i < p->node_count; i++) {
+        int64_t tasks =
+            p->nodes[i].is_up ? cube_sched_promised(p, &p->nodes[i]).tasks : 0;
+
+        full.most_tasks = tasks > full.most_tasks ? tasks : full.most_tasks;
+    }
+    for (size_t i = 0; i < count; i++)
+        choices[i].score =
+            s->score ? s->score(s->ctx, &full, choices[i].node) : 0;
+}
+
 /* The three steps. A pick out of range means that none is wanted, which a
  * scheduler of a program's own may say; it is a reason like the others. */
 CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
@@ -26802,11 +26818,11 @@ CUBE_API const struct cube_node *cube_schedule(const struct cube_scheduler *s,
     size_t at = count;
     const struct cube_node *node = NULL;
 
-    for (size_t i = 0; i < count; i++)
-        choices[i].score = s->score ? s->score(s->ctx, p, choices[i].node) : 0;
-    if (count > 0)
+    if (count > 0) {
+        cube_sched_scores(s, p, choices, count);
         at = s->pick ? s->pick(s->ctx, p, choices, count)
                      : cube_sched_best(choices, count);
+    }
     if (at < count)
         node = choices[at].node;
     else if (count > 0)
@@ -30939,7 +30955,7 @@ static struct cube_member *cube_charge_place(struct cube_charge *c,
                                              struct cube_buf *why)
 {
     struct cube_manager *m = c->manager;
-    struct cube_placement p;
+    struct cube_placement p = {0};
     const struct cube_node *node;
 
     if (!cube_promises_look(m))

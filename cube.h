@@ -1354,6 +1354,8 @@ struct cube_placement {
     const struct cube_node *nodes;
     size_t node_count;
     const char *avoid; /* name of a node where it has failed, or NULL */
+    int64_t most_tasks; /* on one machine; cube_schedule fills it in for the
+                           scores, since each needs it */
 };
 
 /* A candidate and its score. */

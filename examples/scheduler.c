@@ -50,7 +50,7 @@ static void decide(const struct cube_scheduler *s, struct cube_node *nodes,
                    size_t count, const char *name, int64_t mem_bytes)
 {
     struct cube_task *task = cube_task_new();
-    struct cube_placement p = {task, nodes, count, NULL};
+    struct cube_placement p = {task, nodes, count, NULL, 0};
     struct cube_buf why = {NULL, 0, 0};
     const struct cube_node *where;
 

@@ -56,7 +56,7 @@ static void cluster_free(struct cluster *c)
 
 static struct cube_placement placement(const struct cluster *c)
 {
-    struct cube_placement p = {c->task, c->nodes, c->count, NULL};
+    struct cube_placement p = {c->task, c->nodes, c->count, NULL, 0};
 
     return p;
 }
@@ -476,7 +476,7 @@ TEST(reasons_of_a_large_cluster_end_in_a_count)
     static char names[1000][16];
     struct cube_scheduler *s = cube_scheduler_new("greedy", NULL);
     struct cube_task *task = cube_task_new();
-    struct cube_placement p = {task, nodes, COUNT(nodes), NULL};
+    struct cube_placement p = {task, nodes, COUNT(nodes), NULL, 0};
     struct cube_buf why = {NULL, 0, 0};
 
     for (size_t i = 0; i < COUNT(nodes); i++) {
@@ -717,6 +717,7 @@ TEST(the_cost_is_the_sum_over_memory_cpu_and_jobs)
     c->other->mem_bytes = 4 * GIB;                           /* 1/2 promised */
     c->other->cpu = 1;                                       /* 1/4 */
     cube_node_promise(&c->nodes[1], c->other);
+    p.most_tasks = 1;
 
     /* python: 3**.5-3**.25 + 3**.75-3**.5 + 3**.5-3**0 */
     want = cube_sched_pow(3, 0.5) - cube_sched_pow(3, 0.25) +
@@ -728,6 +729,40 @@ TEST(the_cost_is_the_sum_over_memory_cpu_and_jobs)
     CHECK(is_near(cube_sched_epvm(NULL, &p, &c->nodes[1]),
                   cube_sched_pow(3, 0.75) - cube_sched_pow(3, 0.25) + 3 -
                       cube_sched_pow(3, 0.5)));
+    cluster_free(c);
+}
+
+static int64_t told_most;
+
+static double most_told(void *ctx, const struct cube_placement *p,
+                        const struct cube_node *node)
+{
+    struct cube_scheduler *epvm = ctx;
+
+    told_most = p->most_tasks;
+    return epvm->score(epvm->ctx, p, node);
+}
+
+/* L was of workers and the load of machines: two workers on one machine made
+ * its jobs count double against memory and CPU. Five tasks there, four on the
+ * other one: L is 8, and four are half of it, not all. */
+TEST(the_most_jobs_are_those_of_a_machine)
+{
+    struct cluster *c = cluster_new(3);
+    struct cube_scheduler *epvm = cube_scheduler_new("epvm", NULL);
+    struct cube_scheduler mine = {"mine", epvm, NULL, most_told, NULL};
+
+    strcpy(c->stats[0].machine, "m1");
+    strcpy(c->stats[1].machine, "m1");
+    strcpy(c->stats[2].machine, "m2");
+    for (int i = 0; i < 9; i++)
+        cube_node_promise(&c->nodes[i < 2 ? 0 : i < 5 ? 1 : 2], c->other);
+    CHECK(place(&mine, c, NULL) != NULL);
+    CHECK_INT(told_most, 5);
+    c->nodes[0].is_up = c->nodes[1].is_up = false;
+    CHECK(place(&mine, c, NULL) != NULL);
+    CHECK_INT(told_most, 4); /* only machines that are there */
+    cube_scheduler_free(epvm);
     cluster_free(c);
 }
 
