@@ -12785,6 +12785,7 @@ struct cube_http_server {
     int listener_count;
     struct cube_list conns;  /* of struct cube_http_req; idle longest first */
     int conn_count;
+    int lasting_count;       /* of these: claimed by cube_http_claim */
     struct cube_timer pause; /* until accepting is tried again */
     bool is_paused;
     int64_t quiet_until_ms;  /* a pause before that is not told again */
@@ -12823,6 +12824,7 @@ struct cube_http_req {
     bool is_chunked;                 /* the answer is */
     bool is_drain_due;               /* bytes were written since on_drain ran */
     bool is_patient;                 /* what is to be sent may wait for ever */
+    bool is_lasting;                 /* its answer ends with its reader */
 
     struct cube_http_parser parser;
     struct cube_buf ahead;  /* read, not parsed */
@@ -13114,6 +13116,14 @@ static void cube_http_release(struct cube_http_req *req)
         cube_http_free_req(req);
 }
 
+/* Gives back what cube_http_claim gave. */
+static void cube_http_unclaim(struct cube_http_req *req)
+{
+    if (req->is_lasting && req->server)
+        req->server->lasting_count--;
+    req->is_lasting = false;
+}
+
 /* Mutual recursion: a listener accepts connections, and one that ends lets
  * its listener accept again; an answer lets settle look, which runs handlers,
  * which answer. */
@@ -13132,6 +13142,7 @@ static void cube_http_drop(struct cube_http_req *req)
     cube_timer_clear(s->loop, &req->timer);
     cube_defer_clear(s->loop, &req->defer);
     cube_list_remove(&req->link);
+    cube_http_unclaim(req);
     s->conn_count--;
     s->world->close(s->world->ctx, req->fd);
     req->fd = -1;
@@ -13167,6 +13178,7 @@ static void cube_http_finish(struct cube_http_req *req)
     req->wait = CUBE_HTTP_WAIT_UNSET;
     req->on_gone = req->on_drain = NULL;
     req->is_chunked = false;
+    cube_http_unclaim(req);
     if (req->fd < 0) {
         req->phase = CUBE_HTTP_OVER;
         cube_http_release(req);
@@ -13445,6 +13457,26 @@ CUBE_API void cube_http_stream_abort(struct cube_http_req *req)
     CUBE_ASSERT(req->phase == CUBE_HTTP_STREAMING);
     req->must_close = true;
     cube_http_finish(req);
+}
+
+/* For an answer that lasts until its reader goes: events, a log. Those who wait
+ * for nothing never make room for others, so they may hold three quarters of
+ * the connections, and the rest is for questions with an end. False: all of
+ * these are taken, and 503 was answered. */
+static bool cube_http_claim(struct cube_http_req *req)
+{
+    struct cube_http_server *s = req->server;
+    int max = s->options.max_connections;
+
+    if (s->lasting_count >= max - max / 4) {
+        cube_http_reply_header(req, "Retry-After", "5");
+        cube_http_reply_error(req, 503, "%d readers of events and logs are "
+                              "here, and more may not be", s->lasting_count);
+        return false;
+    }
+    s->lasting_count++;
+    req->is_lasting = true;
+    return true;
 }
 
 /* ---- What a request asks for ---- */
@@ -32418,7 +32450,8 @@ static void cube_manager_events(void *arg, struct cube_http_req *req)
 {
     struct cube_manager *m = arg;
 
-    cube_feed_follow(&m->feed, req);
+    if (cube_http_claim(req))
+        cube_feed_follow(&m->feed, req);
 }
 
 /* GET /backup. */
@@ -32598,7 +32631,8 @@ static void cube_manager_logs(void *arg, struct cube_http_req *req)
         (void)snprintf(tail, sizeof tail, "&tail=%lld", (long long)last);
     (void)snprintf(query, sizeof query, "/logs?follow=%d%s", is_following,
                    tail);
-    cube_manager_relay(arg, req, query, true);
+    if (cube_http_claim(req))
+        cube_manager_relay(arg, req, query, true);
 }
 
 /* ---- Its API: nodes ---- */

@@ -671,7 +671,9 @@ struct cube_http_options {
     int idle_timeout_ms;    /* between two requests; 2 minutes */
     int head_timeout_ms;    /* first to last byte of a head; 10 s */
     int body_timeout_ms;    /* whole body, or a stalled reader; 30 s */
-    int max_connections;    /* 1000; further ones wait to be accepted */
+    int max_connections;    /* 1000; further ones wait to be accepted. Readers
+                             * of a manager's events and logs have three in
+                             * four of them, and then get 503 */
 };
 
 /* Called when a whole request is there; `arg` is the server's. */

@@ -970,6 +970,36 @@ TEST(a_node_joins_and_is_forgotten)
     cluster_close(&k);
 }
 
+/* A thousand readers of events shut out all others: not even a question for
+ * health was accepted. */
+TEST(readers_of_events_leave_connections_to_others)
+{
+    struct cluster k;
+    struct follower f[4];
+
+    cluster_open(&k, 1);
+    k.manager->server->options.max_connections = 4;
+    for (int i = 0; i < 4; i++) {
+        follower_open(&f[i], &k, k.port, "/events");
+        cluster_run(&k, 100);
+        CHECK_INT(f[i].is_over, i == 3);
+    }
+    CHECK_HAS(f[3].text.data, "\"HTTPStatusCode\":503");
+    CHECK_INT(ask(&k, "GET", "/healthz", NULL), 200);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A "/logs", NULL), 503);
+    follower_close(&f[3]);
+    follower_close(&f[0]); /* and its place is free again */
+    cluster_run(&k, 100);
+    follower_open(&f[0], &k, k.port, "/events");
+    cluster_run(&k, 100);
+    CHECK_INT(f[0].is_over, false);
+    for (int i = 0; i < 3; i++)
+        follower_close(&f[i]);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A "/logs", NULL), 404);
+    CHECK_INT(k.manager->server->lasting_count, 0);
+    cluster_close(&k);
+}
+
 /* What each member is said to have, against the records, one by one. */
 static void check_homes(const struct cube_manager *m)
 {
