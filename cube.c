@@ -8314,8 +8314,7 @@ struct cube_store {
     bool is_stuck;     /* a checkpoint failed: none before the first commit */
     int64_t stuck_ms;  /* after this time; with damaged trees it never comes */
     bool is_broken;    /* a sync failed: only reads */
-    bool is_dir_dirty; /* the rename to path is not known to be on disk */
-    int dir_fd;        /* that the caller syncs for it; -1: none */
+    int dir_fd;        /* of a rename, that the caller syncs; -1: none */
     struct cube_err last;
     uint64_t checkpoints, compactions, dropped;
 };
@@ -8550,40 +8549,28 @@ static struct cube_store_file *cube_store_file_create(struct cube_store *s,
     return f;
 }
 
-/* Puts the last rename on disk. Until that has worked no commit may be told
- * to anybody: a crash could bring the old file back. */
-static int cube_store_dir_sync(struct cube_store *s, struct cube_err *err)
+/* Puts the last rename on disk: here, or (may_wait) by the caller, who finds
+ * the directory in cube_store_slice_fd. Until that has worked no commit may be
+ * told to anybody: a crash could bring the old file back. */
+static int cube_store_dir_sync(struct cube_store *s, bool may_wait,
+                               struct cube_err *err)
 {
+    const struct cube_world *w = s->world;
     struct cube_buf dir = {0};
-    int r = 0;
+    int r;
 
     if (!s->path)
         return 0;
     cube_path_dir(s->path, &dir);
-    r = s->world->sync_dir(s->world->ctx, dir.data);
-    s->is_dir_dirty = r < 0;
+    r = may_wait ? w->open(w->ctx, dir.data, 0)
+                 : w->sync_dir(w->ctx, dir.data);
+    if (r >= 0 && may_wait)
+        s->dir_fd = r;
     if (r < 0)
         (void)cube_fail(err, cube_errno_code(r), "sync directory %s: %s",
                         dir.data, cube_errno_text(r));
     cube_buf_free(&dir);
     return r < 0 ? -1 : 0;
-}
-
-/* The same by the caller, who finds the directory in cube_store_slice_fd.
- * Where it cannot be opened the sync fails as well, and says why. */
-static void cube_store_dir_ask(struct cube_store *s)
-{
-    struct cube_buf dir = {0};
-
-    if (!s->path)
-        return;
-    cube_path_dir(s->path, &dir);
-    s->dir_fd = s->world->open(s->world->ctx, dir.data, 0);
-    cube_buf_free(&dir);
-    if (s->dir_fd >= 0)
-        return;
-    s->dir_fd = -1;
-    (void)cube_store_dir_sync(s, &s->last);
 }
 
 /* Gives a new file, synced by now, the store's name. When the rename is done
@@ -8601,10 +8588,7 @@ static int cube_store_file_rename(struct cube_store *s, struct cube_err *err)
         (void)cube_fail(err, cube_errno_code(r), "rename %s to %s: %s",
                         beside.data, s->path, cube_errno_text(r));
     cube_buf_free(&beside);
-    if (r < 0)
-        return -1;
-    s->is_dir_dirty = true;
-    return 0;
+    return r < 0 ? -1 : 0;
 }
 
 /* Writes the record that makes walked trees the ones to open. In a new file
@@ -8787,7 +8771,8 @@ static void cube_store_freeze(struct cube_store *s)
  * but before the first commit to the new file is acknowledged, which a crash
  * would take away with the name. A loop has both syncs of the swap done beside
  * it, and begins no commit meanwhile: one more, and the new file lacks it. Who
- * commits nevertheless loses nothing, and has the last sync to do again.
+ * commits nevertheless loses nothing: during the first there will be one more
+ * of it to do, and during the second he is told to wait.
  *
  * A failure at any point drops the new file and changes nothing. After a
  * failed sync of the old file the same way leads to a file that can be
@@ -8832,6 +8817,27 @@ static void cube_store_comp_abort(struct cube_store *s)
     cube_buf_printf(&beside, "%s.new", s->path);
     (void)s->world->unlink(s->world->ctx, beside.data);
     cube_buf_free(&beside);
+}
+
+/* After a failed sync: what it should have put on disk may read well and not
+ * be there, and a later sync may succeed without it. From here on
+ * cube_store_slice writes a new file from what is known to be good: trees that
+ * were synced earlier and the overlays in memory. */
+static void cube_store_distrust(struct cube_store *s)
+{
+    cube_store_checkpoint_abort(s);
+    cube_store_comp_abort(s);
+    s->retry_ms = 0;
+    s->is_broken = true;
+}
+
+/* After a failed sync of the directory it is the same with the rename: another
+ * file, under another rename, is what is sure to be written. After a pause: a
+ * directory that is never synced would have it written again and again. */
+static void cube_store_distrust_name(struct cube_store *s)
+{
+    cube_store_distrust(s);
+    cube_store_comp_postpone(s);
 }
 
 /* A walk of the compaction: from trees, over changes or whole. */
@@ -9153,7 +9159,7 @@ static int cube_store_comp_sync(struct cube_store *s, bool may_wait,
 /* A step of the swap, with nothing in flight: a batch that the new file lacks,
  * its sync, or the rename. 0 while a commit is in flight: its record may have
  * to come along. When the sync of the directory fails the swap stands
- * nevertheless, and commits wait until that sync has worked. */
+ * nevertheless, and commits wait for the next one. */
 static int cube_store_comp_finish(struct cube_store *s, bool may_wait,
                                   struct cube_err *err)
 {
@@ -9171,11 +9177,10 @@ static int cube_store_comp_finish(struct cube_store *s, bool may_wait,
         return -1;
     cube_store_comp_swap(s);
     cube_store_mark(s);
-    if (may_wait)
-        cube_store_dir_ask(s);
-    else
-        (void)cube_store_dir_sync(s, &s->last);
-    return 1;
+    r = cube_store_dir_sync(s, may_wait, err);
+    if (r < 0)
+        cube_store_distrust_name(s);
+    return r < 0 ? -1 : 1;
 }
 
 /* One step of the phase it is in: 1, 0 (waits for somebody), -1. */
@@ -9251,7 +9256,7 @@ static int cube_store_trim(struct cube_store *s)
 {
     struct cube_store_file *f = s->old;
 
-    if (!f || s->is_dir_dirty || f->refs > 1)
+    if (!f || s->dir_fd >= 0 || s->is_broken || f->refs > 1)
         return 0;
     f->size -= f->size < CUBE_STORE_TRIM ? f->size : CUBE_STORE_TRIM;
     if (f->fd >= 0 && f->size > 0 &&
@@ -9558,7 +9563,8 @@ static int cube_store_open_new(struct cube_store *s, struct cube_err *err)
     s->view.roots = cube_store_roots_new(s->file);
     if (cube_store_roots_write(s->view.roots, true, err) < 0 ||
         cube_store_sync(s->file, err) < 0 ||
-        cube_store_file_rename(s, err) < 0 || cube_store_dir_sync(s, err) < 0)
+        cube_store_file_rename(s, err) < 0 ||
+        cube_store_dir_sync(s, false, err) < 0)
         return -1;
     s->file->synced = s->done_end = s->file->end;
     return 0;
@@ -9820,18 +9826,6 @@ static void cube_store_fail_commit(struct cube_store *s)
     s->batch_commit = s->view.commit + 1;
 }
 
-/* After a failed sync: what it should have put on disk may read well and not
- * be there, and a later sync may succeed without it. From here on
- * cube_store_slice writes a new file from what is known to be good: trees that
- * were synced earlier and the overlays in memory. */
-static void cube_store_distrust(struct cube_store *s)
-{
-    cube_store_checkpoint_abort(s);
-    cube_store_comp_abort(s);
-    s->retry_ms = 0;
-    s->is_broken = true;
-}
-
 /* The batch is on disk, or needs no disk. */
 static void cube_store_land(struct cube_store *s)
 {
@@ -9902,24 +9896,24 @@ CUBE_API int cube_store_commit_begin(struct cube_store *s,
     if (s->flight_commit > 0)
         return cube_fail(err, CUBE_EBUSY, "commit to %s: one is in flight",
                          s->file->path);
+    if (s->is_stuck && s->world->now_ms(s->world->ctx) >= s->stuck_ms)
+        s->is_stuck = false;
+    if (!s->is_broken)
+        cube_store_catch_up(s);
+    if (s->dir_fd >= 0)
+        return cube_fail(err, CUBE_EBUSY, "commit to %s: its new name is being "
+                         "synced", s->file->path);
     if (s->is_broken) {
         cube_store_fail_commit(s);
         return cube_fail(err, CUBE_ESYNC, "commit to %s: a sync failed, and "
                          "there is no new file yet: %s", s->file->path,
                          s->last.text);
     }
-    if (s->is_stuck && s->world->now_ms(s->world->ctx) >= s->stuck_ms)
-        s->is_stuck = false;
-    cube_store_catch_up(s);
     if (cube_store_is_jammed(s)) {
         cube_store_fail_commit(s);
         return cube_fail(err, s->last.code, "commit to %s: what was committed "
                          "before cannot be merged: %s", s->file->path,
                          s->last.text);
-    }
-    if (s->is_dir_dirty && cube_store_dir_sync(s, err) < 0) {
-        cube_store_fail_commit(s);
-        return -1;
     }
     if (cube_store_commit_write(s, err) < 0)
         return -1;
@@ -10008,10 +10002,11 @@ CUBE_API void cube_store_slice_synced(struct cube_store *s, int sync_result)
     if (s->dir_fd >= 0) {
         s->world->close(s->world->ctx, s->dir_fd);
         s->dir_fd = -1;
-        s->is_dir_dirty = sync_result != 0;
-        if (sync_result != 0)
-            (void)cube_fail(&s->last, CUBE_EIO, "sync the directory of %s: %s",
-                            s->path, why);
+        if (sync_result == 0)
+            return;
+        (void)cube_fail(&s->last, CUBE_EIO, "sync the directory of %s: %s",
+                        s->path, why);
+        cube_store_distrust_name(s);
     } else if (sync_result == 0) {
         s->comp->out->synced = s->comp->out->end;
         s->comp->phase = CUBE_STORE_SWAP;
@@ -10056,13 +10051,16 @@ CUBE_API int cube_store_compact(struct cube_store *s, struct cube_err *err)
                          : s->dir_fd >= 0 ? "the last one is being synced"
                                           : "it is open for reading");
     cube_store_rollback(s);
-    if (!s->is_broken && cube_store_settle(s, err) < 0)
-        return -1;
-    cube_store_comp_abort(s);
-    if (cube_store_comp_start(s, err) < 0)
-        return -1;
+    if (!s->is_broken)
+        r = cube_store_settle(s, &s->last);
+    if (r >= 0) {
+        cube_store_comp_abort(s);
+        r = cube_store_comp_start(s, &s->last);
+    }
     while (r > 0 && s->comp)
-        r = cube_store_comp_step(s, false, err);
+        r = cube_store_comp_step(s, false, &s->last);
+    if (r < 0 && err)
+        *err = s->last;
     return r < 0 ? -1 : 0;
 }
 

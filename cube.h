@@ -428,7 +428,9 @@ CUBE_API int cube_store_commit(struct cube_store *store,
  *    0   all is committed already (nothing staged, or a store in memory);
  *   -1   it failed (CUBE_ENOSPC, CUBE_EIO...): what was staged is dropped, the
  *        last commit stands, the store goes on; with CUBE_ESYNC, as below; with
- *        CUBE_ECORRUPT its trees are damaged, and it takes no more changes.
+ *        CUBE_ECORRUPT its trees are damaged, and it takes no more changes;
+ *        but with CUBE_EBUSY (one is in flight, or the caller syncs the store's
+ *        directory) it is all still staged: begin it later.
  * end (sync_result: 0 or a negative errno value) makes the batch visible to
  * new snapshots. When the sync failed it returns -1 with CUBE_ESYNC: nobody
  * knows whether this commit will be found after a crash, all staged changes
@@ -453,14 +455,17 @@ CUBE_API const char *cube_store_last_error(const struct cube_store *store);
  * to have synced, or -1: a file, or, after a rename, its directory, which
  * needs fsync. Call cube_store_slice_synced with 0 or a negative errno value
  * once it is; cube_store_slice does nothing for compaction until then. Commits
- * may be made meanwhile: the new file gets them, and wants one more sync. */
+ * may be made while it is a file: the new one gets them, and wants one more
+ * sync; not while it is a directory, since they would be on disk under no name.
+ * After a directory's sync that failed, the store can only be read until there
+ * is another new file, as after that of a commit. */
 CUBE_API int cube_store_slice_fd(const struct cube_store *store);
 CUBE_API void cube_store_slice_synced(struct cube_store *store,
         int sync_result);
 
 /* Compacts now, all in one go; what is staged is dropped. CUBE_EBUSY while a
  * commit is in flight, or a directory is being synced by the caller. After an
- * error the file is as it was. */
+ * error what was committed is still there, in the old file or in the new. */
 CUBE_API int cube_store_compact(struct cube_store *store,
         struct cube_err *err);
 

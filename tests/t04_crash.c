@@ -365,15 +365,18 @@ static void run_commit(struct cube_store *s, struct model *staged)
 {
     struct disk *d = &run.disk;
     struct model flight = *staged;
+    struct cube_err err;
     int r;
 
     CHECK(run.tried_count < TRIED);
     if (run.tried_count < TRIED)
         run.tried[run.tried_count++] = flight;
-    r = cube_store_commit_begin(s, NULL);
+    r = cube_store_commit_begin(s, &err);
     if (r < 0) {
         run.refused++;
         run.tried_count--;
+        if (err.code == CUBE_EBUSY) /* it may be begun later */
+            return;
         *staged = run.acked;
         return;
     }

@@ -806,6 +806,71 @@ TEST(roots_of_more_levels_than_a_file_can_have_are_damage)
     disk_free(&d);
 }
 
+/* A store whose new file has its name, and whose directory the caller syncs:
+ * changed until it is so. */
+static struct cube_store *open_renamed(struct disk *d, struct model *want)
+{
+    struct cube_store_options o = {.cache_bytes = 1, .is_sync_split = true};
+    struct cube_store *s;
+
+    disk_init(d);
+    memset(want, 0, sizeof *want);
+    s = cube_store_open(&d->world, "t", &o, NULL);
+    REQUIRE(s);
+    for (int i = 0; i < 10000 && s->dir_fd < 0; i++) {
+        int fd = cube_store_slice_fd(s);
+
+        if (fd >= 0)
+            cube_store_slice_synced(s, disk_sync(d, fd));
+        else if (!s->comp) {
+            change(s, want);
+            commit(s);
+        }
+        (void)cube_store_slice(s, 0);
+    }
+    CHECK(s->dir_fd >= 0);
+    return s;
+}
+
+/* A commit once synced the directory itself, on the caller's loop, and beside
+ * the caller's own thread; and after that had failed it did so again, though
+ * the system may say that it is well what it has given up. Now the one waits,
+ * with all that is staged, and the other is for a new file. */
+TEST(directory_is_synced_by_nobody_twice)
+{
+    static struct disk d;
+    static struct model want;
+    struct model staged;
+    struct cube_err err = {0};
+    struct cube_store *s = open_renamed(&d, &want);
+    int found = disk_file(&d, "t") - d.inodes;
+
+    staged = want;
+    change(s, &staged);
+    d.dir_sync_fails = 2; /* the caller's, and one that nobody may ask for */
+    CHECK_INT(cube_store_commit_begin(s, &err), -1);
+    CHECK_INT(err.code, CUBE_EBUSY);
+    CHECK(cube_store_is_dirty(s));
+    cube_store_slice_synced(s, disk_sync(&d, cube_store_slice_fd(s)));
+    CHECK_INT(cube_store_commit_begin(s, &err), -1);
+    CHECK_INT(err.code, CUBE_ESYNC);
+    CHECK_HAS(err.text, "sync the directory of t");
+    CHECK(!cube_store_slice(s, 1)); /* not at once, for ever */
+    CHECK_INT(d.dir_sync_fails, 1);
+    CHECK(reads_as(s, &d, &want));
+    d.dir_sync_fails = 0;
+    d.clock_ms += CUBE_STORE_RETRY_MS;
+    for (int i = 0; i < 10000 && s->is_broken; i++) {
+        (void)cube_store_slice(s, 0);
+        if (cube_store_slice_fd(s) >= 0)
+            cube_store_slice_synced(s, disk_sync(&d, cube_store_slice_fd(s)));
+    }
+    CHECK(disk_file(&d, "t") - d.inodes != found);
+    check_goes_on(s, &d, &want);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
 /* A commit that had fallen behind once did the sync itself, while the thread
  * of the caller did the same: the system tells an error to one of the two. */
 TEST(sync_that_the_caller_does_is_his_also_when_commits_fall_behind)
