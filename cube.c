@@ -9573,7 +9573,9 @@ static int cube_store_open_new(struct cube_store *s, struct cube_err *err)
 /* A lock on a file beside, which stays when compaction replaces the store's.
  * The system drops it with the process, however that ends. The lock file stays
  * when the store is closed: removing it would let two processes lock two files
- * of one name. */
+ * of one name. Who only reads makes none, so as to leave a directory as it was
+ * or may not write to it: where there is none, no process has the file open.
+ * One that he may not open is another matter: somebody may hold it. */
 static int cube_store_lock(struct cube_store *s, struct cube_err *err)
 {
     struct cube_buf path = {0};
@@ -9581,11 +9583,12 @@ static int cube_store_lock(struct cube_store *s, struct cube_err *err)
 
     cube_buf_printf(&path, "%s.lock", s->path);
     r = s->lock_fd = s->world->open(s->world->ctx, path.data,
+                                    s->options.is_read_only ? 0 :
                                     CUBE_OPEN_WRITE | CUBE_OPEN_CREATE);
     if (r >= 0)
         r = s->world->lock(s->world->ctx, s->lock_fd);
-    if (r < 0 && s->lock_fd < 0 && s->options.is_read_only)
-        r = 0; /* where nothing can be written, nobody writes */
+    if (r == -ENOENT && s->options.is_read_only)
+        r = 0;
     if (r == -EBUSY)
         (void)cube_fail(err, CUBE_EBUSY, "open %s: another process, or "
                         "another store of this one, has it open", s->path);
@@ -10619,7 +10622,15 @@ static int cube_store_check_mem(const struct cube_store *s,
     return 0;
 }
 
-CUBE_API int cube_store_check(struct cube_store *s, struct cube_err *err)
+/* Was this file read without a lock, since there was none, and is there one
+ * now? Then who has made it may have compacted, and cut off what was read. */
+static bool cube_store_check_is_late(struct cube_store *s)
+{
+    return s->path && s->lock_fd < 0 &&
+           (cube_store_lock(s, NULL) < 0 || s->lock_fd >= 0);
+}
+
+static int cube_store_check_all(struct cube_store *s, struct cube_err *err)
 {
     for (int i = 0; i < s->view.roots->count; i++) {
         if (cube_store_check_tree(s->view.roots, i, err) < 0)
@@ -10630,6 +10641,18 @@ CUBE_API int cube_store_check(struct cube_store *s, struct cube_err *err)
             return -1;
     }
     return cube_store_check_tail(s, err);
+}
+
+/* What was found right was so; what was found wrong may have been changed under
+ * a reader's hands. */
+CUBE_API int cube_store_check(struct cube_store *s, struct cube_err *err)
+{
+    int r = cube_store_check_all(s, err);
+
+    if (r < 0 && cube_store_check_is_late(s))
+        return cube_fail(err, CUBE_EBUSY, "check %s: another process has "
+                         "opened it meanwhile", s->path);
+    return r;
 }
 
 CUBE_API void cube_store_stats(const struct cube_store *s,

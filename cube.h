@@ -381,7 +381,7 @@ struct cube_store_stats {
 /* Opens the store in the file at path, and creates it if there is none; with
  * path NULL, a store in memory that has the same functions and forgets all
  * when it is closed. world NULL is the real one. Holds an exclusive lock on
- * path + ".lock" until it is closed.
+ * path + ".lock" until it is closed; to read only, that file is not made.
  * Errors: CUBE_EBUSY (another store, of this process or another, has it),
  * CUBE_ECORRUPT (damage that no crash explains; names file and offset), and
  * what the file system says. What a crash left unfinished is cut off, and
@@ -532,7 +532,8 @@ CUBE_API int cube_cursor_value(struct cube_cursor *cursor,
 
 /* Reads the whole committed state from the file, past the cache, and checks
  * all that is promised about it: checksums, order, depths, counts. 0 or -1
- * with CUBE_ECORRUPT, naming file and offset. Slow on purpose. */
+ * with CUBE_ECORRUPT, naming file and offset; CUBE_EBUSY if it was opened to
+ * read only, and a writer came since. Slow on purpose. */
 CUBE_API int cube_store_check(struct cube_store *store,
         struct cube_err *err);
 

@@ -314,6 +314,12 @@ class Files(Case):
         self.assertEqual(json.loads(tasks[0][2])["Task"]["Name"], "web")
         with open(path, "rb") as f:
             self.assertEqual(f.read(), before)   # nothing was written
+        os.mkdir(c.dir + "/copy")
+        with open(c.dir + "/copy/at", "wb") as f:
+            f.write(before)
+        self.assertEqual(self.store("check", c.dir + "/copy/at")[0], 0)
+        self.assertEqual(self.store("dump", c.dir + "/copy/at")[0], 0)
+        self.assertEqual(os.listdir(c.dir + "/copy"), ["at"])
         code, out, err = self.store("compact", path)
         self.assertEqual(code, 0, err)
         self.assertEqual([line.split("\t") for line in

@@ -806,6 +806,58 @@ TEST(roots_of_more_levels_than_a_file_can_have_are_damage)
     disk_free(&d);
 }
 
+static int refuse_lock_file(void *ctx, const char *path, unsigned flags)
+{
+    return strstr(path, ".lock") ? -EACCES : disk_open(ctx, path, flags);
+}
+
+/* A checker once left a lock file beside each file that it looked at; and where
+ * it could not make one it went on as if nobody had the file open, also when
+ * there was one that it may not open. */
+TEST(reader_makes_no_file_and_wants_no_lock_where_there_is_none)
+{
+    static struct disk d;
+    static struct model want;
+    struct cube_store_options o = {.is_read_only = true};
+    struct cube_store *s, *reader;
+    struct cube_err err = {0};
+
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    for (int i = 0; i < 400; i++) {
+        change(s, &want);
+        commit(s);
+    }
+    cube_store_close(s);
+    CHECK(disk_file(&d, "t.lock"));
+    d.world.open = refuse_lock_file;
+    CHECK(!cube_store_open(&d.world, "t", &o, &err));
+    CHECK_INT(err.code, CUBE_EACCES);
+    CHECK_HAS(err.text, "lock t.lock");
+    d.world.open = disk_open;
+    CHECK_INT(d.world.unlink(&d, "t.lock"), 0);
+    d.changes = 0;
+    reader = cube_store_open(&d.world, "t", &o, &err);
+    REQUIRE(reader);
+    CHECK(store_is(reader, &want));
+    CHECK_INT(cube_store_check(reader, &err), 0);
+    CHECK_INT(d.changes, 0);
+    CHECK(!disk_file(&d, "t.lock"));
+
+    s = must_open(&d.world, "t"); /* a writer comes, and cuts its file off */
+    CHECK_INT(cube_store_compact(s, &err), 0);
+    CHECK_INT(cube_store_check(reader, &err), 0);
+    while (cube_store_slice(s, 5))
+        ;
+    CHECK_INT(cube_store_check(reader, &err), -1);
+    CHECK_INT(err.code, CUBE_EBUSY);
+    CHECK_HAS(err.text, "check t: another process has opened it");
+    cube_store_close(reader);
+    cube_store_close(s);
+    disk_free(&d);
+}
+
 /* A store whose new file has its name, and whose directory the caller syncs:
  * changed until it is so. */
 static struct cube_store *open_renamed(struct disk *d, struct model *want)

@@ -279,11 +279,14 @@ TEST(what_is_beyond_a_limit_is_refused_with_words)
 TEST(second_opener_is_refused_with_words)
 {
     struct cube_store *s = must_open(NULL, test_path());
+    struct cube_store_options o = {.is_read_only = true};
     struct cube_err err = {0};
 
     CHECK(cube_store_open(NULL, test_path(), NULL, &err) == NULL);
     CHECK_INT(err.code, CUBE_EBUSY);
     CHECK_HAS(err.text, "has it open");
+    CHECK(cube_store_open(NULL, test_path(), &o, &err) == NULL);
+    CHECK_INT(err.code, CUBE_EBUSY);
     CHECK_INT(cube_store_compact(s, &err), 0); /* another file, same lock */
     CHECK(cube_store_open(NULL, test_path(), NULL, &err) == NULL);
     CHECK_INT(err.code, CUBE_EBUSY);
