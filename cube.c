@@ -10429,7 +10429,8 @@ CUBE_API const void *cube_cursor_key(const struct cube_cursor *c,
 
 /* One on, turning round before that if need be. Turning backwards, the place
  * before the key is where the sources already stand after being placed;
- * turning forwards they stand on the key itself, and one step more is due. */
+ * turning forwards they stand on the key itself, and one step more is due;
+ * unless a cursor that sees staged changes finds that it was deleted since. */
 static int cube_store_cursor_move(struct cube_cursor *c, int way,
                                   struct cube_err *err)
 {
@@ -10445,8 +10446,11 @@ static int cube_store_cursor_move(struct cube_cursor *c, int way,
         if (cube_store_cursor_place(c, way, (uint8_t *)c->key.data, len,
                                     err) < 0)
             return -1;
-        if (way < 0)
+        if (way < 0 || c->way == 0)
             return c->way != 0;
+        key = cube_cursor_key(c, &len);
+        if (cube_store_order(key, len, (uint8_t *)c->key.data, c->key.len) > 0)
+            return 1;
     }
     if (cube_store_cursor_advance(c, err) < 0) {
         c->way = 0;

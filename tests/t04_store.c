@@ -234,6 +234,34 @@ TEST(cursor_turns_round_and_seeks_anywhere)
     cube_store_close(s);
 }
 
+/* Turning round on a key that was deleted meanwhile once passed over the one
+ * behind it. */
+TEST(cursor_that_turns_on_a_deleted_key_misses_none)
+{
+    struct cube_store *s = must_open(NULL, NULL);
+    struct cube_cursor *c;
+    size_t len;
+
+    put(s, "a", "1");
+    put(s, "b", "1");
+    put(s, "c", "1");
+    commit(s);
+    CHECK_INT(cube_store_compact(s, NULL), 0);
+    c = cube_cursor_open_staged(s, "t", NULL);
+    CHECK_INT(cube_cursor_last(c, NULL), 1);
+    CHECK_INT(cube_cursor_prev(c, NULL), 1);
+    CHECK_INT(cube_store_del(s, "t", "b", 1, NULL), 0);
+    CHECK_INT(cube_cursor_next(c, NULL), 1);
+    CHECK_MEM(cube_cursor_key(c, &len), "c", 1);
+    CHECK_INT(cube_cursor_prev(c, NULL), 1);
+    CHECK_MEM(cube_cursor_key(c, &len), "a", 1);
+    CHECK_INT(cube_store_del(s, "t", "a", 1, NULL), 0);
+    CHECK_INT(cube_store_del(s, "t", "c", 1, NULL), 0);
+    CHECK_INT(cube_cursor_prev(c, NULL), 0);
+    cube_cursor_close(c);
+    cube_store_close(s);
+}
+
 TEST(what_is_beyond_a_limit_is_refused_with_words)
 {
     static char big[CUBE_STORE_KEY_MAX + 1];
