@@ -8737,9 +8737,11 @@ static void cube_store_checkpoint_synced(struct cube_store *s, uint64_t end)
 }
 
 /* Freezes the overlay; all of it is in records that end at the file's end.
- * Called between two batches only, and only when no frozen one is there. */
+ * Called between two batches only, and only when no frozen one is there. What
+ * was staged and dropped does not count as in it. */
 static void cube_store_freeze(struct cube_store *s)
 {
+    s->view.mem[0]->last_commit = s->batch_commit - 1;
     s->view.mem[0]->upto = s->file->end;
     s->view.mem[0]->upto_crc = s->file->last_crc;
     s->view.mem[1] = s->view.mem[0];

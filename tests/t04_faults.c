@@ -806,6 +806,35 @@ TEST(roots_of_more_levels_than_a_file_can_have_are_damage)
     disk_free(&d);
 }
 
+/* What was staged and dropped once kept the overlay from being merged at the
+ * end, as if a commit of it were still to come; the next opening replayed it.
+ */
+TEST(close_merges_what_was_committed_also_after_a_rollback)
+{
+    static struct disk d;
+    static struct model want;
+    struct cube_store_stats stats;
+    struct cube_store *s;
+
+    disk_init(&d);
+    memset(&want, 0, sizeof want);
+    s = must_open(&d.world, "t");
+    while (s->view.mem[0]->bytes < CUBE_STORE_TAIL_SMALL || s->view.mem[1]) {
+        change(s, &want);
+        commit(s);
+    }
+    put(s, "dropped", "x");
+    cube_store_rollback(s);
+    cube_store_close(s);
+    s = must_open(&d.world, "t");
+    cube_store_stats(s, &stats);
+    CHECK(!s->view.mem[0]->head[0]);
+    CHECK(stats.records > 0);
+    CHECK(store_is(s, &want));
+    cube_store_close(s);
+    disk_free(&d);
+}
+
 static int refuse_lock_file(void *ctx, const char *path, unsigned flags)
 {
     return strstr(path, ".lock") ? -EACCES : disk_open(ctx, path, flags);
