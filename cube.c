@@ -8549,6 +8549,19 @@ static struct cube_store_file *cube_store_file_create(struct cube_store *s,
     return f;
 }
 
+/* Removes a new file that was not finished, now or before a crash: on a disk
+ * that is full, its room is what the next commits need. */
+static void cube_store_file_clear(struct cube_store *s)
+{
+    struct cube_buf beside = {0};
+
+    if (!s->path)
+        return;
+    cube_buf_printf(&beside, "%s.new", s->path);
+    (void)s->world->unlink(s->world->ctx, beside.data);
+    cube_buf_free(&beside);
+}
+
 /* Puts the last rename on disk: here, or (may_wait) by the caller, who finds
  * the directory in cube_store_slice_fd. Until that has worked no commit may be
  * told to anybody: a crash could bring the old file back. */
@@ -8808,17 +8821,11 @@ static void cube_store_comp_postpone(struct cube_store *s)
 /* Drops the new file: nothing of the old one has changed. */
 static void cube_store_comp_abort(struct cube_store *s)
 {
-    struct cube_buf beside = {0};
-
     if (!s->comp)
         return;
     cube_store_comp_free(s);
     cube_store_comp_postpone(s);
-    if (!s->path)
-        return;
-    cube_buf_printf(&beside, "%s.new", s->path);
-    (void)s->world->unlink(s->world->ctx, beside.data);
-    cube_buf_free(&beside);
+    cube_store_file_clear(s);
 }
 
 /* After a failed sync: what it should have put on disk may read well and not
@@ -10127,6 +10134,8 @@ CUBE_API struct cube_store *cube_store_open(
     cube_store_rec_begin(&s->batch);
     if (path)
         r = cube_store_lock(s, err);
+    if (r == 0 && !s->options.is_read_only)
+        cube_store_file_clear(s);
     if (r == 0 && path)
         fd = s->world->open(s->world->ctx, path, s->options.is_read_only
                             ? 0 : CUBE_OPEN_WRITE);

@@ -806,6 +806,30 @@ TEST(roots_of_more_levels_than_a_file_can_have_are_damage)
     disk_free(&d);
 }
 
+/* A crash in a compaction once left the new file for the next one to find,
+ * which on a disk that it had filled up could not begin. */
+TEST(opening_removes_what_an_unfinished_compaction_has_left)
+{
+    static struct disk d;
+    struct cube_store_options o = {.is_read_only = true};
+    struct cube_store *s;
+
+    disk_init(&d);
+    s = must_open(&d.world, "t");
+    put(s, "a", "1");
+    commit(s);
+    cube_store_close(s);
+    CHECK(d.world.open(&d, "t.new", CUBE_OPEN_WRITE | CUBE_OPEN_CREATE) >= 0);
+    s = cube_store_open(&d.world, "t", &o, NULL);
+    REQUIRE(s);
+    CHECK(disk_file(&d, "t.new")); /* it is not a reader's to remove */
+    cube_store_close(s);
+    s = must_open(&d.world, "t");
+    CHECK(!disk_file(&d, "t.new"));
+    cube_store_close(s);
+    disk_free(&d);
+}
+
 /* What was staged and dropped once kept the overlay from being merged at the
  * end, as if a commit of it were still to come; the next opening replayed it.
  */
