@@ -12,6 +12,12 @@
 #define SIM_TASKS 48          /* of one run, at most */
 #define SIM_HEALTH_PORT 9000  /* and a task's number: where it is asked */
 #define SIM_CALL_MS 8000
+#define SIM_IMAGES 3
+
+/* What there is to be pulled, so that pulls happen all the time. */
+static const char *const sim_image_names[SIM_IMAGES] = {
+    "busybox", "busybox:1.35", "busybox:1.36"
+};
 
 /* What kind of task it is. */
 enum sim_kind {
@@ -187,7 +193,7 @@ static const char *sim_command(struct sim *s, struct sim_task *t, char *out,
         t->port = t->kind == SIM_HEALTHY
                       ? SIM_HEALTH_PORT + t->number
                       : 8000 + (int)room_below(&s->room,
-                                               s->is_crowded ? 1 : 4);
+                                               s->is_crowded ? 1 : SIM_SCARCE);
         (void)snprintf(out, size, ",\"ExposedPorts\":{\"80/tcp\":{}},"
                        "\"PortBindings\":{\"80/tcp\":\"%d\"}%s", t->port,
                        t->kind == SIM_HEALTHY ? ",\"HealthCheck\":\"/health\""
@@ -232,7 +238,9 @@ static struct sim_task *sim_task_new(struct sim_client *c)
                    "{\"ID\":\"%s\",\"Name\":\"t%d\",\"Image\":\"%s\","
                    "\"RestartPolicy\":\"%s\"%s}", t->id,
                    t->number % 4, /* names are no identities */
-                   t->kind == SIM_NO_IMAGE ? "nosuch" : "busybox", t->policy,
+                   t->kind == SIM_NO_IMAGE
+                       ? "nosuch" : sim_image_names[t->number % SIM_IMAGES],
+                   t->policy,
                    sim_command(s, t, command, sizeof command));
     return t;
 }
@@ -588,6 +596,35 @@ static void sim_client_watch(void *arg)
 
 /* ---- Beginning and end ---- */
 
+/* It starts, with nothing but what the histories know. */
+static void sim_client_begin(struct sim_client *c)
+{
+    (void)sim_proc_open(c->proc);
+    c->has_cursor = c->is_listing = false;
+    c->http = cube_http_client_new(c->proc->loop,
+                                   c->number ? "http://10.0.0.1:5555"
+                                             : "http://m:5555", NULL, NULL);
+    cube_timer_set(c->proc->loop, &c->act, 2000 + 300 * c->number,
+                   sim_client_act, c);
+    cube_timer_set(c->proc->loop, &c->rewatch, 1000 + 100 * c->number,
+                   sim_client_watch, c);
+    room_running = NULL;
+}
+
+/* kill -9, or, `is_silent`, the end of the world. What it had asked and was
+ * not answered it does not know. */
+static void sim_client_end(struct sim_client *c, bool is_silent)
+{
+    room_proc_end(c->proc, is_silent);
+    room_running = c->proc;
+    cube_timer_clear(c->proc->loop, &c->act);
+    cube_http_client_free(c->http);
+    cube_timer_clear(c->proc->loop, &c->rewatch);
+    cube_buf_free(&c->line);
+    cube_loop_free(c->proc->loop);
+    room_running = NULL;
+}
+
 static void sim_clients_open(struct sim *s)
 {
     s->history = room_new(sizeof *s->history);
@@ -601,35 +638,16 @@ static void sim_clients_open(struct sim *s)
         c->sim = s;
         c->number = i;
         c->proc = room_proc_add(&s->room, h, name);
-        (void)sim_proc_open(c->proc);
-        c->http = cube_http_client_new(c->proc->loop, i ? "http://10.0.0.1:5555"
-                                                        : "http://m:5555",
-                                       NULL, NULL);
-        cube_timer_set(c->proc->loop, &c->act, 2000 + 300 * i, sim_client_act,
-                       c);
-        cube_timer_set(c->proc->loop, &c->rewatch, 1000 + 100 * i,
-                       sim_client_watch, c);
-        room_running = NULL;
+        sim_client_begin(c);
     }
 }
 
 static void sim_clients_close(struct sim *s)
 {
     for (int i = 0; i < SIM_CLIENTS; i++) {
-        struct sim_client *c = s->clients[i];
-
-        room_proc_end(c->proc, true);
-        room_running = c->proc;
-        cube_timer_clear(c->proc->loop, &c->act);
-        cube_timer_clear(c->proc->loop, &c->rewatch);
-        if (c->watch)
-            cube_http_call_cancel(c->watch);
-        cube_http_client_free(c->http);
-        cube_timer_clear(c->proc->loop, &c->rewatch);
-        cube_buf_free(&c->line);
-        cube_loop_free(c->proc->loop);
-        room_running = NULL;
-        free(c);
+        if (s->clients[i]->proc->is_up)
+            sim_client_end(s->clients[i], true);
+        free(s->clients[i]);
     }
     for (int i = 0; i < s->history->count; i++)
         free(s->history->tasks[i]);

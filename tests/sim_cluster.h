@@ -10,6 +10,7 @@
 
 #define SIM_NODES 5
 #define SIM_CLIENTS 3
+#define SIM_SCARCE 4          /* ports that tasks compete for, from 8000 on */
 #define SIM_DATA "/data"
 #define SIM_SOCKET "unix:///run/docker.sock"
 
@@ -33,6 +34,8 @@ struct sim_node {
     struct room_host *host;
     struct room_proc *proc;   /* the engine's */
     struct sim_engine *engine;
+    int held;                 /* so many faults keep the engine away */
+    int taken[SIM_SCARCE];    /* and so many its ports from 8000 on */
     int seen_requests;
     struct sim_daemon worker;
 };
@@ -263,9 +266,20 @@ static void sim_engine_begin(struct sim *s, struct sim_node *n, uint64_t seed)
     room_running = NULL;
 }
 
+/* In half of the seeds all wall clocks are right, until one jumps; else each
+ * is wrong, by an hour at most. */
+static struct room_host *sim_host_add(struct sim *s, const char *name)
+{
+    struct room_host *h = room_host_add(&s->room, name);
+
+    if (s->seed % 2)
+        h->wall_ns = (room_below(&s->room, 7200) - 3600) * 1000000000;
+    return h;
+}
+
 static void sim_cluster_open(struct sim *s)
 {
-    struct room_host *h = room_host_add(&s->room, "m");
+    struct room_host *h = sim_host_add(s, "m");
 
     s->manager.sim = s;
     s->manager.node = -1;
@@ -275,7 +289,7 @@ static void sim_cluster_open(struct sim *s)
         char name[16];
 
         (void)snprintf(name, sizeof name, "w%d", i + 1);
-        n->host = room_host_add(&s->room, name);
+        n->host = sim_host_add(s, name);
         n->worker.sim = s;
         n->worker.node = i;
         n->worker.proc = room_proc_add(&s->room, n->host, name);

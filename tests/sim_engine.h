@@ -1417,7 +1417,7 @@ static void sim_pull_step(void *arg)
         sim_pull_end(c);
         return;
     }
-    if (c->is_slow)
+    if (c->is_slow && e->faults.pull_slow > 0)
         ms *= 20;
     cube_timer_set(e->loop, &c->timer, ms, sim_pull_step, c);
 }

@@ -16,7 +16,7 @@ enum sim_fault_kind {
     SIM_F_E_KILLED, SIM_F_E_KEPT, SIM_F_E_WIPED, SIM_F_E_HUNG, SIM_F_E_500,
     SIM_F_E_CUT, SIM_F_E_SLOW, SIM_F_E_PULL, SIM_F_E_EXIT, SIM_F_E_OOM,
     SIM_F_E_HAND, SIM_F_E_PORT, SIM_F_E_SICK,
-    SIM_F_C_STOP, SIM_F_C_PART, SIM_F_C_THIN,
+    SIM_F_C_KILL, SIM_F_C_STOP, SIM_F_C_PART, SIM_F_C_THIN,
     SIM_FAULT_KINDS
 };
 
@@ -42,7 +42,7 @@ static const struct sim_fault_row {
     [SIM_F_THIN] = {"bandwidth", SIM_ON_M | SIM_ON_W, 1, 40, 2},
     [SIM_F_NAMES] = {"names not found", SIM_ON_M | SIM_ON_W, 1, 40, 1},
     [SIM_F_FULL] = {"disk full", SIM_ON_M | SIM_ON_W, 1, 40, 2},
-    [SIM_F_DISK] = {"writes fail", SIM_ON_M | SIM_ON_W, 1, 20, 2},
+    [SIM_F_DISK] = {"disk fails", SIM_ON_M | SIM_ON_W, 1, 20, 2},
     [SIM_F_SYNC] = {"a sync fails", SIM_ON_M | SIM_ON_W, 5, 5, 2},
     [SIM_F_SLOW_SYNC] = {"slow disk", SIM_ON_M | SIM_ON_W, 1, 20, 2},
     [SIM_F_CLOCK] = {"wall clock jumps", SIM_ON_M | SIM_ON_W, 1, 1, 3},
@@ -59,6 +59,7 @@ static const struct sim_fault_row {
     [SIM_F_E_HAND] = {"removed by hand", SIM_ON_W, 1, 1, 3},
     [SIM_F_E_PORT] = {"port taken by others", SIM_ON_W, 10, 60, 2},
     [SIM_F_E_SICK] = {"unhealthy", SIM_ON_W, 5, 60, 2},
+    [SIM_F_C_KILL] = {"client killed", SIM_ON_C, 0, 20, 2},
     [SIM_F_C_STOP] = {"client asleep", SIM_ON_C, 1, 60, 2},
     [SIM_F_C_PART] = {"client cut off", SIM_ON_C, 1, 60, 2},
     [SIM_F_C_THIN] = {"client reads slowly", SIM_ON_C, 1, 60, 2},
@@ -148,6 +149,23 @@ static struct sim_daemon *sim_fault_daemon(struct sim *s, int host)
     return host == 0 ? &s->manager : &s->nodes[host - 1].worker;
 }
 
+/* Of the faults of this kind that are on at this host, this one too, the
+ * largest size, from 1 on; 0: none is on. Those that overlap end each for
+ * itself: what a kind does is set by what is left of it. */
+static int64_t sim_fault_left(const struct sim *s, const struct sim_fault *f)
+{
+    int64_t most = 0;
+
+    for (int i = 0; i < s->faults->count; i++) {
+        const struct sim_fault *o = &s->faults->list[i];
+
+        if (o->is_on && o->kind == f->kind && o->host == f->host &&
+            o->size >= most)
+            most = o->size + 1;
+    }
+    return most;
+}
+
 /* Bars or frees all ways from and to a host; +1 or -1. */
 static void sim_bar(struct sim *s, int host, bool in, bool out, int by)
 {
@@ -161,18 +179,25 @@ static void sim_bar(struct sim *s, int host, bool in, bool out, int by)
     }
 }
 
-static void sim_slow(struct sim *s, int host, int64_t extra_us, int64_t bytes)
+static void sim_delay(struct sim *s, int host, int64_t extra_us)
 {
     for (int i = 0; i < s->room.host_count; i++) {
         if (i == host)
             continue;
         s->room.links[i][host].extra_us += extra_us;
         s->room.links[host][i].extra_us += extra_us;
-        s->room.links[i][host].bytes_per_sec = bytes;
-        s->room.links[host][i].bytes_per_sec = bytes;
     }
-    if (bytes == 0 && extra_us == 0)
-        room_hasten(&s->room, sim_fault_host(s, host));
+}
+
+/* 500 to 20,500 bytes a second. */
+static void sim_thin(struct sim *s, const struct sim_fault *f)
+{
+    struct room_host *h = sim_fault_host(s, f->host);
+    int64_t left = sim_fault_left(s, f);
+
+    h->bytes_per_sec = left ? 500 + (1000000 - left) / 50 : 0;
+    if (left == 0)
+        room_hasten(&s->room, h);
 }
 
 /* Each connection of the host to others, with a chance of one half: reset, or
@@ -217,6 +242,8 @@ static void sim_engine_go(struct sim *s, int host, enum sim_down how)
 
     if (e->server)
         sim_engine_down(e, how);
+    for (int i = 0; how == SIM_WIPED && i < SIM_IMAGES; i++)
+        sim_engine_remove_image(e, sim_image_names[i]);
     sim_leave();
 }
 
@@ -228,7 +255,7 @@ static void sim_engine_come(struct room *r, void *arg, int64_t host)
 
     (void)r;
     if (!e->server && !s->nodes[host - 1].host->is_down &&
-        sim_engine_up(e, SIM_SOCKET, &err) < 0)
+        s->nodes[host - 1].held == 0 && sim_engine_up(e, SIM_SOCKET, &err) < 0)
         abort();
     sim_leave();
 }
@@ -283,16 +310,37 @@ static void sim_power_on(struct sim *s, int host)
                      room_below(&s->room, 5 * ROOM_SEC));
 }
 
+/* SIGSTOP and SIGCONT, of the process that is up. */
+static void sim_sleep(struct sim *s, const struct sim_fault *f,
+                      struct room_proc *p)
+{
+    if (f->is_on)
+        p->is_stopped = p->is_up;
+    else if (sim_fault_left(s, f) == 0)
+        p->is_stopped = false;
+}
+
+static void sim_client_fault(struct sim *s, struct sim_fault *f)
+{
+    struct sim_client *c = s->clients[f->host - 1 - SIM_NODES];
+
+    if (f->kind == SIM_F_C_STOP)
+        sim_sleep(s, f, c->proc);
+    else if (f->is_on && c->proc->is_up)
+        sim_client_end(c, false);
+    else if (!f->is_on && sim_fault_left(s, f) == 0)
+        sim_client_begin(c);
+}
+
 static void sim_daemon_fault(struct sim *s, struct sim_fault *f)
 {
     struct sim_daemon *d = sim_fault_daemon(s, f->host);
-    struct room_proc *p = d->proc;
 
     if (f->kind == SIM_F_STOP) {
-        p->is_stopped = f->is_on && p->is_up;
+        sim_sleep(s, f, d->proc);
     } else if (f->is_on) {
         d->held++;
-        if (f->kind == SIM_F_END && !p->is_stopped)
+        if (f->kind == SIM_F_END && !d->proc->is_stopped)
             sim_daemon_end(d);
         else
             sim_daemon_kill(d, false);
@@ -311,7 +359,8 @@ static void sim_disk_fault(struct sim *s, struct sim_fault *f, int by)
     else if (f->kind == SIM_F_DISK)
         h->failing += by;
     else if (f->kind == SIM_F_SYNC)
-        h->sync_fails = by > 0 ? 1 + (int)(f->size % 3) : 0;
+        h->sync_fails = by > 0                       ? 1 + (int)(f->size % 3)
+                        : sim_fault_left(s, f) == 0 ? 0 : h->sync_fails;
     else
         h->sync_us += by * f->size * 3;
 }
@@ -325,9 +374,9 @@ static void sim_net_fault(struct sim *s, struct sim_fault *f, int by)
     else if (f->kind == SIM_F_PART_OUT)
         sim_bar(s, f->host, false, true, by);
     else if (f->kind == SIM_F_LATE)
-        sim_slow(s, f->host, by * f->size, 0);
+        sim_delay(s, f->host, by * f->size);
     else if (f->kind == SIM_F_THIN || f->kind == SIM_F_C_THIN)
-        sim_slow(s, f->host, 0, by > 0 ? 500 + f->size / 50 : 0);
+        sim_thin(s, f);
     else if (f->kind == SIM_F_NAMES)
         sim_fault_host(s, f->host)->no_names += by;
     else if (by > 0)
@@ -336,8 +385,11 @@ static void sim_net_fault(struct sim *s, struct sim_fault *f, int by)
 
 static void sim_engine_fault(struct sim *s, struct sim_fault *f)
 {
-    struct sim_engine *e = s->nodes[f->host - 1].engine;
-    int chance = f->is_on ? 100 + (int)(f->size % 400) : 0;
+    struct sim_node *n = &s->nodes[f->host - 1];
+    struct sim_engine *e = n->engine;
+    int64_t left = sim_fault_left(s, f);
+    int chance = left ? 100 + (int)(left / 2500) : 0;
+    int port = (int)(f->size % SIM_SCARCE);
 
     if (f->kind == SIM_F_E_500)
         e->faults.error = chance;
@@ -353,12 +405,13 @@ static void sim_engine_fault(struct sim *s, struct sim_fault *f)
         e->faults.pull_missing = e->faults.pull_error = e->faults.pull_cut =
             e->faults.pull_slow = chance / 2;
     else if (f->kind == SIM_F_E_PORT) {
+        n->taken[port] += f->is_on ? 1 : -1;
         (void)sim_visit(s, f->host);
-        sim_engine_take_port(e, 8000 + (int)(f->size % 4), f->is_on);
+        sim_engine_take_port(e, 8000 + port, n->taken[port] > 0);
         sim_leave();
     } else if (f->kind == SIM_F_E_HUNG) {
         (void)sim_visit(s, f->host);
-        if (e->server)
+        if (e->server && (f->is_on || left == 0))
             sim_engine_hang(e, f->is_on);
         sim_leave();
     } else if (f->is_on && (f->kind == SIM_F_E_HAND ||
@@ -376,7 +429,7 @@ static void sim_fault_switch(struct sim *s, struct sim_fault *f)
         sim_daemon_fault(s, f);
     else if (f->kind == SIM_F_POWER && f->is_on)
         sim_power_off(s, f->host);
-    else if (f->kind == SIM_F_POWER)
+    else if (f->kind == SIM_F_POWER && sim_fault_left(s, f) == 0)
         sim_power_on(s, f->host);
     else if (f->kind <= SIM_F_NAMES)
         sim_net_fault(s, f, by);
@@ -386,14 +439,15 @@ static void sim_fault_switch(struct sim *s, struct sim_fault *f)
         sim_fault_host(s, f->host)->wall_ns +=
             (f->size - 500000) * 20000000;
     else if (f->kind >= SIM_F_E_KILLED && f->kind <= SIM_F_E_WIPED) {
+        s->nodes[f->host - 1].held += by;
         if (f->is_on)
             sim_engine_go(s, f->host, downs[f->kind - SIM_F_E_KILLED]);
         else
             sim_engine_come(&s->room, s, f->host);
     } else if (f->kind > SIM_F_E_WIPED && f->kind <= SIM_F_E_SICK)
         sim_engine_fault(s, f);
-    else if (f->kind == SIM_F_C_STOP)
-        s->clients[f->host - 1 - SIM_NODES]->proc->is_stopped = f->is_on;
+    else if (f->kind == SIM_F_C_KILL || f->kind == SIM_F_C_STOP)
+        sim_client_fault(s, f);
     else if (f->kind >= SIM_F_C_PART)
         sim_net_fault(s, f, by);
 }

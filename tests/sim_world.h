@@ -97,7 +97,6 @@ struct room_naming {
 struct room_link {
     int barred;               /* so many faults bar it */
     int64_t extra_us;         /* more latency */
-    int64_t bytes_per_sec;    /* 0: as fast as the seed's network */
 };
 
 struct room_host {
@@ -109,8 +108,9 @@ struct room_host {
     struct room_name *names, *disk;
     struct room_naming *namings, **last_naming;
     uint64_t naming_seq;
-    int full, failing;        /* faults: no room; writes fail */
+    int full, failing;        /* faults: no room; reads and writes fail */
     int no_names;             /* names cannot be looked up */
+    int64_t bytes_per_sec;    /* fault: a thin way; 0: the seed's network */
     int sync_fails;           /* so many syncs from now on fail */
     int64_t sync_us;          /* a sync takes so much longer */
 };
@@ -203,7 +203,6 @@ struct room_proc {
     long heap_bytes, heap_peak, heap_blocks;
     /* what it did, for those who count */
     uint64_t turns, connects, syncs, seen_turns, seen_connects;
-    size_t recv_max;          /* fault: a slow reader; 0: no */
 };
 
 struct room {
@@ -477,28 +476,37 @@ static void room_flight_clear(struct room_end *e)
 
 static void room_arrive(struct room *s, void *arg, int64_t number);
 
+/* How thin a fault has made the way from this end, at either host; 0: it is
+ * as wide as the seed's network. */
+static int64_t room_thin(const struct room_end *from)
+{
+    int64_t own = from->host->bytes_per_sec;
+    int64_t other = from->peer->host->bytes_per_sec;
+
+    return own == 0 || (other > 0 && other < own) ? other : own;
+}
+
 /* Looks for the first segment when it is due; on a thin way soon in any case,
  * since that may become a wide one meanwhile (room_hasten). */
 static void room_arrive_later(struct room *s, struct room_end *from)
 {
-    const struct room_link *link =
-        &s->links[from->host->number][from->peer->host->number];
     int64_t at = from->first->at_us, soon = s->now_us + ROOM_SEC / 10;
 
     at = at > s->now_us ? at : s->now_us + 1;
-    room_at(s, link->bytes_per_sec && at > soon ? soon : at, room_arrive, from,
-            0);
+    room_at(s, at > soon && room_thin(from) ? soon : at, room_arrive, from, 0);
 }
 
-/* The ways from and to a host are wide again: what had queued up for them is
- * through at once. What waits to be sent again waits on. */
+/* The ways from and to a host are wide again, but for those that are thin at
+ * their other ends: what had queued up for them is through at once. What waits
+ * to be sent again waits on. */
 static void room_hasten(struct room *s, const struct room_host *host)
 {
     for (struct room_conn *c = s->conns; c; c = c->next) {
         for (int i = 0; i < 2 && !c->is_local; i++) {
             struct room_end *e = &c->end[i];
 
-            if ((e->host != host && e->peer->host != host) || e->rto_us > 0)
+            if ((e->host != host && e->peer->host != host) || e->rto_us > 0 ||
+                room_thin(e))
                 continue;
             if (e->free_us > s->now_us)
                 e->free_us = s->now_us;
@@ -517,16 +525,15 @@ static void room_transmit(struct room *s, struct room_end *from,
     struct room_segment *seg = room_new(sizeof *seg + len);
     struct room_link *link =
         &s->links[from->host->number][from->peer->host->number];
-    int64_t speed = s->bytes_per_sec, at;
+    int64_t thin = room_thin(from), at;
 
-    if (link->bytes_per_sec && link->bytes_per_sec < speed)
-        speed = link->bytes_per_sec;
     if (from->conn->is_local) {
         at = s->now_us + 5 + room_below(s, 20);
     } else {
         if (from->free_us < s->now_us)
             from->free_us = s->now_us;
-        from->free_us += (int64_t)(len + 60) * ROOM_SEC / speed;
+        from->free_us += (int64_t)(len + 60) * ROOM_SEC /
+                         (thin ? thin : s->bytes_per_sec);
         at = from->free_us + s->latency_us + link->extra_us +
              room_below(s, s->jitter_us);
     }
@@ -829,8 +836,6 @@ static int room_recv(void *ctx, int fd, void *buf, size_t len)
     if (left == 0)
         return e->has_fin || e->is_dead ? 0 : -EAGAIN;
     len = len < left ? len : left;
-    if (p->recv_max && len > p->recv_max)
-        len = p->recv_max;
     len = room_shorten(p->room, len);
     memcpy(buf, e->rx.p + e->rx_at, len);
     e->rx_at += len;
@@ -1115,6 +1120,8 @@ static int64_t room_pread(void *ctx, int fd, void *buf, size_t len, int64_t at)
 
     if (!text && !f)
         return -EBADF;
+    if (f && p->host->failing)
+        return -EIO;
     if (at < 0 || (size_t)at >= size)
         return 0;
     if (len > size - (size_t)at)
