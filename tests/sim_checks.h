@@ -9,6 +9,7 @@
 #define SIM_SILENT_US (8 * ROOM_SEC) /* 5 s, the tick, and a sign on its way */
 #define SIM_GRACE_US (11 * ROOM_SEC) /* a container that is deaf to SIGTERM */
 #define SIM_ODD_US (15 * ROOM_SEC)   /* an engine is trusted again after it */
+#define SIM_SICK_US (75 * ROOM_SEC)  /* a start period, and three checks */
 #define SIM_RESTARTS 3
 
 static void sim_check(struct sim *s, int which)
@@ -58,17 +59,91 @@ static void sim_box_failed(struct sim *s, struct sim_task *t,
     int attempt = atoi(sim_label(b, "cube.attempt"));
     int most = !strcmp(t->policy, "no") ? 1 : 1 + SIM_RESTARTS;
 
+    /* where it was moved to for that, it is started once */
+    most = t->spent > 0 && attempt > t->spent ? 1 : most;
     if (!strcmp(t->policy, "always") || !strcmp(t->policy, "unless-stopped") ||
         !b->e->server || s->odd[host] > 0 ||
         t->remove_us > 0 || /* what was removed may be submitted anew */
         s->room.now_us - s->odd_us[host] < SIM_ODD_US)
         return;
     sim_check(s, SIM_CHECK_BUDGET);
-    if (attempt > 0 && attempt < (int)COUNT(t->failures) &&
-        ++t->failures[attempt] > most)
+    if (attempt <= 0 || attempt >= (int)COUNT(t->failures))
+        return;
+    if (++t->failures[attempt] > most)
         SIM_BREAK(s, SIM_CHECK_BUDGET, "t%d, policy \"%s\", has failed %d "
                   "times in attempt %d", t->number, t->policy,
                   t->failures[attempt], attempt);
+}
+
+/* A container starts: its attempt, and how often it was started again, must be
+ * on the worker's disk by then, or a crash would forget them. */
+static void sim_box_written(struct sim *s, const struct sim_box *b,
+                            const struct sim_task *t, int host)
+{
+    struct cube_worker *w = s->nodes[host - 1].worker.worker;
+    struct cube_record *rec = w ? cube_ledger_find(w->ledger, t->id) : NULL;
+    const struct cube_task *had = rec && rec->now ? rec->now->task : NULL;
+    int attempt = atoi(sim_label(b, "cube.attempt"));
+    int restart = atoi(sim_label(b, "cube.restart"));
+
+    if (!w || (!had && t->remove_us > 0))
+        return;
+    sim_check(s, SIM_CHECK_WRITTEN);
+    if (!had || had->attempt < attempt ||
+        (had->attempt == attempt && had->restart_count < restart))
+        SIM_BREAK(s, SIM_CHECK_WRITTEN, "%s starts t%d in attempt %d.%d, and "
+                  "has %d.%d on disk", w->name, t->number, attempt, restart,
+                  had ? (int)had->attempt : -1,
+                  had ? (int)had->restart_count : -1);
+}
+
+/* How long has it waited since it ended? The second before its first restart
+ * is doubled with each one. */
+static void sim_box_waited(struct sim *s, const struct sim_box *b,
+                           struct sim_task *t, int host)
+{
+    int attempt = atoi(sim_label(b, "cube.attempt"));
+    int restart = atoi(sim_label(b, "cube.restart"));
+    int64_t waited = s->room.now_us - t->ended_us;
+    int64_t least;
+
+    if (attempt < t->run_attempt ||
+        (attempt == t->run_attempt && restart <= t->run_restart))
+        return;
+    if (attempt > t->run_attempt)
+        t->first_restart = restart;
+    least = cube_doubled(ROOM_SEC, restart - t->first_restart - 1,
+                         300 * ROOM_SEC) - ROOM_SEC / 100;
+    t->run_attempt = attempt;
+    t->run_restart = restart;
+    if (restart == t->first_restart || s->odd[host] > 0 ||
+        s->odd_us[host] >= t->ended_us || t->remove_us > 0)
+        return;
+    sim_check(s, SIM_CHECK_BACKOFF);
+    if (waited < least)
+        SIM_BREAK(s, SIM_CHECK_BACKOFF, "t%d was started again in attempt "
+                  "%d.%d after %.1f s, and not %.1f", t->number, attempt,
+                  restart, (double)waited / 1e6, (double)least / 1e6);
+}
+
+/* A container runs for the first time. */
+static void sim_box_begins(struct sim *s, const struct sim_box *b,
+                           struct sim_task *t, int host)
+{
+    t->starts++;
+    sim_box_written(s, b, t, host);
+    sim_box_waited(s, b, t, host);
+}
+
+/* A container has ended; one of an attempt that is over does not begin the wait
+ * for a restart. */
+static void sim_box_ended(struct sim *s, const struct sim_box *b,
+                          struct sim_task *t)
+{
+    t->codes[b->code & 255] = true;
+    t->was_oom |= b->is_oom;
+    if (atoi(sim_label(b, "cube.attempt")) == t->run_attempt)
+        t->ended_us = s->room.now_us;
 }
 
 static void sim_note_free(struct sim_box *b)
@@ -102,8 +177,10 @@ static void sim_box_changed(void *arg, struct sim_box *b, bool is_gone)
         n = b->user = room_new(sizeof *n);
     n->task = t;
     if (is_running && !n->is_counted)
-        t->starts++;
+        sim_box_begins(s, b, t, room_running->host->number);
     n->is_counted |= is_running;
+    if (b->state == SIM_EXITED && !is_gone)
+        sim_box_ended(s, b, t);
     if (t->kind == SIM_FAILING && b->state == SIM_EXITED && b->code == 3 &&
         !n->has_failed) {
         n->has_failed = true;
@@ -185,6 +262,22 @@ static void sim_note_fine(struct sim *s)
     }
 }
 
+/* The nodes that were named to the manager, and the one that has joined. */
+static void sim_watch_nodes(struct sim *s)
+{
+    struct cube_worker *last = s->nodes[SIM_NODES - 1].worker.worker;
+
+    s->has_joined |= last && last->has_joined;
+    for (int i = 1; i <= SIM_NODES - !s->has_joined; i++) {
+        char name[20];
+
+        (void)snprintf(name, sizeof name, "w%d:5556", i);
+        sim_check(s, SIM_CHECK_NODES);
+        if (!cube_manager_member(s->manager.manager, name))
+            SIM_BREAK(s, SIM_CHECK_NODES, "node %s is not known", name);
+    }
+}
+
 /* A manager that is well gives up a node that nothing can have come from. */
 static void sim_watch_lost(struct sim *s)
 {
@@ -260,12 +353,27 @@ static void sim_watch_twins(struct sim *s, struct sim_task *t)
 static void sim_watch_record(struct sim *s, struct sim_task *t)
 {
     const struct cube_version *v = t->rec ? t->rec->now : NULL;
+    bool is_there = v && !v->is_gone && !v->keep.is_hidden;
 
+    if (t->remove_acked_us > 0 && t->remove_us > 0 && !t->may_be_back) {
+        sim_check(s, SIM_CHECK_REMOVED);
+        if (is_there)
+            SIM_BREAK(s, SIM_CHECK_REMOVED, "the removal of t%d was "
+                      "acknowledged at %.3f", t->number,
+                      (double)t->remove_acked_us / 1e6);
+    }
     if (t->remove_us > 0)
         return;
+    if (t->told_attempt > 0) {
+        sim_check(s, SIM_CHECK_TOLD);
+        if (!v || v->task->attempt < t->told_attempt)
+            SIM_BREAK(s, SIM_CHECK_TOLD, "t%d is in attempt %d, and clients "
+                      "were told of attempt %d", t->number,
+                      v ? (int)v->task->attempt : -1, (int)t->told_attempt);
+    }
     if (t->acked_us > 0) {
         sim_check(s, SIM_CHECK_KEPT);
-        if (!v || v->is_gone || v->keep.is_hidden) {
+        if (!is_there) {
             SIM_BREAK(s, SIM_CHECK_KEPT, "t%d %s was acknowledged at %.3f",
                       t->number, t->id, (double)t->acked_us / 1e6);
             return;
@@ -282,8 +390,7 @@ static void sim_watch_record(struct sim *s, struct sim_task *t)
     if (v && t->has_ended && v->task->state != CUBE_COMPLETED)
         SIM_BREAK(s, SIM_CHECK_STATES, "t%d was Completed and is %s",
                   t->number, cube_state_name(v->task->state));
-    if (v)
-        t->has_ended = v->task->state == CUBE_COMPLETED;
+    t->has_ended |= v && v->task->state == CUBE_COMPLETED;
 }
 
 /* Bounds by what is managed: a base, and a share for each task and event. */
@@ -291,9 +398,11 @@ static void sim_watch_memory(struct sim *s)
 {
     for (int i = 0; i <= SIM_NODES; i++) {
         struct room_proc *p = sim_fault_daemon(s, i)->proc;
-        long most = i == 0 ? 16L << 20 : 4L << 20;
+        long most = i == 0 ? 4L << 20 : 1L << 20;
 
         sim_check(s, SIM_CHECK_MEMORY);
+        s->most_bytes[i > 0] = p->heap_bytes > s->most_bytes[i > 0]
+                                   ? p->heap_bytes : s->most_bytes[i > 0];
         if (p->heap_bytes > most)
             SIM_BREAK(s, SIM_CHECK_MEMORY, "%s has %ld bytes", p->name,
                       p->heap_bytes);
@@ -314,7 +423,7 @@ static void sim_watch_pace(struct sim *s)
                                                        : s->most_connects;
         s->most_turns = turns > s->most_turns ? turns : s->most_turns;
         sim_check(s, SIM_CHECK_STORM);
-        if (connects > 60 || turns > 4000)
+        if (connects > 45 || turns > 1000)
             SIM_BREAK(s, SIM_CHECK_STORM, "%s made %llu connections and "
                       "%llu turns in a second", p->name,
                       (unsigned long long)connects,
@@ -326,7 +435,7 @@ static void sim_watch_pace(struct sim *s)
 
         s->nodes[i].seen_requests = now;
         s->most_requests = n > s->most_requests ? n : s->most_requests;
-        if (n > 150)
+        if (n > 110)
             SIM_BREAK(s, SIM_CHECK_STORM, "engine of w%d got %d requests in a "
                       "second", i + 1, n);
     }
@@ -355,9 +464,14 @@ static void sim_watch_order(struct sim *s, const struct cube_worker *w,
 {
     int64_t attempt;
 
-    if (!t->rec || t->rec->now->is_gone)
+    if (t->remove_us > 0 && (!t->rec || t->rec->now->is_gone))
         return;
     sim_check(s, SIM_CHECK_FIRST);
+    if (!t->rec || !t->rec->now) {
+        SIM_BREAK(s, SIM_CHECK_FIRST, "%s has t%d, the manager does not",
+                  w->name, t->number);
+        return;
+    }
     attempt = cube_record_latest(rec)->task->attempt;
     if (t->rec->now->task->attempt < attempt)
         SIM_BREAK(s, SIM_CHECK_FIRST, "%s has attempt %d of %s, the "
@@ -437,6 +551,11 @@ static void sim_watch_moves(struct sim *s, struct sim_task *t)
     if (!v)
         return;
     waits = v->task->state == CUBE_PENDING;
+    if (v->keep.moves > 1)
+        SIM_BREAK(s, SIM_CHECK_BUDGET, "t%d was moved %d times off nodes that "
+                  "gave it up", t->number, (int)v->keep.moves);
+    if (v->keep.moves > t->moves)
+        t->spent = (int)t->attempt;
     sim_check(s, SIM_CHECK_CAUSE);
     if (t->attempt > 0 && (v->task->attempt > t->attempt || waits) &&
         t->node >= 0 && v->keep.moves == t->moves && t->remove_us == 0 &&
@@ -526,6 +645,7 @@ static void sim_watch_over(struct room *r, void *arg, int64_t number)
     if (s->manager.manager) {
         sim_watch_ledger(s);
         sim_watch_promised(s);
+        sim_watch_nodes(s);
     }
     for (int i = 0; i < s->history->count; i++) {
         struct sim_task *t = s->history->tasks[i];
@@ -633,6 +753,13 @@ static void sim_look_running(struct sim *s, struct sim_look *l,
                       h->number, b->port_count ? b->ports[0].host : 0,
                       h->port);
     }
+    if (h && h->kind == SIM_HEALTHY &&
+        s->room.now_us - s->fine_us[node + 1] > SIM_SICK_US) {
+        sim_check(s, SIM_CHECK_SICK);
+        if (b->is_unhealthy)
+            sim_doubt(l, SIM_CHECK_SICK, "t%d is sick, and nothing has "
+                      "happened to w%d", h->number, node + 1);
+    }
     w = s->nodes[node].worker.worker;
     rec = w ? cube_ledger_find(w->ledger, t->id) : NULL;
     sim_check(s, SIM_CHECK_AGREE);
@@ -646,16 +773,32 @@ static void sim_look_running(struct sim *s, struct sim_look *l,
                                 : "nothing", t->container_id, b->id);
 }
 
+/* Is this why it failed? What it says of its end must have happened; where no
+ * fault can have been the reason, it is what the task is made to fail of. */
+static bool sim_reason_is_true(const struct sim *s, const char *error,
+                               const struct sim_task *h)
+{
+    const char *code = strstr(error, "exited with code ");
+    const char *part = h->kind == SIM_NO_IMAGE     ? "nosuch"
+                       : h->kind == SIM_NO_COMMAND ? "nosuchcommand"
+                       : h->kind == SIM_FAILING    ? "exited with code 3"
+                       : h->kind == SIM_JOB        ? "exited with code 0"
+                                                   : "(no reason)";
+
+    if (code && !h->codes[atoi(code + strlen("exited with code ")) & 255])
+        return false;
+    if (strstr(error, "out of memory") && !h->was_oom)
+        return false;
+    return *error && (s->was_odd || strstr(error, part));
+}
+
 /* Failed: why? */
 static void sim_look_reason(struct sim *s, struct sim_look *l,
                             const struct cube_task *t,
                             const struct sim_task *h)
 {
-    const char *part = h->kind == SIM_NO_IMAGE     ? "nosuch"
-                       : h->kind == SIM_NO_COMMAND ? "nosuchcommand" : "";
-
     sim_check(s, SIM_CHECK_REASONS);
-    if (!*t->error || (s->faults->count == 0 && !strstr(t->error, part)))
+    if (!sim_reason_is_true(s, t->error, h))
         sim_doubt(l, SIM_CHECK_REASONS, "t%d is Failed, and its Error is "
                   "\"%s\"", h->number, t->error);
 }
@@ -680,6 +823,28 @@ static void sim_look_backoff(struct sim *s, struct sim_look *l,
                   t->error);
 }
 
+/* Over, though nobody had it stopped: is it one that ends? It is Completed when
+ * it has ended with 0, and Failed when its policy gives it up, which takes as
+ * many runs as there are restarts, where no fault has made a start fail. */
+static void sim_look_ended(struct sim *s, struct sim_look *l,
+                           const struct cube_task *t, const struct sim_task *h)
+{
+    bool is_endless = !strcmp(h->policy, "always") ||
+                      !strcmp(h->policy, "unless-stopped");
+    bool may_fail = h->kind == SIM_FAILING || h->kind == SIM_NO_COMMAND ||
+                    h->kind == SIM_NO_IMAGE;
+    int least = h->kind == SIM_FAILING && strcmp(h->policy, "no") != 0
+                    ? 1 + SIM_RESTARTS : 0;
+
+    sim_check(s, SIM_CHECK_ENDED);
+    if (is_endless || (t->state == CUBE_COMPLETED && !h->codes[0]) ||
+        (!s->was_odd && t->state == CUBE_FAILED &&
+         (!may_fail || h->starts < least)))
+        sim_doubt(l, SIM_CHECK_ENDED, "t%d, policy \"%s\", is %s after %d "
+                  "starts: \"%s\"", h->number, h->policy,
+                  cube_state_name(t->state), h->starts, t->error);
+}
+
 static void sim_look_task(struct sim *s, struct sim_look *l,
                           const struct cube_task *t, struct sim_task *h)
 {
@@ -698,6 +863,8 @@ static void sim_look_task(struct sim *s, struct sim_look *l,
                       node + 1);
         if (t->state == CUBE_FAILED)
             sim_look_reason(s, l, t, h);
+        if (t->wanted != CUBE_WANT_STOP && h->remove_us == 0)
+            sim_look_ended(s, l, t, h);
     } else if (t->state == CUBE_RUNNING) {
         sim_look_running(s, l, t, h);
     } else if (t->state == CUBE_PENDING) {
@@ -743,6 +910,33 @@ static void sim_look_nodes(struct sim *s, struct sim_look *l)
         if (big > 2)
             sim_doubt(l, SIM_CHECK_ROOM, "w%d runs %d tasks of 6 GiB", i + 1,
                       big);
+    }
+}
+
+/* What a worker would still run is what the manager has given it. */
+static void sim_look_workers(struct sim *s, struct sim_look *l)
+{
+    for (int i = 0; i < SIM_NODES; i++) {
+        struct cube_worker *w = s->nodes[i].worker.worker;
+        struct cube_record *rec;
+
+        for (size_t at = 0; w && (rec = cube_ledger_next(w->ledger, &at));) {
+            const struct cube_task *has = rec->now ? rec->now->task : NULL;
+            struct cube_record *own = cube_ledger_find(
+                s->manager.manager->ledger, rec->id);
+
+            if (!has || rec->now->is_gone || cube_task_is_finished(has) ||
+                has->wanted == CUBE_WANT_STOP)
+                continue;
+            sim_check(s, SIM_CHECK_AGREE);
+            if (!own || !own->now || own->now->is_gone ||
+                own->now->task->attempt != has->attempt ||
+                own->now->task->node[1] - '1' != i)
+                sim_doubt(l, SIM_CHECK_AGREE, "w%d keeps %s in attempt %d, "
+                          "which the manager has given to %s", i + 1,
+                          rec->id, (int)has->attempt,
+                          own && own->now ? own->now->task->node : "nobody");
+        }
     }
 }
 
@@ -797,6 +991,7 @@ static void sim_look(struct sim *s, struct sim_look *l)
             sim_look_task(s, l, rec->now->task, t);
     }
     sim_look_nodes(s, l);
+    sim_look_workers(s, l);
     sim_look_clients(s, l);
 }
 

@@ -45,10 +45,19 @@ struct sim_task {
     int64_t stop_us, stop_acked_us;
     int64_t remove_us, remove_acked_us;
     bool may_be_gone;         /* a removal was not answered */
+    bool may_be_back;         /* nor was a submission, which may come yet */
     bool is_asking;           /* a call for it is under way */
     /* for checks.h */
     int starts;               /* of containers */
     int failures[64];         /* ends with 3, by attempt */
+    int spent;                /* the attempt that it was moved off for having
+                                 used up its restarts; 0: none */
+    bool codes[256];          /* containers have ended with these */
+    bool was_oom;             /* one of them of too much memory */
+    int64_t ended_us;         /* the last of them */
+    int run_attempt, run_restart; /* of the newest container, by its labels */
+    int first_restart;        /* of the first one of that attempt */
+    int64_t told_attempt;     /* the newest that a client was told of */
     int running;              /* containers, at the last look */
     bool is_deaf;             /* one of them does not heed SIGTERM */
     int64_t reached_us;       /* its nodes, by the manager, since then */
@@ -111,10 +120,11 @@ enum {
     SIM_CHECK_EVENTS, SIM_CHECK_RESET, SIM_CHECK_MEMORY, SIM_CHECK_TWINS,
     SIM_CHECK_BUDGET, SIM_CHECK_STORM, SIM_CHECK_LEAKS,
     SIM_CHECK_FIRST, SIM_CHECK_BACK, SIM_CHECK_EPOCH, SIM_CHECK_CAUSE,
-    SIM_CHECK_LOST, SIM_CHECK_ASKED, SIM_CHECK_PROMISED,
+    SIM_CHECK_LOST, SIM_CHECK_ASKED, SIM_CHECK_PROMISED, SIM_CHECK_NODES,
+    SIM_CHECK_REMOVED, SIM_CHECK_TOLD, SIM_CHECK_WRITTEN, SIM_CHECK_BACKOFF,
     SIM_CHECK_ONCE, SIM_CHECK_PORTS, SIM_CHECK_ROOM, SIM_CHECK_STOPPED,
     SIM_CHECK_GHOSTS, SIM_CHECK_REASONS, SIM_CHECK_AGREE, SIM_CHECK_STORES,
-    SIM_CHECK_STREAMS, SIM_CHECKS
+    SIM_CHECK_STREAMS, SIM_CHECK_ENDED, SIM_CHECK_SICK, SIM_CHECKS
 };
 
 static const char *const sim_check_names[SIM_CHECKS] = {
@@ -136,6 +146,11 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "a node without a sign of life is lost",
     "only what runs is asked for its health",
     "a node has promised what its tasks ask for",
+    "no acknowledged node is forgotten",
+    "no acknowledged removal is forgotten",
+    "what clients were told is on disk",
+    "what an engine starts, its worker has on disk",
+    "each restart waits twice as long as the last",
     "what should run runs exactly once",
     "it has the ports it asked for",
     "its node has room for it",
@@ -145,6 +160,8 @@ static const char *const sim_check_names[SIM_CHECKS] = {
     "manager, workers and engines agree",
     "stores pass their check",
     "what clients were told is what is",
+    "nothing has ended that should run",
+    "what is sick is started again",
 };
 
 static int sim_hex(char c)
@@ -345,6 +362,8 @@ static void sim_answered(void *arg, const struct cube_http_answer *w)
         a->client->silences++;
         if (a->what == SIM_RM)
             t->may_be_gone = true;
+        if (a->what <= SIM_TWIST)
+            t->may_be_back = true;
         free(a);
         return;
     }
@@ -472,11 +491,15 @@ static void sim_watch_task(struct sim_client *c, struct json_value_s *task,
     const char *id = cube_json_str(cube_json_get(task, "ID"), NULL);
     struct sim_task *t = id ? sim_task_find(c->sim, id) : NULL;
     struct sim_seen *seen;
-    int64_t state = -1;
+    int64_t state = -1, attempt = 0;
 
     (void)cube_json_i64(cube_json_get(task, "State"), &state);
+    (void)cube_json_i64(cube_json_get(task, "Attempt"), &attempt);
     if (!t)
         return;
+    t->has_ended |= state == CUBE_COMPLETED && t->remove_us == 0;
+    if (t->told_attempt < attempt)
+        t->told_attempt = attempt;
     seen = &c->seen[t->number];
     if (seen->is_known && !c->is_listing && seq > seen->seq) {
         sim_check(c->sim, SIM_CHECK_STATES);

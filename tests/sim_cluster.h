@@ -53,6 +53,8 @@ struct sim {
     bool is_over;             /* something did not hold */
     char broken[40];          /* which invariant */
     char words[1000];
+    bool has_joined;          /* the last worker was told that it has */
+    bool was_odd;             /* there was a fault that tasks may fail of */
     struct sim_plan *faults;
     int trouble[ROOM_HOSTS];  /* faults that hit a host just now */
     int odd[ROOM_HOSTS];      /* of these: of its engine, clock, or power */
@@ -65,6 +67,7 @@ struct sim {
     bool is_asleep;
     uint64_t most_connects, most_turns; /* in a second */
     int most_requests;
+    long most_bytes[2];       /* of the manager, of a worker */
     long *fault_counts, *check_counts;
 };
 

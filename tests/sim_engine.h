@@ -654,6 +654,19 @@ static void sim_shorten(struct sim_box *b)
     b->life.code = (int)sim_below(e, 4);
 }
 
+/* The faults that end runs early have begun: they meet what runs, too. */
+static void sim_engine_shorten(struct sim_engine *e)
+{
+    for (struct cube_list *l = e->boxes.next; l != &e->boxes; l = l->next) {
+        struct sim_box *b = CUBE_OF(l, struct sim_box, link);
+
+        if (b->state != SIM_RUNNING || b->end_ms != SIM_NEVER)
+            continue;
+        sim_shorten(b);
+        sim_end_in(b, b->life.runs_ms, b->life.code);
+    }
+}
+
 /* A run begins. 0, or the status to refuse it with, and b->error. */
 static int sim_start(struct sim_box *b)
 {
@@ -1760,7 +1773,7 @@ static int sim_engine_up(struct sim_engine *e, const char *where,
     if (e->how == SIM_WIPED)
         sim_engine_end_all(e, 137, true);
     e->counts.kept += e->how == SIM_KEPT;
-    e->counts.ended += e->how == SIM_KILLED;
+    e->counts.ended += e->how == SIM_KILLED && e->counts.downs > 0;
     e->counts.wiped += e->how == SIM_WIPED;
     e->counts.powers += e->how == SIM_POWER;
     e->how = SIM_KEPT;

@@ -236,14 +236,21 @@ static void sim_leave(void)
     room_running = NULL;
 }
 
+/* Whatever is started next is pulled again. */
+static void sim_prune(struct sim_engine *e)
+{
+    for (int i = 0; i < SIM_IMAGES; i++)
+        sim_engine_remove_image(e, sim_image_names[i]);
+}
+
 static void sim_engine_go(struct sim *s, int host, enum sim_down how)
 {
     struct sim_engine *e = sim_visit(s, host);
 
     if (e->server)
         sim_engine_down(e, how);
-    for (int i = 0; how == SIM_WIPED && i < SIM_IMAGES; i++)
-        sim_engine_remove_image(e, sim_image_names[i]);
+    if (how == SIM_WIPED)
+        sim_prune(e);
     sim_leave();
 }
 
@@ -260,24 +267,24 @@ static void sim_engine_come(struct room *r, void *arg, int64_t host)
     sim_leave();
 }
 
-/* Somebody removes a container, or makes one ill. */
-static void sim_engine_touch(struct sim *s, int host, int64_t size,
-                             bool is_removal)
+/* Somebody removes a container. */
+static void sim_engine_touch(struct sim *s, int host, int64_t size)
 {
     struct sim_engine *e = sim_visit(s, host);
     struct cube_list *l = e->boxes.next;
 
     for (int i = 0; l != &e->boxes && i < size % 5; i++)
         l = l->next;
-    if (l != &e->boxes) {
-        struct sim_box *b = CUBE_OF(l, struct sim_box, link);
-
-        if (is_removal)
-            (void)sim_engine_remove_by_hand(b);
-        else
-            b->is_unhealthy = true;
-    }
+    if (l != &e->boxes)
+        (void)sim_engine_remove_by_hand(CUBE_OF(l, struct sim_box, link));
     sim_leave();
+}
+
+/* All that are there fall ill: those that are asked for their health tell. */
+static void sim_engine_sicken(struct sim_engine *e)
+{
+    for (struct cube_list *l = e->boxes.next; l != &e->boxes; l = l->next)
+        CUBE_OF(l, struct sim_box, link)->is_unhealthy = true;
 }
 
 /* ---- Begin and end ---- */
@@ -401,10 +408,12 @@ static void sim_engine_fault(struct sim *s, struct sim_fault *f)
         e->faults.exit_early = chance;
     else if (f->kind == SIM_F_E_OOM)
         e->faults.oom = chance;
-    else if (f->kind == SIM_F_E_PULL)
+    else if (f->kind == SIM_F_E_PULL) {
         e->faults.pull_missing = e->faults.pull_error = e->faults.pull_cut =
             e->faults.pull_slow = chance / 2;
-    else if (f->kind == SIM_F_E_PORT) {
+        if (f->is_on)
+            sim_prune(e);
+    } else if (f->kind == SIM_F_E_PORT) {
         n->taken[port] += f->is_on ? 1 : -1;
         (void)sim_visit(s, f->host);
         sim_engine_take_port(e, 8000 + port, n->taken[port] > 0);
@@ -414,9 +423,16 @@ static void sim_engine_fault(struct sim *s, struct sim_fault *f)
         if (e->server && (f->is_on || left == 0))
             sim_engine_hang(e, f->is_on);
         sim_leave();
-    } else if (f->is_on && (f->kind == SIM_F_E_HAND ||
-                            f->kind == SIM_F_E_SICK)) {
-        sim_engine_touch(s, f->host, f->size, f->kind == SIM_F_E_HAND);
+    } else if (f->is_on && f->kind == SIM_F_E_HAND) {
+        sim_engine_touch(s, f->host, f->size);
+    } else if (f->is_on && f->kind == SIM_F_E_SICK) {
+        sim_engine_sicken(e);
+    }
+    if (f->is_on && (f->kind == SIM_F_E_EXIT || f->kind == SIM_F_E_OOM)) {
+        (void)sim_visit(s, f->host);
+        if (e->server)
+            sim_engine_shorten(e);
+        sim_leave();
     }
 }
 
@@ -480,8 +496,10 @@ static void sim_fault_event(struct room *r, void *arg, int64_t number)
     /* A clock that jumped stays odd: a run that it hit may seem to have been
      * long, which earns a new budget of restarts. */
     if (f->kind == SIM_F_POWER ||
-        (f->kind >= SIM_F_CLOCK && f->kind <= SIM_F_E_SICK))
+        (f->kind >= SIM_F_CLOCK && f->kind <= SIM_F_E_SICK)) {
         s->odd[f->host] += f->is_on ? 1 : f->kind == SIM_F_CLOCK ? 0 : -1;
+        s->was_odd = true;
+    }
     s->odd_us[f->host] = r->now_us;
     s->fault_counts[f->kind] += f->is_on;
     room_say(r, sim_fault_host(s, f->host)->name, "%s: fault %d, %s%s",
