@@ -11,13 +11,16 @@
  *     build/tests/sim -s 42 -k -         with none of them
  *
  * Runs are spread over SIM_JOBS processes (one for each core). A failing seed
- * is printed with its command and with the shortest list of faults found that
- * still makes it fail in the same way. Each 20th seed is run twice, and the
- * hashes of both traces must be the same. A kind of fault that was never
- * injected, or an invariant that was never put to the test, fails the suite.
+ * is printed at once with its command, and in the end the first ones with the
+ * shortest list of faults found that still makes them fail in the same way.
+ * SIGINT or SIGTERM ends a hunt with the sum so far. Each 20th seed is run
+ * twice, and the hashes of both traces must be the same. A kind of fault that
+ * was never injected, or an invariant that was never put to the test, fails
+ * the suite.
  */
 #define _GNU_SOURCE
 #include <malloc.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -25,6 +28,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -55,8 +59,36 @@ static void room_free(void *p);
 #endif
 #define SIM_TWICE 20          /* one in so many seeds is run twice */
 #define SIM_CHILDREN 64
-#define SIM_SHOWN 40          /* failing seeds that are shown */
-#define SIM_SHRUNK 2          /* and shrunk */
+#define SIM_SHRUNK 2          /* failing seeds that are shrunk */
+#define SIM_LIMIT_S 60        /* of processor time, for a seed */
+
+static const char sim_crashes[] = "it neither crashes nor hangs";
+
+/* What engines have done, as they count it (struct sim_engine_counts). */
+static const struct {
+    const char *name;
+    size_t at;
+} sim_deeds[] = {
+    {"answered 500", offsetof(struct sim_engine_counts, errors)},
+    {"hung up", offsetof(struct sim_engine_counts, cuts)},
+    {"slow", offsetof(struct sim_engine_counts, slow)},
+    {"hung", offsetof(struct sim_engine_counts, hung)},
+    {"create: name in use", offsetof(struct sim_engine_counts, conflicts)},
+    {"start: port taken", offsetof(struct sim_engine_counts, ports_taken)},
+    {"start: no such command", offsetof(struct sim_engine_counts, refused)},
+    {"pull: not found", offsetof(struct sim_engine_counts, pull_missing)},
+    {"pull: failed", offsetof(struct sim_engine_counts, pull_error)},
+    {"pull: hung up", offsetof(struct sim_engine_counts, pull_cut)},
+    {"pull: slow", offsetof(struct sim_engine_counts, pull_slow)},
+    {"ended early", offsetof(struct sim_engine_counts, exit_early)},
+    {"killed for memory", offsetof(struct sim_engine_counts, ooms)},
+    {"removed by hand", offsetof(struct sim_engine_counts, by_hand)},
+    {"back, all run on", offsetof(struct sim_engine_counts, kept)},
+    {"back, all ended", offsetof(struct sim_engine_counts, ended)},
+    {"back, all gone", offsetof(struct sim_engine_counts, wiped)},
+    {"back after a power cut", offsetof(struct sim_engine_counts, powers)},
+};
+#define SIM_DEEDS COUNT(sim_deeds)
 
 /* What one run gave; sent through a pipe as it is. */
 struct sim_outcome {
@@ -64,8 +96,9 @@ struct sim_outcome {
     bool is_begin;            /* the seed has only begun */
     char broken[60];          /* "": all held */
     char words[1000];
-    long faults[SIM_FAULT_KINDS], checks[SIM_CHECKS];
+    long faults[SIM_FAULT_KINDS], checks[SIM_CHECKS], deeds[SIM_DEEDS];
     uint64_t most_connects, most_turns, most_requests, short_calls, torn;
+    uint64_t most_bytes[2];
     long tasks, answers, events, resets;
 };
 
@@ -88,6 +121,12 @@ static void sim_outcome_fill(struct sim *s, struct sim_outcome *o)
     o->most_requests = (uint64_t)s->most_requests;
     o->short_calls = s->room.short_calls;
     o->torn = s->room.torn + s->room.unsynced_names;
+    for (int i = 0; i < 2; i++)
+        o->most_bytes[i] = (uint64_t)s->most_bytes[i];
+    for (int i = 0; i < SIM_NODES; i++)
+        for (size_t k = 0; k < SIM_DEEDS; k++)
+            o->deeds[k] += *(int *)((char *)&s->nodes[i].engine->counts +
+                                    sim_deeds[k].at);
     o->tasks = s->history->count;
     for (int i = 0; i < SIM_CLIENTS; i++) {
         o->answers += s->clients[i]->answers;
@@ -137,6 +176,23 @@ static int sim_run_seed(uint64_t seed, const struct sim_keep *keep,
 
 /* ---- Children ---- */
 
+/* The program's, told by a signal to end. */
+static volatile sig_atomic_t sim_is_told;
+
+static void sim_on_signal(int number)
+{
+    (void)number;
+    sim_is_told = 1;
+}
+
+/* A seed that takes longer than this, from now on, ends its process. */
+static void sim_limit(void)
+{
+    struct itimerval t = {.it_value = {.tv_sec = SIM_LIMIT_S}};
+
+    (void)setitimer(ITIMER_VIRTUAL, &t, NULL);
+}
+
 /* Runs seeds first, first + step, ... in a process of its own, which tells of
  * each through the pipe before and after, so that a crash has a seed. */
 static pid_t sim_child(int out, uint64_t first, uint64_t end, uint64_t step,
@@ -148,12 +204,15 @@ static pid_t sim_child(int out, uint64_t first, uint64_t end, uint64_t step,
     pid = fork();
     if (pid != 0)
         return pid;
+    (void)signal(SIGINT, SIG_IGN); /* its parent ends it */
+    (void)signal(SIGTERM, SIG_IGN);
     for (uint64_t seed = first; seed < end; seed += step) {
         struct sim_outcome o, again;
 
         memset(&o, 0, sizeof o);
         o.seed = seed;
         o.is_begin = true;
+        sim_limit();
         if (write(out, &o, sizeof o) < 0)
             _exit(2);
         (void)sim_run_seed(seed, keep, false, &o);
@@ -169,7 +228,7 @@ static pid_t sim_child(int out, uint64_t first, uint64_t end, uint64_t step,
     _exit(0);
 }
 
-/* Runs one seed in a child, so that it may crash, and at most for a minute. */
+/* Runs one seed in a child, so that it may crash. */
 static void sim_try(uint64_t seed, const struct sim_keep *keep,
                     struct sim_outcome *o)
 {
@@ -185,7 +244,7 @@ static void sim_try(uint64_t seed, const struct sim_keep *keep,
     close(pipes[0]);
     (void)waitpid(pid, &status, 0);
     if (o->is_begin || status != 0)
-        (void)snprintf(o->broken, sizeof o->broken, "it does not crash");
+        (void)snprintf(o->broken, sizeof o->broken, "%s", sim_crashes);
 }
 
 /* ---- Failing seeds ---- */
@@ -204,11 +263,14 @@ static void sim_print_kept(const struct sim_keep *keep, int count)
 }
 
 /* Leaves out one fault after the other, halves first, as long as the run
- * still breaks the same thing. */
+ * still breaks the same thing; until none can be left out. */
 static void sim_shrink(const struct sim_outcome *bad, struct sim_keep *keep,
                        int count)
 {
-    for (int size = count; size > 0; size /= 2) {
+    bool has_shrunk = false;
+
+    for (int size = count; size > 0; size = has_shrunk ? 1 : size / 2) {
+        has_shrunk = false;
         for (int from = 0; from < count; from += size) {
             struct sim_keep less = *keep;
             struct sim_outcome o;
@@ -221,24 +283,20 @@ static void sim_shrink(const struct sim_outcome *bad, struct sim_keep *keep,
             if (!is_less)
                 continue;
             sim_try(bad->seed, &less, &o);
-            if (!strcmp(o.broken, bad->broken))
-                *keep = less;
+            if (strcmp(o.broken, bad->broken) != 0)
+                continue;
+            *keep = less;
+            has_shrunk = size == 1;
         }
     }
 }
 
-static void sim_report(const char *program, const struct sim_outcome *bad,
-                       bool is_shrunk)
+static void sim_report(const char *program, const struct sim_outcome *bad)
 {
     struct sim_keep keep;
     struct sim s;
     struct sim_plan plan;
 
-    printf("FAILED seed %llu: %s: %s\n  again: %s -s %llu\n",
-           (unsigned long long)bad->seed, bad->broken, bad->words, program,
-           (unsigned long long)bad->seed);
-    if (!is_shrunk)
-        return;
     memset(&s, 0, sizeof s);
     s.seed = bad->seed;
     s.end_us = SIM_FAULTS_END_US;
@@ -247,6 +305,7 @@ static void sim_report(const char *program, const struct sim_outcome *bad,
     for (int i = 0; i < plan.count; i++)
         keep.list[i] = true;
     sim_shrink(bad, &keep, plan.count);
+    printf("seed %llu:\n", (unsigned long long)bad->seed);
     for (int i = 0; i < plan.count; i++) {
         const struct sim_fault *f = &plan.list[i];
 
@@ -264,10 +323,21 @@ static void sim_report(const char *program, const struct sim_outcome *bad,
 /* ---- Many seeds ---- */
 
 struct sim_sum {
+    const char *program;
     struct sim_outcome all;
     long passed, failed;
-    struct sim_outcome bad[SIM_SHOWN];
+    struct sim_outcome bad[SIM_SHRUNK];
 };
+
+/* Said at once: the hunt may be ended by force. */
+static void sim_print_bad(const struct sim_sum *sum,
+                          const struct sim_outcome *o)
+{
+    printf("FAILED seed %llu, the %ldth: %s: %s\n  again: %s -s %llu\n",
+           (unsigned long long)o->seed, sum->passed + sum->failed, o->broken,
+           o->words, sum->program, (unsigned long long)o->seed);
+    (void)fflush(stdout);
+}
 
 static uint64_t sim_larger(uint64_t a, uint64_t b)
 {
@@ -278,10 +348,14 @@ static void sim_sum_add(struct sim_sum *sum, const struct sim_outcome *o)
 {
     struct sim_outcome *all = &sum->all;
 
-    if (*o->broken && sum->failed < SIM_SHOWN)
+    if (*o->broken && sum->failed < SIM_SHRUNK)
         sum->bad[sum->failed] = *o;
     sum->failed += *o->broken != 0;
     sum->passed += *o->broken == 0;
+    if (*o->broken)
+        sim_print_bad(sum, o);
+    for (size_t i = 0; i < SIM_DEEDS; i++)
+        all->deeds[i] += o->deeds[i];
     for (int i = 0; i < SIM_FAULT_KINDS; i++)
         all->faults[i] += o->faults[i];
     for (int i = 0; i < SIM_CHECKS; i++)
@@ -290,6 +364,8 @@ static void sim_sum_add(struct sim_sum *sum, const struct sim_outcome *o)
     all->most_connects = sim_larger(all->most_connects, o->most_connects);
     all->most_turns = sim_larger(all->most_turns, o->most_turns);
     all->most_requests = sim_larger(all->most_requests, o->most_requests);
+    for (int i = 0; i < 2; i++)
+        all->most_bytes[i] = sim_larger(all->most_bytes[i], o->most_bytes[i]);
     all->short_calls += o->short_calls;
     all->torn += o->torn;
     all->tasks += o->tasks;
@@ -327,7 +403,7 @@ static bool sim_job_read(struct sim_job *j, struct sim_sum *sum, uint64_t end,
         if (j->has_begun) {
             memset(&o, 0, sizeof o);
             o.seed = j->now;
-            (void)snprintf(o.broken, sizeof o.broken, "it does not crash");
+            (void)snprintf(o.broken, sizeof o.broken, "%s", sim_crashes);
             sim_sum_add(sum, &o);
         }
     }
@@ -369,7 +445,7 @@ static void sim_run_many(uint64_t first, uint64_t count, int jobs,
                            &keep);
     }
     while (open > 0) {
-        if (until_bad && sum->failed > 0) {
+        if (sim_is_told || (until_bad && sum->failed > 0)) {
             sim_stop_many(list, jobs);
             return;
         }
@@ -390,32 +466,43 @@ static void sim_run_many(uint64_t first, uint64_t count, int jobs,
     }
 }
 
+/* Prints one. Is it zero? */
+static int sim_print_count(const char *what, uint64_t count, const char *name)
+{
+    printf("%s %8llu  %s\n", what, (unsigned long long)count, name);
+    return count == 0;
+}
+
 /* Prints the counts. Returns how many of them are zero and must not be. */
 static int sim_print_sum(const struct sim_sum *sum, long ms)
 {
     const struct sim_outcome *all = &sum->all;
     int zeros = 0;
 
-    for (int i = 0; i < SIM_FAULT_KINDS; i++) {
-        printf("fault  %8ld  %s\n", all->faults[i], sim_fault_rows[i].name);
-        zeros += all->faults[i] == 0;
-    }
-    printf("fault  %8llu  short reads and writes\n"
-           "fault  %8llu  unsynced sectors and names lost\n",
-           (unsigned long long)all->short_calls,
-           (unsigned long long)all->torn);
-    for (int i = 0; i < SIM_CHECKS; i++) {
-        printf("check  %8ld  %s\n", all->checks[i], sim_check_names[i]);
-        zeros += all->checks[i] == 0;
-    }
+    for (int i = 0; i < SIM_FAULT_KINDS; i++)
+        zeros += sim_print_count("fault ", (uint64_t)all->faults[i],
+                                 sim_fault_rows[i].name);
+    zeros += sim_print_count("fault ", all->short_calls,
+                             "short reads and writes");
+    zeros += sim_print_count("fault ", all->torn,
+                             "unsynced sectors and names lost");
+    for (size_t i = 0; i < SIM_DEEDS; i++)
+        zeros += sim_print_count("engine", (uint64_t)all->deeds[i],
+                                 sim_deeds[i].name);
+    for (int i = 0; i < SIM_CHECKS; i++)
+        zeros += sim_print_count("check ", (uint64_t)all->checks[i],
+                                 sim_check_names[i]);
     printf("%ld seeds in %.1f s, %llu steps; %ld tasks, %ld answers, "
            "%ld events, %ld resets; at most %llu connections, %llu turns of "
-           "one process, %llu requests to one engine in a second\n",
+           "one process, %llu requests to one engine in a second, %llu KiB "
+           "in a manager, %llu in a worker\n",
            sum->passed + sum->failed, (double)ms / 1000,
            (unsigned long long)all->steps, all->tasks, all->answers,
            all->events, all->resets, (unsigned long long)all->most_connects,
            (unsigned long long)all->most_turns,
-           (unsigned long long)all->most_requests);
+           (unsigned long long)all->most_requests,
+           (unsigned long long)all->most_bytes[0] >> 10,
+           (unsigned long long)all->most_bytes[1] >> 10);
     return zeros;
 }
 
@@ -431,24 +518,26 @@ static int sim_many(const char *program, uint64_t first, uint64_t count,
                     int jobs, bool is_suite, bool until_bad)
 {
     struct sim_sum *sum = room_new(sizeof *sum);
+    struct sigaction told = {.sa_handler = sim_on_signal};
     long begin = sim_clock_ms();
     int zeros, bad;
 
+    (void)sigaction(SIGINT, &told, NULL);
+    (void)sigaction(SIGTERM, &told, NULL);
+    sum->program = program;
     sim_run_many(first, count, jobs, until_bad, sum);
-    if (until_bad && sum->failed > 0)
-        printf("%.40s: seed %llu, the %ldth: %.500s\n", sum->bad[0].broken,
-               (unsigned long long)sum->bad[0].seed,
-               sum->passed + sum->failed, sum->bad[0].words);
     zeros = sim_print_sum(sum, sim_clock_ms() - begin);
-    for (int i = 0; i < sum->failed && i < SIM_SHOWN; i++)
-        sim_report(program, &sum->bad[i], !until_bad && i < SIM_SHRUNK);
-    if (sum->failed > SIM_SHOWN)
-        printf("and %ld more seeds failed\n", sum->failed - SIM_SHOWN);
+    if (sim_is_told)
+        printf("ended by a signal, of %llu seeds\n",
+               (unsigned long long)count);
+    for (int i = 0; i < SIM_SHRUNK && i < sum->failed && !until_bad &&
+                    !sim_is_told; i++)
+        sim_report(program, &sum->bad[i]);
     if (is_suite && zeros > 0)
         printf("FAILED: %d counts are zero\n", zeros);
     printf("%ld passed, %ld failed, 0 skipped\n", sum->passed,
            sum->failed + (is_suite && zeros > 0));
-    bad = sum->failed > 0 || (is_suite && zeros > 0);
+    bad = sum->failed > 0 || (is_suite && zeros > 0) || sim_is_told;
     free(sum);
     return bad;
 }
