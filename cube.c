@@ -32144,9 +32144,11 @@ static void cube_manager_log_start(struct cube_manager *m)
     }
 }
 
-/* Does nobody have this task any more? A home that cannot be asked may. */
+/* Does nobody have this task any more? A home that cannot be asked may; and,
+ * when it had other homes before, so may any node that cannot. */
 static bool cube_charge_is_confirmed(struct cube_charge *c)
 {
+    const struct cube_task *t = c->rec->now->task;
     struct cube_list *link;
 
     for (link = c->manager->members.next; link != &c->manager->members;
@@ -32154,7 +32156,8 @@ static bool cube_charge_is_confirmed(struct cube_charge *c)
         struct cube_member *n = CUBE_OF(link, struct cube_member, link);
 
         if (cube_report_is_in_the_way(cube_member_report(n, c->rec->id)) ||
-            (!n->is_listed && strcmp(n->name, c->rec->now->task->node) == 0))
+            (!n->is_listed && ((t->attempt > 1 && !n->is_default) ||
+                               strcmp(n->name, t->node) == 0)))
             return false;
     }
     return true;
@@ -32167,8 +32170,8 @@ static bool cube_charge_is_confirmed(struct cube_charge *c)
  *      shown, ended --- ?forget=1, or older than keep_ms ---> hidden
  *      hidden   workers that report it are told to stop and remove it, again
  *               and again (cube_charge_see_strays)
- *      hidden --- nobody reports it, and its home has listed --> removed
- *             `-- older than keep_ms, whoever may have it -----> removed
+ *      hidden --- nobody reports it, and its homes have listed --> removed
+ *             `-- older than keep_ms, whoever may have it -------> removed
  *
  * Hidden and not removed at once, since a worker that is away would come back
  * with the task, and an unknown task that runs is adopted. The record is also
