@@ -398,7 +398,7 @@ static void sim_watch_memory(struct sim *s)
 {
     for (int i = 0; i <= SIM_NODES; i++) {
         struct room_proc *p = sim_fault_daemon(s, i)->proc;
-        long most = i == 0 ? 4L << 20 : 1L << 20;
+        long most = i == 0 ? 4L << 20 : 3L << 19;
 
         sim_check(s, SIM_CHECK_MEMORY);
         s->most_bytes[i > 0] = p->heap_bytes > s->most_bytes[i > 0]
