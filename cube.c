@@ -386,6 +386,18 @@ static void cube_world_keep_asking(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
 }
 
+/* Who closes a connection that it has begun wants nothing of it any more: what
+ * the other side does not have by then is dropped, and that side is told so by
+ * a reset. Else the kernel would send on for a minute or two, after the end of
+ * the process as well, and a request that was given up could arrive over a
+ * cable that is mended, long after others were sent in its place. */
+static void cube_world_drop_at_close(int fd)
+{
+    struct linger none = {1, 0};
+
+    (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
+}
+
 /* A listening socket for `addr` (port 0: any), or a negative errno value, with
  * nothing left open. An address in TIME_WAIT from our last run is taken over,
  * and an IPv6 address means IPv6 alone, so that "::" and "0.0.0.0" can be
@@ -454,6 +466,7 @@ static int cube_world_connect(void *ctx, const struct cube_addr *addr)
     if (addr->kind != CUBE_ADDR_UNIX) {
         cube_world_no_delay(fd);
         cube_world_keep_asking(fd);
+        cube_world_drop_at_close(fd);
     }
     if (connect(fd, (struct sockaddr *)&s, len) < 0 && errno != EINPROGRESS &&
         errno != EINTR) {
@@ -31731,7 +31744,9 @@ static void cube_member_unorder(struct cube_member *n)
 
 /* All its connections are given up with it: after a partition, TCP would go on
  * as if nothing had happened, the list would not come anew, and a stop would
- * be sent into one that is dead. */
+ * be sent into one that is dead. What was ordered on them and did not get there
+ * by now never will (chapter 1), or a task could be started by an order that is
+ * older than its removal. */
 static void cube_member_lose(struct cube_member *n)
 {
     struct cube_manager *m = n->manager;

@@ -177,7 +177,8 @@ struct cube_world {
 
     int (*listen)(void *ctx, const struct cube_addr *addr); /* descriptor */
     int (*accept)(void *ctx, int fd, struct cube_addr *peer);
-    int (*connect)(void *ctx, const struct cube_addr *addr); /* in progress */
+    /* in progress; to close it drops what has not arrived by then */
+    int (*connect)(void *ctx, const struct cube_addr *addr);
     int (*connected)(void *ctx, int fd); /* once writable: how it went */
     int (*local_addr)(void *ctx, int fd, struct cube_addr *addr);
     int (*recv)(void *ctx, int fd, void *buf, size_t len);

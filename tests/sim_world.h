@@ -660,6 +660,10 @@ static void room_arrive(struct room *s, void *arg, int64_t number)
         struct room_segment *seg = from->first;
 
         if (room_is_barred(s, from)) {
+            if (!from->is_open && from == from->conn->end) {
+                room_flight_clear(from); /* closed: not sent again */
+                break;
+            }
             from->rto_us = from->rto_us ? from->rto_us * 2 : first_rto;
             seg->at_us = s->now_us + from->rto_us;
             break;
@@ -890,16 +894,42 @@ static int room_shut(void *ctx, int fd)
     return 0;
 }
 
+/* Who has begun a connection closes it: what waits to be sent is dropped (the
+ * real World's SO_LINGER), and what the network has by now arrives. */
+static void room_flight_drop(struct room *s, struct room_end *e)
+{
+    struct room_link *link =
+        &s->links[e->host->number][e->peer->host->number];
+    int64_t reach = s->now_us + s->latency_us + link->extra_us + s->jitter_us;
+    struct room_segment **at = &e->first, *seg;
+
+    e->last = NULL;
+    while ((seg = *at) && e->rto_us == 0 && seg->at_us <= reach) {
+        e->last = seg;
+        at = &seg->next;
+    }
+    while ((seg = *at)) {
+        *at = seg->next;
+        e->in_flight -= seg->len;
+        free(seg);
+    }
+    e->free_us = s->now_us;
+}
+
 /* The end has no descriptor any more. Unread bytes make it a reset, as the
- * kernel does; a host that crashes says nothing at all. */
+ * kernel does, and so does having begun the connection; a host that crashes
+ * says nothing at all. */
 static int room_conn_close_end(struct room_end *e, bool is_silent)
 {
     struct room *s = e->proc ? e->proc->room : NULL;
+    bool is_first = e == e->conn->end && !e->conn->is_local;
 
     e->is_open = false;
     e->proc = NULL;
     if (s && !e->is_dead && !is_silent) {
-        if (e->rx.len > e->rx_at)
+        if (is_first)
+            room_flight_drop(s, e);
+        if (e->rx.len > e->rx_at || is_first)
             room_transmit(s, e, ROOM_RST, NULL, 0);
         else if (!e->has_shut)
             room_transmit(s, e, ROOM_FIN, NULL, 0);

@@ -154,6 +154,33 @@ TEST(a_peer_that_vanishes_is_noticed_by_who_only_waits)
     w->close(w->ctx, listener);
 }
 
+/* An order that was given up came through when a partition ended, and started
+ * a task that had been removed meanwhile. */
+TEST(what_was_given_up_does_not_arrive_later)
+{
+    const struct cube_world *w = world();
+    struct cube_addr at = loopback(CUBE_ADDR_IP4), peer;
+    static char bytes[65536];
+    int listener = w->listen(w->ctx, &at), here, there, n;
+    int64_t sent = 0, came = 0;
+
+    REQUIRE(w->local_addr(w->ctx, listener, &at) == 0);
+    there = w->connect(w->ctx, &at);
+    CHECK(readable_within(listener, 5000));
+    here = w->accept(w->ctx, listener, &peer);
+    while ((n = w->send(w->ctx, there, bytes, sizeof bytes)) > 0)
+        sent += n;
+    CHECK_INT(n, -EAGAIN);
+    w->close(w->ctx, there);
+    CHECK(readable_within(here, 5000));
+    while ((n = w->recv(w->ctx, here, bytes, sizeof bytes)) > 0)
+        came += n;
+    CHECK_INT(n, -ECONNRESET);
+    CHECK(came < sent);
+    w->close(w->ctx, here);
+    w->close(w->ctx, listener);
+}
+
 TEST(a_broken_socket_is_an_error_and_no_signal)
 {
     const struct cube_world *w = world();
