@@ -29388,7 +29388,7 @@ struct cube_report {
     int64_t next_ms;               /* not to be ordered again before */
     int64_t queued_ms;             /* polled: until then the order counts,
                                       though the worker does not show it */
-    int tries;                     /* stops sent in vain; never set back */
+    int tries;                     /* stops sent in vain */
     struct cube_member *member;    /* who says so, and owns this */
 };
 
@@ -30101,6 +30101,9 @@ static void cube_member_heard(struct cube_member *n, struct cube_task *t)
         r->member = n;
         cube_map_put(&n->reports, t->id, r);
     }
+    if (r->task && (r->task->attempt != t->attempt ||
+                    cube_task_is_finished(r->task) != cube_task_is_finished(t)))
+        r->next_ms = r->tries = 0; /* no stop of this one was in vain yet */
     cube_task_free(r->task);
     r->task = t;
     r->is_seen = true;
@@ -33042,13 +33045,15 @@ static int cube_manager_load_nodes(struct cube_manager *m,
     return r < 0 ? -1 : 0;
 }
 
-/* A node that has tasks has answered once, whoever named it. */
+/* A node that has tasks has answered once, whoever named it; so has one whose
+ * tasks wait for another node, since it was lost: it may still run them. */
 static bool cube_manager_has_task_on(struct cube_manager *m, const char *name)
 {
     struct cube_record *rec;
 
     for (size_t at = 0; (rec = cube_ledger_next(m->ledger, &at));) {
-        if (cube_task_holds(rec->now->task, name))
+        if (!cube_task_is_finished(rec->now->task) &&
+            strcmp(rec->now->task->node, name) == 0)
             return true;
     }
     return false;

@@ -216,6 +216,49 @@ TEST(what_cannot_be_right_is_refused_and_changes_nothing)
     cluster_close(&k);
 }
 
+/* A manager that was told of no worker takes the default one for a guess, for
+ * whose list it does not wait; but not when it may still run a task. */
+TEST(a_node_that_was_lost_with_its_tasks_is_no_guess)
+{
+    struct cluster k;
+    char name[40];
+
+    cluster_open(&k, 1);
+    (void)snprintf(name, sizeof name, "127.0.0.1:%u", k.ports[0]);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(!cube_manager_has_task_on(k.manager, "127.0.0.1:1"));
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    CHECK(cube_manager_has_task_on(k.manager, name));
+    cluster_worker_down(&k, 0);
+    CHECK(cluster_await(&k, A, CUBE_PENDING, 10000));
+    CHECK(cube_manager_has_task_on(k.manager, name));
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK(!cube_manager_has_task_on(k.manager, name));
+    cluster_close(&k);
+}
+
+/* The removal was held back for as long as the stop before it would have been,
+ * had that been repeated once more: up to 4 s. */
+TEST(what_took_long_to_stop_is_removed_without_delay)
+{
+    struct cluster k;
+
+    cluster_open(&k, 1);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    k.engines[0].is_down = true;
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    cluster_run(&k, 9000); /* stops after 0, 0.5, 1.5, 3.5 and 7.5 s */
+    k.engines[0].is_down = false;
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 20000));
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A "?forget=1", NULL), 204);
+    cluster_run(&k, 100);
+    CHECK_INT(cluster_ask(&k, k.ports[0], "GET", "/tasks", NULL), 200);
+    CHECK(!strstr(k.body.data, A));
+    cluster_close(&k);
+}
+
 TEST(a_manager_killed_after_its_201_forgets_nothing)
 {
     struct cluster k;
