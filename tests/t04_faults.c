@@ -948,7 +948,7 @@ TEST(directory_is_synced_by_nobody_twice)
     struct model staged;
     struct cube_err err = {0};
     struct cube_store *s = open_renamed(&d, &want);
-    int found = disk_file(&d, "t") - d.inodes;
+    const void *before = disk_file(&d, "t");
 
     staged = want;
     change(s, &staged);
@@ -970,7 +970,7 @@ TEST(directory_is_synced_by_nobody_twice)
         if (cube_store_slice_fd(s) >= 0)
             cube_store_slice_synced(s, disk_sync(&d, cube_store_slice_fd(s)));
     }
-    CHECK(disk_file(&d, "t") - d.inodes != found);
+    CHECK(disk_file(&d, "t") != before);
     check_goes_on(s, &d, &want);
     cube_store_close(s);
     disk_free(&d);
