@@ -29295,9 +29295,9 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
  *    dial        cube_member_cut           0.2 .. 1 s     events are asked for
  *                cube_member_polled        2 s            its list is
  *    (silence)   cube_member_dial          5 s            the stream is cut
- *    retry       cube_charge_later         0.5 .. 4 s     delivered again, if
+ *    retry       cube_charge_later         0.5 .. 2 s     delivered again, if
  *                                                         nothing is reported
- *    next_ms     cube_report_stopped       0.5 .. 4 s     the stop may go out
+ *    next_ms     cube_report_stopped       0.5 .. 2 s     the stop may go out
  *                                                         again
  *    (answer)    the two orders            10 s           sent again later
  *    queued_ms   cube_member_believe       1 min each     its list counts
@@ -29320,7 +29320,7 @@ CUBE_API uint16_t cube_worker_port(struct cube_worker *w)
 #define CUBE_DIAL_MAX_MS 1000
 #define CUBE_ORDER_MS 10000     /* for a worker to answer an order */
 #define CUBE_RETRY_MS 500       /* before an order is repeated; doubles */
-#define CUBE_RETRY_MAX_MS 4000
+#define CUBE_RETRY_MAX_MS 2000
 #define CUBE_POLL_MS 2000       /* of a worker without events */
 #define CUBE_QUEUE_MS 60000     /* such a worker has for each order */
 #define CUBE_EXPLAIN_MS 30000   /* between two new reasons to wait */
@@ -29448,7 +29448,7 @@ struct cube_member {
  *        ^                 |
  *        |                 | 400: Failed for good
  *        |                 | anything else, or no answer
- *        |   0.5 s .. 4 s  v
+ *        |   0.5 s .. 2 s  v
  *        +------------- (retry)      touched again: is it reported by now?
  *
  * A new attempt, or a lost node, cancels both.
@@ -30739,12 +30739,12 @@ static struct cube_member *cube_member_new(struct cube_manager *m,
  *                               more
  *    507, 503, 500, none        asked again later        asked again later
  *
- * Later is 0.5, 1, 2, 4, 4 ... s; after 10 s without an answer, 0.5 s. None of
+ * Later is 0.5, 1, 2, 2 ... s; after 10 s without an answer, 0.5 s. None of
  * these answers ends an order: what ends it is a report that agrees, or a
  * record that wants something else.
  */
 
-/* When an order is repeated: in 0.5 s, doubled each time up to 4 s; but one
+/* When an order is repeated: in 0.5 s, doubled each time up to 2 s; but one
  * that was waited for in vain has cost its time already. */
 static int64_t cube_retry_ms(const struct cube_http_answer *a, int tries)
 {

@@ -117,7 +117,7 @@ static void sim_box_waited(struct sim *s, const struct sim_box *b,
     t->run_attempt = attempt;
     t->run_restart = restart;
     if (restart == t->first_restart || s->odd[host] > 0 ||
-        s->odd_us[host] >= t->ended_us || t->remove_us > 0)
+        t->ended_us - s->odd_us[host] < SIM_ODD_US || t->remove_us > 0)
         return;
     sim_check(s, SIM_CHECK_BACKOFF);
     if (waited < least)
