@@ -216,6 +216,34 @@ TEST(what_cannot_be_right_is_refused_and_changes_nothing)
     cluster_close(&k);
 }
 
+/* Asked was only its last home. A node that it had been moved off came back
+ * after a new manager had removed the record, and the old copy was adopted. */
+TEST(what_was_removed_stays_removed_while_a_former_home_is_away)
+{
+    struct cluster k;
+    int home;
+
+    cluster_open(&k, 2);
+    CHECK_INT(ask(&k, "POST", "/tasks", TASK_A), 201);
+    CHECK(cluster_await(&k, A, CUBE_RUNNING, 2000));
+    home = k.engines[0].starts > 0 ? 0 : 1;
+    cluster_worker_down(&k, home);
+    cluster_run(&k, 10000);
+    CHECK_INT(k.engines[1 - home].starts, 1);
+    cluster_manager_down(&k);
+    cluster_manager_up(&k);
+    cluster_run(&k, 10000);
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A, NULL), 204);
+    CHECK(cluster_await(&k, A, CUBE_COMPLETED, 2000));
+    CHECK_INT(ask(&k, "DELETE", "/tasks/" A "?forget=1", NULL), 204);
+    cluster_run(&k, 10000);
+    cluster_worker_up(&k, home);
+    cluster_run(&k, 10000);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A, NULL), 404);
+    CHECK_INT(cluster_running(&k), 0);
+    cluster_close(&k);
+}
+
 /* A manager that was told of no worker takes the default one for a guess, for
  * whose list it does not wait; but not when it may still run a task. */
 TEST(a_node_that_was_lost_with_its_tasks_is_no_guess)
