@@ -161,7 +161,7 @@ static int sim_run_seed(uint64_t seed, const struct sim_keep *keep,
     sim_clients_open(s);
     sim_faults_start(s);
     sim_watch_over(&s->room, s, 0);
-    room_at(&s->room, SIM_LOOK_US, sim_final, s, 16);
+    room_at(&s->room, SIM_LOOK_US, sim_final, s, 38);
     room_run(&s->room, SIM_END_US, &s->is_over);
     sim_outcome_fill(s, o);
     sim_clients_close(s);
@@ -190,7 +190,7 @@ static void sim_limit(void)
 {
     struct itimerval t = {.it_value = {.tv_sec = SIM_LIMIT_S}};
 
-    (void)setitimer(ITIMER_VIRTUAL, &t, NULL);
+    (void)setitimer(ITIMER_PROF, &t, NULL);
 }
 
 /* Runs seeds first, first + step, ... in a process of its own, which tells of
@@ -228,20 +228,26 @@ static pid_t sim_child(int out, uint64_t first, uint64_t end, uint64_t step,
     _exit(0);
 }
 
-/* Runs one seed in a child, so that it may crash. */
+/* Runs one seed in a child, so that it may crash. Not to the end when the
+ * program is told to end. */
 static void sim_try(uint64_t seed, const struct sim_keep *keep,
                     struct sim_outcome *o)
 {
     int pipes[2], status = 0;
+    ssize_t n;
     pid_t pid;
 
     if (pipe(pipes) < 0)
         abort();
     pid = sim_child(pipes[1], seed, seed + 1, 1, keep);
     close(pipes[1]);
-    while (read(pipes[0], o, sizeof *o) == (ssize_t)sizeof *o)
-        continue;
+    do
+        n = read(pipes[0], o, sizeof *o);
+    while (n == (ssize_t)sizeof *o ||
+           (n < 0 && errno == EINTR && !sim_is_told));
     close(pipes[0]);
+    if (sim_is_told)
+        (void)kill(pid, SIGKILL);
     (void)waitpid(pid, &status, 0);
     if (o->is_begin || status != 0)
         (void)snprintf(o->broken, sizeof o->broken, "%s", sim_crashes);
@@ -283,6 +289,8 @@ static void sim_shrink(const struct sim_outcome *bad, struct sim_keep *keep,
             if (!is_less)
                 continue;
             sim_try(bad->seed, &less, &o);
+            if (sim_is_told)
+                return;
             if (strcmp(o.broken, bad->broken) != 0)
                 continue;
             *keep = less;

@@ -393,7 +393,7 @@ static void sim_watch_record(struct sim *s, struct sim_task *t)
     t->has_ended |= v && v->task->state == CUBE_COMPLETED;
 }
 
-/* Bounds by what is managed: a base, and a share for each task and event. */
+/* As much as is managed in ten minutes, and not what grows beside it. */
 static void sim_watch_memory(struct sim *s)
 {
     for (int i = 0; i <= SIM_NODES; i++) {
@@ -467,7 +467,7 @@ static void sim_watch_order(struct sim *s, const struct cube_worker *w,
     if (t->remove_us > 0 && (!t->rec || t->rec->now->is_gone))
         return;
     sim_check(s, SIM_CHECK_FIRST);
-    if (!t->rec || !t->rec->now) {
+    if (!t->rec) {
         SIM_BREAK(s, SIM_CHECK_FIRST, "%s has t%d, the manager does not",
                   w->name, t->number);
         return;

@@ -556,12 +556,12 @@ static void room_transmit(struct room *s, struct room_end *from,
     }
 }
 
-/* This end is reset: what was on its way from it is gone. */
+/* This end is reset: what was on its way from it is gone, and what has come can
+ * still be read, as from a kernel. */
 static void room_end_reset(struct room_end *e, int err)
 {
     e->err = err;
     e->is_dead = true;
-    e->rx.len = e->rx_at = 0;
     room_flight_clear(e);
     room_poke(e->proc);
 }
@@ -832,11 +832,12 @@ static int room_recv(void *ctx, int fd, void *buf, size_t len)
 
     if (!e)
         return -EBADF;
-    err = e->err;
-    e->err = 0;
-    if (err)
-        return -err;
     left = e->rx.len - e->rx_at;
+    if (left == 0 && e->err) {
+        err = e->err;
+        e->err = 0;
+        return -err;
+    }
     if (left == 0)
         return e->has_fin || e->is_dead ? 0 : -EAGAIN;
     len = len < left ? len : left;
