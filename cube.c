@@ -390,7 +390,8 @@ static void cube_world_keep_asking(int fd)
  * the other side does not have by then is dropped, and that side is told so by
  * a reset. Else the kernel would send on for a minute or two, after the end of
  * the process as well, and a request that was given up could arrive over a
- * cable that is mended, long after others were sent in its place. */
+ * cable that is mended, long after others were sent in its place. The price: a
+ * server hears of a reset where it was used to an end. */
 static void cube_world_drop_at_close(int fd)
 {
     struct linger none = {1, 0};
@@ -9554,7 +9555,9 @@ static int cube_store_recover(struct cube_store *s, struct cube_buf *body,
 }
 
 /* The store of a file that exists. The caller frees s after a failure. The
- * file owns fd from the first line on, also when this fails. */
+ * file owns fd from the first line on, also when this fails. Who renamed it may
+ * have ended before its name was on disk, or have failed to put it there: that
+ * is made good before the first commit is promised. */
 static int cube_store_open_file(struct cube_store *s, int fd,
                                 struct cube_err *err)
 {
@@ -9573,7 +9576,10 @@ static int cube_store_open_file(struct cube_store *s, int fd,
         return -1;
     r = cube_store_recover(s, &body, err);
     cube_buf_free(&body);
-    return r;
+    if (r < 0 || s->options.is_read_only)
+        return r;
+    cube_store_file_clear(s);
+    return cube_store_dir_sync(s, false, err);
 }
 
 /* A new store: the roots of no trees, under its name only when on disk. */
@@ -10147,8 +10153,6 @@ CUBE_API struct cube_store *cube_store_open(
     cube_store_rec_begin(&s->batch);
     if (path)
         r = cube_store_lock(s, err);
-    if (r == 0 && !s->options.is_read_only)
-        cube_store_file_clear(s);
     if (r == 0 && path)
         fd = s->world->open(s->world->ctx, path, s->options.is_read_only
                             ? 0 : CUBE_OPEN_WRITE);
@@ -10654,8 +10658,17 @@ static int cube_store_check_mem(const struct cube_store *s,
  * now? Then who has made it may have compacted, and cut off what was read. */
 static bool cube_store_check_is_late(struct cube_store *s)
 {
-    return s->path && s->lock_fd < 0 &&
-           (cube_store_lock(s, NULL) < 0 || s->lock_fd >= 0);
+    struct cube_buf path = {0};
+    int fd = -1;
+
+    if (!s->path || s->lock_fd >= 0)
+        return false;
+    cube_buf_printf(&path, "%s.lock", s->path);
+    fd = s->world->open(s->world->ctx, path.data, 0);
+    cube_buf_free(&path);
+    if (fd >= 0)
+        s->world->close(s->world->ctx, fd);
+    return fd != -ENOENT;
 }
 
 static int cube_store_check_all(struct cube_store *s, struct cube_err *err)
@@ -11408,7 +11421,8 @@ static bool cube_commit_is_held(const struct cube_commit *c)
  *
  *     cube_store_commit_begin   > 0   written: to be synced; then told
  *                               0     nothing staged, or a store in memory
- *                               < 0   not written and dropped: told why
+ *                               < 0   not written and dropped: told why. Not
+ *                                     EBUSY: then this turn was held
  */
 static void cube_commit_turn(struct cube_commit *c)
 {
@@ -11424,6 +11438,7 @@ static void cube_commit_turn(struct cube_commit *c)
         r = -1;
     } else {
         r = cube_store_commit_begin(c->store, &err);
+        CUBE_ASSERT(r >= 0 || err.code != CUBE_EBUSY);
         if (r < 0)
             c->told = err;
     }
@@ -13227,7 +13242,6 @@ static void cube_http_finish(struct cube_http_req *req)
     req->wait = CUBE_HTTP_WAIT_UNSET;
     req->on_gone = req->on_drain = NULL;
     req->is_chunked = false;
-    cube_http_unclaim(req);
     if (req->fd < 0) {
         req->phase = CUBE_HTTP_OVER;
         cube_http_release(req);
@@ -13508,19 +13522,22 @@ CUBE_API void cube_http_stream_abort(struct cube_http_req *req)
     cube_http_finish(req);
 }
 
-/* For an answer that lasts until its reader goes: events, a log. Those who wait
- * for nothing never make room for others, so they may hold three quarters of
- * the connections, and the rest is for questions with an end. False: all of
- * these are taken, and 503 was answered. */
+/* For an answer that lasts until its reader has it all, or goes: events, a log.
+ * Those who wait for nothing never make room for others, so they may hold three
+ * quarters of the connections, and the rest is for questions with an end.
+ * False: all of these are taken, and 429 was answered. */
 static bool cube_http_claim(struct cube_http_req *req)
 {
     struct cube_http_server *s = req->server;
     int max = s->options.max_connections;
 
+    if (req->is_lasting)
+        return true; /* the answer before is not all sent */
     if (s->lasting_count >= max - max / 4) {
         cube_http_reply_header(req, "Retry-After", "5");
-        cube_http_reply_error(req, 503, "%d readers of events and logs are "
-                              "here, and more may not be", s->lasting_count);
+        cube_http_reply_error(req, 429, "%d readers of events and logs are "
+                              "here, and more may not be: try again later",
+                              s->lasting_count);
         return false;
     }
     s->lasting_count++;
@@ -14109,8 +14126,10 @@ static void cube_http_on_sent(struct cube_http_req *req)
 {
     const struct cube_world *w = req->server->world;
 
-    if (req->phase != CUBE_HTTP_STREAMING)
+    if (!cube_http_is_open(req)) {
         req->is_patient = false;
+        cube_http_unclaim(req);
+    }
     if (req->phase == CUBE_HTTP_STREAMING && cube_http_is_head(req)) {
         req->is_broken = true;
     } else if (req->phase == CUBE_HTTP_STREAMING && req->is_drain_due) {
@@ -14171,16 +14190,19 @@ static void cube_http_settle(void *arg)
         cube_http_touch(req);
 }
 
-/* The descriptor has something. A hang-up counts only when there is nothing
- * to read before it: what was said last is still a request. */
+/* The descriptor has something. A hang-up means that the peer has reset the
+ * connection, and so has given up what can still be read: a manager that takes
+ * this node for lost, say, whose order would be carried out only now that we
+ * are awake again. Who has only said all that he has to say hangs nothing up,
+ * unless we did before. */
 static void cube_http_on_ready(void *arg, unsigned events)
 {
     struct cube_http_req *req = arg;
 
-    if (events & CUBE_READ)
-        cube_http_read(req);
-    else if (events & CUBE_HANGUP)
+    if (events & CUBE_HANGUP)
         req->is_broken = true;
+    else if (events & CUBE_READ)
+        cube_http_read(req);
     cube_http_settle(req);
 }
 
@@ -18294,6 +18316,7 @@ static void cube_reply_conflict(struct cube_commit *c,
  *                   been removed
  *    409            it is there and differs, is    when that has changed
  *                   not over, or another leads
+ *    429            too many read events or logs   later
  *    500, 507       nothing was changed: the       yes; 507 when there is room
  *                   commit failed, the disk full
  *    502            the one behind it (an engine,  later
@@ -26875,15 +26898,18 @@ static void cube_sched_scores(const struct cube_scheduler *s,
     struct cube_placement full = *p;
 
     full.most_tasks = 0;
-    for (size_t i = 0; s->score && i < p->node_count; i++) {
+    for (size_t i = 0; i < count; i++)
+        choices[i].score = 0;
+    if (!s->score)
+        return;
+    for (size_t i = 0; i < p->node_count; i++) {
         int64_t tasks =
             p->nodes[i].is_up ? cube_sched_promised(p, &p->nodes[i]).tasks : 0;
 
         full.most_tasks = tasks > full.most_tasks ? tasks : full.most_tasks;
     }
     for (size_t i = 0; i < count; i++)
-        choices[i].score =
-            s->score ? s->score(s->ctx, &full, choices[i].node) : 0;
+        choices[i].score = s->score(s->ctx, &full, choices[i].node);
 }
 
 /* The three steps. A pick out of range means that none is wanted, which a
@@ -28590,6 +28616,8 @@ static void cube_worker_logs(void *arg, struct cube_http_req *req)
                               "no logs", rec->id);
         return;
     }
+    if (!cube_http_claim(req))
+        return;
     a = cube_asker_new(w, req);
     cube_http_stream(req, 200, "text/plain; charset=utf-8");
     cube_http_stream_patient(req);
@@ -32163,7 +32191,8 @@ static void cube_manager_log_start(struct cube_manager *m)
 }
 
 /* Does nobody have this task any more? A home that cannot be asked may; and,
- * when it had other homes before, so may any node that cannot. */
+ * when it may have had other homes before, so may any node that cannot, but for
+ * a default that nobody named. */
 static bool cube_charge_is_confirmed(struct cube_charge *c)
 {
     const struct cube_task *t = c->rec->now->task;
@@ -33354,7 +33383,7 @@ struct cube_client_wait {
  *     beyond 256 MiB                                CUBE_ETOOBIG
  *     a certificate that cannot be verified (TLS)   CUBE_EINVAL
  *     nobody listens; cut off; what came is no HTTP CUBE_ECONN
- *     400  401  403  404  409  413  503  507        one kind each, see below
+ *     400  401  403  404  409  413  429  503  507   one kind each, see below
  *     any other that is no 2xx                      CUBE_EPROTO
  *     2xx                                           (0)
  */
@@ -33389,7 +33418,7 @@ static enum cube_code cube_client_code(int status)
         enum cube_code code;
     } codes[] = {{400, CUBE_EINVAL}, {401, CUBE_EACCES}, {403, CUBE_EACCES},
                  {404, CUBE_ENOENT}, {409, CUBE_EEXIST}, {413, CUBE_ETOOBIG},
-                 {503, CUBE_ESYNC},  {507, CUBE_ENOSPC}};
+                 {429, CUBE_EBUSY},  {503, CUBE_ESYNC},  {507, CUBE_ENOSPC}};
 
     for (size_t i = 0; i < CUBE_COUNT(codes); i++) {
         if (codes[i].status == status)

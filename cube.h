@@ -177,7 +177,7 @@ struct cube_world {
 
     int (*listen)(void *ctx, const struct cube_addr *addr); /* descriptor */
     int (*accept)(void *ctx, int fd, struct cube_addr *peer);
-    /* in progress; to close it drops what has not arrived by then */
+    /* in progress; closing it drops what has not gone over the network */
     int (*connect)(void *ctx, const struct cube_addr *addr);
     int (*connected)(void *ctx, int fd); /* once writable: how it went */
     int (*local_addr)(void *ctx, int fd, struct cube_addr *addr);
@@ -383,6 +383,7 @@ struct cube_store_stats {
  * path NULL, a store in memory that has the same functions and forgets all
  * when it is closed. world NULL is the real one. Holds an exclusive lock on
  * path + ".lock" until it is closed; to read only, that file is not made.
+ * path + ".new" is written by compactions, and removed when it was left over.
  * Errors: CUBE_EBUSY (another store, of this process or another, has it),
  * CUBE_ECORRUPT (damage that no crash explains; names file and offset), and
  * what the file system says. What a crash left unfinished is cut off, and
@@ -679,8 +680,8 @@ struct cube_http_options {
     int head_timeout_ms;    /* first to last byte of a head; 10 s */
     int body_timeout_ms;    /* whole body, or a stalled reader; 30 s */
     int max_connections;    /* 1000; further ones wait to be accepted. Readers
-                             * of a manager's events and logs have three in
-                             * four of them, and then get 503 */
+                             * of a manager's events, and of logs, have three
+                             * in four of them, and then get 429 */
 };
 
 /* Called when a whole request is there; `arg` is the server's. */
@@ -1552,8 +1553,8 @@ CUBE_API uint16_t cube_manager_port(struct cube_manager *m);
  *
  * All functions return 0 or -1. No manager answered: CUBE_ECONN, or
  * CUBE_ETIMEOUT. The manager refused: CUBE_EINVAL (400), CUBE_EACCES (401,
- * 403), CUBE_ENOENT (404), CUBE_EEXIST (409), CUBE_ENOSPC (507), CUBE_ESYNC
- * (503), else CUBE_EPROTO, with the manager's own words.
+ * 403), CUBE_ENOENT (404), CUBE_EEXIST (409), CUBE_EBUSY (429), CUBE_ENOSPC
+ * (507), CUBE_ESYNC (503), else CUBE_EPROTO, with the manager's own words.
  */
 struct cube_client;
 

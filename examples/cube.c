@@ -317,7 +317,7 @@ static const struct command commands[] = {
      1, 2, "@file", run_store_dump, false},
     {"store compact", "FILE", "Write a store's file anew, without garbage",
      "The old file is replaced when the new one is on disk. Exit codes: 0\n"
-     "done; 1 it failed, or a process has FILE open, and FILE is as it was;\n"
+     "done; 1 it failed, or a process has FILE open, and nothing is lost;\n"
      "2 wrong usage.",
      1, 1, "@file", run_store_compact, false},
     {"completion", "bash|zsh|fish|powershell",
@@ -2645,6 +2645,13 @@ static void set_last_words(const struct wait *w, struct sigaction *before)
         sigaction(SIGINT, &action, NULL);
 }
 
+/* Is the manager away, or has it too many readers just now? */
+static bool is_worth_waiting(const struct app *a)
+{
+    return a->err.code == CUBE_ECONN || a->err.code == CUBE_ETIMEOUT ||
+           a->err.code == CUBE_EBUSY;
+}
+
 /* Waits on the manager's events, through restarts of the manager. */
 static int wait_for_task(struct app *a, const char *id, bool for_end)
 {
@@ -2662,8 +2669,7 @@ static int wait_for_task(struct app *a, const char *id, bool for_end)
         if (cube_client_events(a->client, id, NULL, on_notice, &w, &a->err) ==
             0)
             continue;
-        if ((a->err.code == CUBE_ECONN || a->err.code == CUBE_ETIMEOUT) &&
-            ++w.tries <= MANAGER_AWAY_MAX)
+        if (is_worth_waiting(a) && ++w.tries <= MANAGER_AWAY_MAX)
             nanosleep(&second, NULL);
         else {
             close_line(&w);
@@ -3298,8 +3304,7 @@ static int run_events(struct app *a)
         if (cube_client_events(a->client, NULL, *w.cursor ? w.cursor : NULL,
                                on_event, &w, &a->err) == 0)
             break;
-        if (!w.follows || !w.has_begun ||
-            (a->err.code != CUBE_ECONN && a->err.code != CUBE_ETIMEOUT))
+        if (!w.follows || !w.has_begun || !is_worth_waiting(a))
             code = client_failed(a, "cannot follow the events");
         else
             nanosleep(&second, NULL);

@@ -1534,6 +1534,31 @@ TEST(a_reader_that_stalls_is_cut)
     close_all();
 }
 
+/* A worker that had been asleep carried out orders that its manager had given
+ * up long ago. */
+TEST(a_request_whose_sender_has_reset_the_connection_is_not_handled)
+{
+    struct linger none = {1, 0};
+    struct peer p;
+
+    open_loop();
+    open_server("127.0.0.1:0", NULL);
+    p = peer_open();
+    turn_idle();
+    CHECK(send(p.fd, GET("/stream"), strlen(GET("/stream")), 0) > 0);
+    CHECK_INT(setsockopt(p.fd, SOL_SOCKET, SO_LINGER, &none, sizeof none), 0);
+    peer_close(&p);
+    turn_idle();
+    CHECK_INT(handled, 0);
+    CHECK_INT(server->conn_count, 0);
+    p = peer_open();
+    CHECK(send(p.fd, GET("/"), strlen(GET("/")), 0) > 0);
+    CHECK_INT(shutdown(p.fd, SHUT_WR), 0); /* that was all: no reset */
+    peer_hears(&p, "hello");
+    peer_close(&p);
+    close_all();
+}
+
 TEST(a_patient_stream_waits_for_a_reader_that_stalls)
 {
     struct cube_http_options o = {.body_timeout_ms = 400,
@@ -1548,6 +1573,7 @@ TEST(a_patient_stream_waits_for_a_reader_that_stalls)
     peer_say(&p, GET("/stream"));
     turn_idle();
     REQUIRE(held);
+    CHECK(cube_http_claim(held));
     cube_http_stream_patient(held);
     for (int i = 0; i < 8; i++)
         cube_http_stream_write(held, bytes, 1 << 20);
@@ -1557,7 +1583,10 @@ TEST(a_patient_stream_waits_for_a_reader_that_stalls)
     CHECK_INT(gone, 0);
     cube_http_stream_end(held);
     pass_ms(5000); /* nor for what is left at the end */
+    CHECK_INT(server->lasting_count, 1); /* and as long it counts */
     peer_hears(&p, "\r\n0\r\n\r\n");
+    turn_idle();
+    CHECK_INT(server->lasting_count, 0);
     pass_ms(500);
     CHECK_INT(peer_ends(&p), 1); /* idle, as after any answer */
     free(bytes);
@@ -2654,7 +2683,7 @@ TEST(time_limits_hold)
     CHECK_INT(o.done, 1);
     CHECK_INT(o.code, CUBE_ETIMEOUT);
     CHECK_HAS(o.words, "no answer within 1000 ms");
-    CHECK_INT(peer_ends(&p), 1);
+    CHECK_INT(peer_ends(&p), -1); /* and nothing of it comes later */
     peer_close(&p);
     call_like(&o, (struct cube_http_request){.idle_timeout_ms = 500,
                                              .on_data = on_data});

@@ -1055,9 +1055,9 @@ TEST(readers_of_events_leave_connections_to_others)
         cluster_run(&k, 100);
         CHECK_INT(f[i].is_over, i == 3);
     }
-    CHECK_HAS(f[3].text.data, "\"HTTPStatusCode\":503");
+    CHECK_HAS(f[3].text.data, "\"HTTPStatusCode\":429");
     CHECK_INT(ask(&k, "GET", "/healthz", NULL), 200);
-    CHECK_INT(ask(&k, "GET", "/tasks/" A "/logs", NULL), 503);
+    CHECK_INT(ask(&k, "GET", "/tasks/" A "/logs", NULL), 429);
     follower_close(&f[3]);
     follower_close(&f[0]); /* and its place is free again */
     cluster_run(&k, 100);

@@ -237,6 +237,7 @@ TEST(a_refusal_has_a_kind_and_the_words_of_the_manager)
         enum cube_code code;
     } rows[] = {{400, CUBE_EINVAL}, {401, CUBE_EACCES}, {403, CUBE_EACCES},
                 {404, CUBE_ENOENT}, {409, CUBE_EEXIST}, {500, CUBE_EPROTO},
+                {429, CUBE_EBUSY},
                 {503, CUBE_ESYNC},  {507, CUBE_ENOSPC}, {302, CUBE_EPROTO}};
 
     for (size_t i = 0; i < COUNT(rows); i++) {
