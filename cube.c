@@ -9789,6 +9789,9 @@ static int cube_store_checkpoint_is_late(const struct cube_store *s)
  *     began          end                     limit
  *       |-- used -----|                        |      of this room
  *       |========== is done ========|- to do --|      as much of the work
+ *
+ * A caller who does the syncs is left the swap as well, as long as there is
+ * room: it ends with one, and no commit can be written until that is done.
  */
 static int cube_store_comp_is_late(const struct cube_store *s)
 {
@@ -9805,7 +9808,7 @@ static int cube_store_comp_is_late(const struct cube_store *s)
     if (end >= limit)
         return 2;
     if (c->phase >= CUBE_STORE_SYNCING)
-        return c->phase == CUBE_STORE_SWAP;
+        return c->phase == CUBE_STORE_SWAP && !s->options.is_sync_split;
     work = (double)(live + end - c->from->replay);
     done = (double)(c->out->end + c->at - c->from->replay);
     return limit > c->began && done * (double)(limit - c->began) <
