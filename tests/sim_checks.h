@@ -435,7 +435,7 @@ static void sim_watch_pace(struct sim *s)
 
         s->nodes[i].seen_requests = now;
         s->most_requests = n > s->most_requests ? n : s->most_requests;
-        if (n > 110)
+        if (n > 150)
             SIM_BREAK(s, SIM_CHECK_STORM, "engine of w%d got %d requests in a "
                       "second", i + 1, n);
     }
